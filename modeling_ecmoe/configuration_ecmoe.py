@@ -1,0 +1,152 @@
+"""Configurations of the expert-choice family: one mixin with the new fields, one class per dense family."""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+
+@strict
+@dataclass(kw_only=True, repr=False)
+class EcMoeConfigMixin:
+    """The fields that expert choice adds to a dense configuration; all others are the dense family's own.
+
+    num_experts: experts in each sparse layer, E.
+    moe_intermediate_size: width of one expert; the dense `intermediate_size` when None.
+    capacity_factor: mean experts per token, c. An expert takes C = ceil(c * T / E) of T real tokens.
+    mlp_layer_types: "sparse" or "dense" for each layer; all sparse when None.
+    routing: how tokens and experts meet in training.
+    inference_routing: how they meet in eval mode and in `generate`. "threshold" is causal. "expert_choice" lets
+        later tokens and batch mates decide earlier routes: for analysis only, it leaks the future.
+    routing_pool: the tokens an expert chooses among, the whole micro-"batch" or each "sequence" by itself.
+    router_score_function: "softmax" over the experts, or "sigmoid".
+    normalize_combine_weights: divide a token's combine weights by their sum.
+    min_experts_per_token, max_experts_per_token: bounds on the experts of a token at inference; None is no bound.
+    shared_expert_intermediate_size: width of a dense FFN that every token passes through; 0 is none.
+    shared_expert_weighting: "one", or "complement" for 1 - the sum of the token's combine weights.
+    threshold_decay: how much of the threshold average one optimiser step keeps.
+    output_router_logits: return the router logits of each sparse layer, [B * S, E].
+    """
+
+    num_experts: int = 8
+    moe_intermediate_size: int | None = None
+    capacity_factor: float | int = 1.0
+    mlp_layer_types: list[str] | None = None
+    routing: Literal["expert_choice"] = "expert_choice"
+    inference_routing: Literal["threshold", "expert_choice"] = "threshold"
+    routing_pool: Literal["batch", "sequence"] = "batch"
+    router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_combine_weights: bool = False
+    min_experts_per_token: int = 0
+    max_experts_per_token: int | None = None
+    shared_expert_intermediate_size: int = 0
+    shared_expert_weighting: Literal["one", "complement"] = "one"
+    threshold_decay: float | int = 0.99
+    output_router_logits: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_misspelled(kwargs)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_expert_choice(self) -> None:
+        """Part of the validation that `@strict` runs; each message names the field, the value and the remedy."""
+        experts = self.num_experts
+        if experts < 1:
+            raise ValueError(f"num_experts={experts} must be at least 1")
+        if not 0 < self.capacity_factor <= experts:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} must be above 0 and at most num_experts={experts}: "
+                "it is the mean number of experts per token"
+            )
+        least, most = self.min_experts_per_token, self.max_experts_per_token
+        if not 0 <= least <= experts:
+            raise ValueError(f"min_experts_per_token={least} must be between 0 and num_experts={experts}")
+        if most is not None and not max(least, 1) <= most <= experts:
+            raise ValueError(
+                f"max_experts_per_token={most} must be at least 1, at least min_experts_per_token={least} "
+                f"and at most num_experts={experts}"
+            )
+        if not 0 <= self.threshold_decay < 1:
+            raise ValueError(f"threshold_decay={self.threshold_decay} must be at least 0 and below 1")
+        for field, lowest in (("moe_intermediate_size", 1), ("shared_expert_intermediate_size", 0)):
+            if getattr(self, field) < lowest:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least {lowest}")
+        if self.shared_expert_weighting == "complement" and not self.shared_expert_intermediate_size:
+            raise ValueError(
+                "shared_expert_weighting='complement' weights a shared expert, and "
+                "shared_expert_intermediate_size=0 says there is none: set its width"
+            )
+        if len(self.mlp_layer_types) != self.num_hidden_layers or not set(self.mlp_layer_types) <= {"sparse", "dense"}:
+            raise ValueError(
+                f"mlp_layer_types={self.mlp_layer_types} must hold 'sparse' or 'dense' for each of the "
+                f"num_hidden_layers={self.num_hidden_layers} layers"
+            )
+        if getattr(self, "mlp_bias", False):
+            raise ValueError("mlp_bias=True is not supported: the experts have no biases. Use a family without them")
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Saves with a complete `auto_map`, so that the folder loads as remote code with every Auto class.
+
+        Transformers writes the entry of the saved class alone, and for a checkpoint that came from the Hub it
+        would keep the others pointing at the repository it came from.
+        """
+        family = type(self).__name__.removesuffix("Config")
+        self.auto_map = {"AutoConfig": f"configuration_ecmoe.{family}Config"} | {
+            auto_class: f"modeling_ecmoe.{family}{suffix}" for auto_class, suffix in AUTO_CLASSES.items()
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+AUTO_CLASSES = {
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+}
+
+
+def _refuse_misspelled(unknown: dict[str, Any]) -> None:
+    """Refuses a keyword that is nearly one of our fields.
+
+    Transformers turns any unknown keyword into an attribute, which dense checkpoints rely on; a misspelled field
+    of ours would pass as well and do nothing.
+    """
+    known = [field.name for field in fields(EcMoeConfigMixin)]
+    for name in unknown:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if nearest and name not in _LOOK_ALIKES:
+            raise ValueError(f"{name}={unknown[name]!r} is no field of an expert-choice config; did you mean {nearest[0]}?")
+
+
+# Words of Transformers and its consumers that look like ours and mean something else.
+_LOOK_ALIKES = {"num_experts_per_tok", "layer_types", "output_hidden_states", "num_local_experts"}
+
+
+@strict
+class EcMoeLlamaConfig(EcMoeConfigMixin, LlamaConfig):
+    model_type = "ecmoe_llama"
+
+
+@strict
+class EcMoeMistralConfig(EcMoeConfigMixin, MistralConfig):
+    model_type = "ecmoe_mistral"
+
+
+@strict
+class EcMoeQwen2Config(EcMoeConfigMixin, Qwen2Config):
+    model_type = "ecmoe_qwen2"
+
+
+@strict
+class EcMoeQwen3Config(EcMoeConfigMixin, Qwen3Config):
+    model_type = "ecmoe_qwen3"
+
+
+__all__ = ["EcMoeLlamaConfig", "EcMoeMistralConfig", "EcMoeQwen2Config", "EcMoeQwen3Config"]

@@ -1,0 +1,359 @@
+"""Expert-choice mixture-of-experts decoders: the dense classes of Transformers with another FFN.
+
+Everything but the FFN (block_ecmoe.py) is inherited. A dense family is declared at the end of the file.
+Shapes: B batch, S sequence, T = B * S tokens, D hidden size, E experts.
+"""
+
+from typing import Any
+
+import torch
+import transformers.initialization as init
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+    MistralModel,
+    MistralPreTrainedModel,
+)
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2ForQuestionAnswering,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+    Qwen2Model,
+    Qwen2PreTrainedModel,
+)
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3ForQuestionAnswering,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
+    Qwen3PreTrainedModel,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .block_ecmoe import EcMoeBlock, EcMoeRaggedExperts, EcMoeRouter, causal_routing
+from .configuration_ecmoe import EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config
+class EcMoeDecoderLayerMixin:
+    """A dense decoder layer whose `mlp` is the sparse block, and which hands the real tokens to it."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.mlp_layer_types[layer_idx] == "sparse":
+            self.mlp = EcMoeBlock(config, dense_mlp_class=type(self.mlp))
+
+    def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """token_mask: [B, S] bool, True for real tokens. A keyword, so that a recomputed layer gets it again."""
+        if not isinstance(self.mlp, EcMoeBlock):
+            return super().forward(hidden_states, *args, **kwargs)
+        self.mlp.token_mask = token_mask
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self.mlp.token_mask = None
+
+
+class EcMoePreTrainedMixin:
+    """What every class of the family shares: how its own modules are initialised and which names they have."""
+
+    base_model_prefix = "model"
+    _keep_in_fp32_modules_strict = ["gate.threshold"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers looks for `@use_experts_implementation` in this file's text; it stands in block_ecmoe.py."""
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, EcMoeRaggedExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, EcMoeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            for buffer in module.buffers():
+                init.zeros_(buffer)
+
+
+class EcMoeModelMixin:
+    """The base model: the dense one with other layers, its padding mask handed down to them."""
+
+    decoder_layer_class: type[nn.Module]
+
+    def __init__(self, config: Any) -> None:
+        # The dense constructor makes embedding, norm and rotary embedding; its layers give way to ours. Under
+        # from_pretrained that happens on the meta device and costs nothing.
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            self.decoder_layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        token_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast | tuple:
+        """As the dense model's. token_mask [B, S] bool, True for real tokens; read off a 2-D attention_mask."""
+        if token_mask is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            # With a cache the mask covers past tokens too; the last S columns are the tokens at hand.
+            inputs = input_ids if input_ids is not None else inputs_embeds
+            token_mask = attention_mask[:, -inputs.shape[1] :].bool()
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            token_mask=token_mask,
+            **kwargs,
+        )
+        return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
+
+
+class EcMoeForCausalLMMixin:
+    """The language model: the dense head, the router logits among the outputs, causal routes in `generate`."""
+
+    base_model_class: type[PreTrainedModel]
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)  # not the dense constructor, which would build the dense model
+        self.model = self.base_model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As the dense model's, with `router_logits` (one [B * S, E] per sparse layer) when they are asked for."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' `generate`, routed causally also when the model was left in train mode."""
+        with causal_routing(self):
+            return super().generate(*args, **kwargs)
+
+
+_ROUTER_LOGITS = {"router_logits": OutputRecorder(EcMoeRouter, index=0)}
+
+
+class EcMoeLlamaDecoderLayer(EcMoeDecoderLayerMixin, LlamaDecoderLayer):
+    pass
+
+
+class EcMoeLlamaPreTrainedModel(EcMoePreTrainedMixin, LlamaPreTrainedModel):
+    config: EcMoeLlamaConfig
+    _no_split_modules = ["EcMoeLlamaDecoderLayer"]
+    _can_record_outputs = LlamaPreTrainedModel._can_record_outputs | _ROUTER_LOGITS
+
+
+class EcMoeLlamaModel(EcMoeModelMixin, EcMoeLlamaPreTrainedModel, LlamaModel):
+    decoder_layer_class = EcMoeLlamaDecoderLayer
+
+
+class EcMoeLlamaForCausalLM(EcMoeForCausalLMMixin, EcMoeLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
+    base_model_class = EcMoeLlamaModel
+
+
+class EcMoeLlamaForSequenceClassification(EcMoeLlamaPreTrainedModel, LlamaForSequenceClassification):
+    pass
+
+
+class EcMoeLlamaForTokenClassification(EcMoeLlamaPreTrainedModel, LlamaForTokenClassification):
+    pass
+
+
+class EcMoeLlamaForQuestionAnswering(EcMoeLlamaPreTrainedModel, LlamaForQuestionAnswering):
+    pass
+
+
+class EcMoeMistralDecoderLayer(EcMoeDecoderLayerMixin, MistralDecoderLayer):
+    pass
+
+
+class EcMoeMistralPreTrainedModel(EcMoePreTrainedMixin, MistralPreTrainedModel):
+    config: EcMoeMistralConfig
+    _no_split_modules = ["EcMoeMistralDecoderLayer"]
+    _can_record_outputs = MistralPreTrainedModel._can_record_outputs | _ROUTER_LOGITS
+
+
+class EcMoeMistralModel(EcMoeModelMixin, EcMoeMistralPreTrainedModel, MistralModel):
+    decoder_layer_class = EcMoeMistralDecoderLayer
+
+
+class EcMoeMistralForCausalLM(EcMoeForCausalLMMixin, EcMoeMistralPreTrainedModel, MistralForCausalLM, GenerationMixin):
+    base_model_class = EcMoeMistralModel
+
+
+class EcMoeMistralForSequenceClassification(EcMoeMistralPreTrainedModel, MistralForSequenceClassification):
+    pass
+
+
+class EcMoeMistralForTokenClassification(EcMoeMistralPreTrainedModel, MistralForTokenClassification):
+    pass
+
+
+class EcMoeMistralForQuestionAnswering(EcMoeMistralPreTrainedModel, MistralForQuestionAnswering):
+    pass
+
+
+class EcMoeQwen2DecoderLayer(EcMoeDecoderLayerMixin, Qwen2DecoderLayer):
+    pass
+
+
+class EcMoeQwen2PreTrainedModel(EcMoePreTrainedMixin, Qwen2PreTrainedModel):
+    config: EcMoeQwen2Config
+    _no_split_modules = ["EcMoeQwen2DecoderLayer"]
+    _can_record_outputs = Qwen2PreTrainedModel._can_record_outputs | _ROUTER_LOGITS
+
+
+class EcMoeQwen2Model(EcMoeModelMixin, EcMoeQwen2PreTrainedModel, Qwen2Model):
+    decoder_layer_class = EcMoeQwen2DecoderLayer
+
+
+class EcMoeQwen2ForCausalLM(EcMoeForCausalLMMixin, EcMoeQwen2PreTrainedModel, Qwen2ForCausalLM, GenerationMixin):
+    base_model_class = EcMoeQwen2Model
+
+
+class EcMoeQwen2ForSequenceClassification(EcMoeQwen2PreTrainedModel, Qwen2ForSequenceClassification):
+    pass
+
+
+class EcMoeQwen2ForTokenClassification(EcMoeQwen2PreTrainedModel, Qwen2ForTokenClassification):
+    pass
+
+
+class EcMoeQwen2ForQuestionAnswering(EcMoeQwen2PreTrainedModel, Qwen2ForQuestionAnswering):
+    pass
+
+
+class EcMoeQwen3DecoderLayer(EcMoeDecoderLayerMixin, Qwen3DecoderLayer):
+    pass
+
+
+class EcMoeQwen3PreTrainedModel(EcMoePreTrainedMixin, Qwen3PreTrainedModel):
+    config: EcMoeQwen3Config
+    _no_split_modules = ["EcMoeQwen3DecoderLayer"]
+    _can_record_outputs = Qwen3PreTrainedModel._can_record_outputs | _ROUTER_LOGITS
+
+
+class EcMoeQwen3Model(EcMoeModelMixin, EcMoeQwen3PreTrainedModel, Qwen3Model):
+    decoder_layer_class = EcMoeQwen3DecoderLayer
+
+
+class EcMoeQwen3ForCausalLM(EcMoeForCausalLMMixin, EcMoeQwen3PreTrainedModel, Qwen3ForCausalLM, GenerationMixin):
+    base_model_class = EcMoeQwen3Model
+
+
+class EcMoeQwen3ForSequenceClassification(EcMoeQwen3PreTrainedModel, Qwen3ForSequenceClassification):
+    pass
+
+
+class EcMoeQwen3ForTokenClassification(EcMoeQwen3PreTrainedModel, Qwen3ForTokenClassification):
+    pass
+
+
+class EcMoeQwen3ForQuestionAnswering(EcMoeQwen3PreTrainedModel, Qwen3ForQuestionAnswering):
+    pass
+
+
+MODEL_CLASSES: dict[type, dict[str, type[PreTrainedModel]]] = {
+    EcMoeLlamaConfig: {
+        "AutoModel": EcMoeLlamaModel,
+        "AutoModelForCausalLM": EcMoeLlamaForCausalLM,
+        "AutoModelForSequenceClassification": EcMoeLlamaForSequenceClassification,
+        "AutoModelForTokenClassification": EcMoeLlamaForTokenClassification,
+        "AutoModelForQuestionAnswering": EcMoeLlamaForQuestionAnswering,
+    },
+    EcMoeMistralConfig: {
+        "AutoModel": EcMoeMistralModel,
+        "AutoModelForCausalLM": EcMoeMistralForCausalLM,
+        "AutoModelForSequenceClassification": EcMoeMistralForSequenceClassification,
+        "AutoModelForTokenClassification": EcMoeMistralForTokenClassification,
+        "AutoModelForQuestionAnswering": EcMoeMistralForQuestionAnswering,
+    },
+    EcMoeQwen2Config: {
+        "AutoModel": EcMoeQwen2Model,
+        "AutoModelForCausalLM": EcMoeQwen2ForCausalLM,
+        "AutoModelForSequenceClassification": EcMoeQwen2ForSequenceClassification,
+        "AutoModelForTokenClassification": EcMoeQwen2ForTokenClassification,
+        "AutoModelForQuestionAnswering": EcMoeQwen2ForQuestionAnswering,
+    },
+    EcMoeQwen3Config: {
+        "AutoModel": EcMoeQwen3Model,
+        "AutoModelForCausalLM": EcMoeQwen3ForCausalLM,
+        "AutoModelForSequenceClassification": EcMoeQwen3ForSequenceClassification,
+        "AutoModelForTokenClassification": EcMoeQwen3ForTokenClassification,
+        "AutoModelForQuestionAnswering": EcMoeQwen3ForQuestionAnswering,
+    },
+}
+
+# Here and not in __init__.py, which is not copied beside a checkpoint: with remote code the heads build their base
+# model through AutoModel, and a model that is saved again copies its code only if its class says which Auto class
+# it belongs to.
+for _config_class, _model_classes in MODEL_CLASSES.items():
+    AutoModel.register(_config_class, _model_classes["AutoModel"], exist_ok=True)
+    _config_class.register_for_auto_class()
+    for _auto_class, _model_class in _model_classes.items():
+        _model_class.register_for_auto_class(_auto_class)
+
+__all__ = [_model_class.__name__ for _model_classes in MODEL_CLASSES.values() for _model_class in _model_classes.values()]

@@ -1,0 +1,183 @@
+"""Routing as pure tensor functions: scores, capacity, who chooses whom, thresholds.
+
+Nothing here knows of a model. Letters in names and docstrings:
+
+    T  tokens            P  pools (the sets of tokens an expert chooses among)
+    N  tokens per pool   E  experts
+    C  slots per expert and pool (the static upper bound of the expert capacity)
+
+The order is the paper's (Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing",
+arXiv 2202.09368, section 3.2): scores, then each expert's choice, then the combine weights.
+Inference replaces the choice by a threshold per expert (Expert Threshold routing, arXiv 2603.11535),
+so that a token's route depends on no other token.
+"""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ExpertChoice(NamedTuple):
+    """What each expert chose in training: E experts, P pools, C slots each.
+
+    token_index: [E, P * C] long, the chosen token's row in the flat [T] order, best first in each pool.
+    scores: [E, P * C] float, the token's score; differentiable.
+    is_chosen: [E, P * C] bool, False marks a slot beyond the capacity of the pool's real tokens.
+    threshold: [E] float32, detached, the score that separates chosen from refused, mean over pools.
+    """
+
+    token_index: Tensor
+    scores: Tensor
+    is_chosen: Tensor
+    threshold: Tensor
+
+
+def expert_capacity(num_tokens: int, num_experts: int, capacity_factor: float) -> int:
+    """Tokens each expert takes: C = ceil(c * T / E), at most T (arXiv 2202.09368, section 3.2).
+
+    The capacity factor is taken as the decimal that was written, so that 1.1 * 80 / 8 is 11 and not 12.
+
+    Raises:
+        ValueError: when a number is not positive.
+    """
+    if num_tokens < 1 or num_experts < 1 or capacity_factor <= 0:
+        raise ValueError(
+            f"expert capacity needs positive numbers, got num_tokens={num_tokens}, "
+            f"num_experts={num_experts}, capacity_factor={capacity_factor}"
+        )
+    factor = Fraction(str(capacity_factor))
+    slots = -(-factor.numerator * num_tokens // (factor.denominator * num_experts))
+    return min(slots, num_tokens)
+
+
+def router_scores(router_logits: Tensor, score_function: str) -> Tensor:
+    """Scores in (0, 1) of router_logits [..., E]: `softmax` over the experts, or `sigmoid` of each.
+
+    Never a softmax over tokens: a score must not depend on other tokens, or inference could not be causal.
+    """
+    if score_function == "softmax":
+        return router_logits.softmax(dim=-1)
+    if score_function == "sigmoid":
+        return router_logits.sigmoid()
+    raise ValueError(f"router_score_function={score_function!r} is unknown; use 'softmax' or 'sigmoid'")
+
+
+def choose_tokens(scores_PNE: Tensor, capacity_factor: float, token_mask_PN: Tensor | None = None) -> ExpertChoice:
+    """Each expert takes the C highest scores of its column, in each pool (arXiv 2202.09368, equation 2).
+
+    Without padding every slot is used. With padding the slots stay static (C counts all N positions) and the
+    surplus over ceil(c * real / E) is masked, so no size is read back to the host. A masked slot points at the
+    expert's best token, so that no padding token ever enters an expert.
+
+    Args:
+        scores_PNE: [P, N, E] float, router scores.
+        capacity_factor: mean experts per token, c.
+        token_mask_PN: [P, N] bool, True for real tokens; None when all are.
+    """
+    num_pools, num_tokens, num_experts = scores_PNE.shape
+    num_slots = expert_capacity(num_tokens, num_experts, capacity_factor)
+    columns_PEN = scores_PNE.transpose(1, 2)
+    ranking_PEN = columns_PEN.detach()
+    if token_mask_PN is not None:
+        ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -torch.inf)
+
+    # One more than the slots: the best refused score is the other side of the threshold.
+    num_ranked = min(num_slots + 1, num_tokens)
+    ranked_PER, order_PER = ranking_PEN.topk(num_ranked, dim=-1)
+    index_PEC = order_PER[..., :num_slots]
+    if token_mask_PN is None:
+        is_chosen_PEC = torch.ones_like(index_PEC, dtype=torch.bool)
+        capacity_P = torch.full((num_pools,), num_slots, device=index_PEC.device)
+        num_real_P = torch.full((num_pools,), num_tokens, device=index_PEC.device)
+    else:
+        num_real_P = token_mask_PN.sum(dim=-1)
+        factor = Fraction(str(capacity_factor))
+        capacity_P = -(-factor.numerator * num_real_P // (factor.denominator * num_experts))
+        capacity_P = torch.minimum(capacity_P, num_real_P)
+        is_chosen_PEC = (torch.arange(num_slots, device=index_PEC.device) < capacity_P[:, None, None]).expand_as(
+            index_PEC
+        )
+        index_PEC = torch.where(is_chosen_PEC, index_PEC, index_PEC[..., :1])
+
+    scores_PEC = columns_PEN.gather(-1, index_PEC)
+    pool_offset_P11 = torch.arange(num_pools, device=index_PEC.device)[:, None, None] * num_tokens
+    threshold = _choice_threshold(ranked_PER, capacity_P, num_real_P)
+    return ExpertChoice(
+        token_index=_experts_first(index_PEC + pool_offset_P11),
+        scores=_experts_first(scores_PEC),
+        is_chosen=_experts_first(is_chosen_PEC),
+        threshold=threshold,
+    )
+
+
+def _experts_first(slots_PEC: Tensor) -> Tensor:
+    """[P, E, C] -> [E, P * C]: rows of one expert side by side, as the stacked products want them."""
+    return slots_PEC.transpose(0, 1).flatten(1)
+
+
+def _choice_threshold(ranked_PER: Tensor, capacity_P: Tensor, num_real_P: Tensor) -> Tensor:
+    """[E] midpoint of the last chosen and the best refused score, averaged over pools by their real tokens.
+
+    `score > threshold` then repeats the choice on the same pool (of tokens tied at the border it takes none).
+    Where an expert takes every token there is no refused score, and half its lowest score stands in.
+    """
+    ranked_PER = ranked_PER.float()
+    last_slot = ranked_PER.shape[-1] - 1
+    last_P11 = (capacity_P - 1).clamp(0, last_slot)[:, None, None]
+    next_P11 = capacity_P.clamp(0, last_slot)[:, None, None]
+    num_experts = ranked_PER.shape[1]
+    last_chosen_PE = ranked_PER.gather(-1, last_P11.expand(-1, num_experts, -1)).squeeze(-1)
+    best_refused_PE = ranked_PER.gather(-1, next_P11.expand(-1, num_experts, -1)).squeeze(-1)
+    takes_all_P1 = (capacity_P >= num_real_P)[:, None]
+    best_refused_PE = torch.where(takes_all_P1, torch.zeros_like(best_refused_PE), best_refused_PE)
+    midpoint_PE = (last_chosen_PE + best_refused_PE) / 2
+    # Without a real token in the pool there is no score to learn from (and -inf would poison the mean).
+    weight_P1 = num_real_P[:, None].float()
+    midpoint_PE = torch.where(weight_P1 > 0, midpoint_PE, torch.zeros_like(midpoint_PE))
+    return (midpoint_PE * weight_P1).sum(0) / weight_P1.sum(0).clamp(min=1)
+
+
+def routes_by_threshold(
+    scores_TE: Tensor, threshold_E: Tensor, min_experts: int = 0, max_experts: int | None = None
+) -> Tensor:
+    """[T, E] bool: expert e takes token t when its score exceeds the expert's threshold (arXiv 2603.11535).
+
+    With bounds the experts are ranked by score - threshold: a token keeps at most `max_experts` of those above
+    their threshold and gets at least `min_experts`, its nearest ones. Causal: row t reads row t alone.
+    """
+    num_experts = scores_TE.shape[-1]
+    margin_TE = scores_TE.detach() - threshold_E
+    routes_TE = margin_TE > 0
+    if max_experts is not None and max_experts < num_experts:
+        routes_TE = routes_TE & _best_experts(margin_TE, max_experts)
+    if min_experts > 0:
+        routes_TE = routes_TE | _best_experts(margin_TE, min_experts)
+    return routes_TE
+
+
+def _best_experts(margin_TE: Tensor, num_best: int) -> Tensor:
+    """[T, E] bool, True at the `num_best` largest margins of each token."""
+    best_TK = margin_TE.topk(num_best, dim=-1).indices
+    return torch.zeros_like(margin_TE, dtype=torch.bool).scatter(-1, best_TK, True)
+
+
+def combine_weights(scores: Tensor, token_index: Tensor, num_tokens: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Combine weights of the chosen pairs and what each token's weights add up to.
+
+    Args:
+        scores: [R] float, scores of the chosen (expert, token) pairs, zero at masked slots.
+        token_index: [R] long, the token of each pair.
+        num_tokens: T.
+        normalize: divide by the token's sum, so that its weights add up to one.
+
+    Returns:
+        weights [R] and their sum per token [T]; a token nobody chose has sum 0.
+    """
+    total_T = scores.new_zeros(num_tokens).index_add(0, token_index, scores)
+    if not normalize:
+        return scores, total_T
+    # where, not clamp: a masked slot of an otherwise unchosen token must give 0 / 1 and no gradient.
+    divisor_T = torch.where(total_T > 0, total_T, torch.ones_like(total_T))
+    return scores / divisor_T[token_index], (total_T > 0).to(scores.dtype)
