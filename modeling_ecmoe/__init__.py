@@ -2,7 +2,8 @@
 
 import transformers
 
-from .block_ecmoe import causal_routing
+from .block_ecmoe import use_inference_routing
+from .calibration_ecmoe import RoutingRecord, calibrate_thresholds, record_routing
 from .configuration_ecmoe import EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config
 from .modeling_ecmoe import MODEL_CLASSES
 from .modeling_ecmoe import *  # noqa: F403  (the model classes, as __all__ there lists them)

@@ -78,7 +78,8 @@ class EcMoeRouter(nn.Module):
         """
         self.pending_threshold.add_(threshold * num_tokens)
         self.pending_tokens.add_(num_tokens)
-        self.has_pending = True
+        if not torch.compiler.is_compiling():  # there `announce_tokens` has said so
+            self.has_pending = True
 
     @torch.no_grad()
     def update_threshold(self) -> None:
@@ -211,16 +212,15 @@ class EcMoeBlock(nn.Module):
             shared_config = copy.copy(config)
             shared_config.intermediate_size = config.shared_expert_intermediate_size
             self.shared_expert = dense_mlp_class(shared_config)
-        # Set around a call: the real tokens by the decoder layer, the causal mode by `causal_routing`.
+        # Set around a call: the real tokens by the model, another routing by `use_inference_routing`.
         self.token_mask: Tensor | None = None
-        self.causal = False
+        self.routing_override: str | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         tokens_TD = hidden_states.flatten(0, -2)
         _, scores_TE = self.gate(tokens_TD)
-        training = self.training and not self.causal
-        routing = self.config.routing if training else self.config.inference_routing
+        routing = self.routing_override or (self.config.routing if self.training else self.config.inference_routing)
         if routing == "expert_choice":
             routed_TD, total_T = self._experts_choose(tokens_TD, scores_TE, hidden_states.shape[:-1])
         elif torch.compiler.is_compiling() or self.config.max_experts_per_token is not None:
@@ -241,7 +241,7 @@ class EcMoeBlock(nn.Module):
         mask_PN = None if self.token_mask is None else self.token_mask.reshape(num_pools, -1)
         choice = choose_tokens(scores_TE.view(num_pools, -1, num_experts), self.config.capacity_factor, mask_PN)
         # Not without gradients: the first pass of reentrant checkpointing, reference passes, evaluation.
-        if self.training and not self.causal and torch.is_grad_enabled():
+        if self.training and self.routing_override is None and torch.is_grad_enabled():
             self.gate.record_threshold(choice.threshold, num_tokens if mask_PN is None else mask_PN.sum())
 
         index_R = choice.token_index.flatten()
@@ -295,14 +295,35 @@ def _combine(rows_RD: Tensor, weight_R: Tensor, index_R: Tensor, num_tokens: int
 
 
 @contextlib.contextmanager
-def causal_routing(model: nn.Module) -> Iterator[None]:
-    """Routes as in eval mode while the context is open, also in a model that is left in train mode."""
+def announce_tokens(model: nn.Module, token_mask: Tensor | None) -> Iterator[None]:
+    """Tells the blocks of a base model which tokens [B, S] are real, before its layers are entered.
+
+    In eager mode each decoder layer tells its block again, because a recomputed layer is entered without the
+    model. A compiled layer under gradient checkpointing may not set attributes, and reads what was set here.
+    """
     blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
-    before = [block.causal for block in blocks]
     for block in blocks:
-        block.causal = True
+        block.token_mask = token_mask
+        block.gate.has_pending |= model.training and torch.is_grad_enabled()
     try:
         yield
     finally:
-        for block, causal in zip(blocks, before, strict=True):
-            block.causal = causal
+        for block in blocks:
+            block.token_mask = None
+
+
+@contextlib.contextmanager
+def use_inference_routing(model: nn.Module, routing: str | None = None) -> Iterator[None]:
+    """Routes as in eval mode while the context is open, also in a model that is left in train mode.
+
+    routing: "threshold", or "expert_choice", which is not causal; None is each model's `inference_routing`.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
+    before = [block.routing_override for block in blocks]
+    for block in blocks:
+        block.routing_override = routing or block.config.inference_routing
+    try:
+        yield
+    finally:
+        for block, override in zip(blocks, before, strict=True):
+            block.routing_override = override

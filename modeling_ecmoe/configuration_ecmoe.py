@@ -122,7 +122,9 @@ def _refuse_misspelled(unknown: dict[str, Any]) -> None:
     for name in unknown:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if nearest and name not in _LOOK_ALIKES:
-            raise ValueError(f"{name}={unknown[name]!r} is no field of an expert-choice config; did you mean {nearest[0]}?")
+            raise ValueError(
+                f"{name}={unknown[name]!r} is no field of an expert-choice config; did you mean {nearest[0]}?"
+            )
 
 
 # Words of Transformers and its consumers that look like ours and mean something else.

@@ -51,8 +51,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from .block_ecmoe import EcMoeBlock, EcMoeRaggedExperts, EcMoeRouter, causal_routing
+from .block_ecmoe import EcMoeBlock, EcMoeRaggedExperts, EcMoeRouter, announce_tokens, use_inference_routing
 from .configuration_ecmoe import EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config
+
+
 class EcMoeDecoderLayerMixin:
     """A dense decoder layer whose `mlp` is the sparse block, and which hands the real tokens to it."""
 
@@ -63,7 +65,7 @@ class EcMoeDecoderLayerMixin:
 
     def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """token_mask: [B, S] bool, True for real tokens. A keyword, so that a recomputed layer gets it again."""
-        if not isinstance(self.mlp, EcMoeBlock):
+        if not isinstance(self.mlp, EcMoeBlock) or torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
         self.mlp.token_mask = token_mask
         try:
@@ -126,16 +128,17 @@ class EcMoeModelMixin:
             # With a cache the mask covers past tokens too; the last S columns are the tokens at hand.
             inputs = input_ids if input_ids is not None else inputs_embeds
             token_mask = attention_mask[:, -inputs.shape[1] :].bool()
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            token_mask=token_mask,
-            **kwargs,
-        )
+        with announce_tokens(self, token_mask):
+            outputs = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                token_mask=token_mask,
+                **kwargs,
+            )
         return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
 
 
@@ -189,7 +192,7 @@ class EcMoeForCausalLMMixin:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' `generate`, routed causally also when the model was left in train mode."""
-        with causal_routing(self):
+        with use_inference_routing(self):
             return super().generate(*args, **kwargs)
 
 
@@ -356,4 +359,6 @@ for _config_class, _model_classes in MODEL_CLASSES.items():
     for _auto_class, _model_class in _model_classes.items():
         _model_class.register_for_auto_class(_auto_class)
 
-__all__ = [_model_class.__name__ for _model_classes in MODEL_CLASSES.values() for _model_class in _model_classes.values()]
+__all__ = [
+    _model_class.__name__ for _model_classes in MODEL_CLASSES.values() for _model_class in _model_classes.values()
+]

@@ -1,0 +1,37 @@
+# Every target makes the environment it needs; nothing else has to have run.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCE ?=
+OUTPUT ?= demo_output
+
+.PHONY: demo test test-slow lint clean
+
+# torch first and by its exact version: with it installed no other package asks for another build.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tests,peers,dev]"
+	touch $@
+
+## The whole road: train a small dense model, convert it, fine-tune both, compare. SOURCE=folder or Hub id takes yours.
+demo: $(VENV)/.runtime
+	$(BIN)/python -m examples.demo --output $(OUTPUT) $(if $(SOURCE),--source $(SOURCE))
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(OUTPUT) build *.egg-info

@@ -1,0 +1,198 @@
+"""Thresholds from data, and what the routes then look like: load, coverage, experts per token."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .block_ecmoe import EcMoeBlock, use_inference_routing
+from .routing_ecmoe import expert_capacity
+
+# A float32 score in [0, 1] has a bit pattern below 2^30, and patterns are ordered as the scores are. Two halves of
+# 15 bits make two passes with small integer histograms find any quantile exactly, and histograms simply add up.
+_HALF_BITS = 15
+_BINS = 1 << _HALF_BITS
+
+
+def sparse_blocks(model: nn.Module) -> dict[str, EcMoeBlock]:
+    """The expert-choice blocks of a model by name, in the order of its layers.
+
+    Raises:
+        ValueError: when the model has none.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, EcMoeBlock)}
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no expert-choice layer")
+    return blocks
+
+
+@torch.no_grad()
+def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
+    """Sets every threshold to the exact quantile at which its expert takes its share of the batches' real tokens.
+
+    The expert then takes C = ceil(c * T / E) of these T tokens. The layers below route by expert choice among each
+    batch meanwhile, as in training, so that the scores do not depend on the thresholds that are being replaced.
+    The model is left in the mode it was in. Quantile balancing by histograms: anchored in arXiv 2603.11535,
+    section 3, whose training average this replaces by the quantile itself.
+
+    Args:
+        model: any model of the family, also wrapped by PEFT.
+        batches: keyword arguments of the model's forward, `input_ids` [B, S] and, with padding, `attention_mask`.
+            Large batches of the text the model is meant for; they are gone through twice.
+
+    Raises:
+        ValueError: when there is no batch, or the model has no expert-choice layer.
+    """
+    batches = list(batches)
+    blocks = sparse_blocks(model)
+    if not batches:
+        raise ValueError("calibrate_thresholds needs at least one batch of tokens")
+    high = {name: _empty_histogram(block) for name, block in blocks.items()}
+    low = {name: _empty_histogram(block) for name, block in blocks.items()}
+    cut: dict[str, Tensor] = {}
+
+    def count_high(name: str, bits_TE: Tensor) -> None:
+        _count(high[name], bits_TE >> _HALF_BITS)
+
+    def count_low(name: str, bits_TE: Tensor) -> None:
+        inside_TE = (bits_TE >> _HALF_BITS) == cut[name]
+        _count(low[name], torch.where(inside_TE, bits_TE & (_BINS - 1), -1))
+
+    _collect_scores(model, blocks, batches, count_high)
+    rank = {}
+    for name, block in blocks.items():
+        num_tokens = int(high[name][0].sum())
+        # The threshold is the best refused score, so that `score > threshold` takes C tokens.
+        wanted = expert_capacity(num_tokens, block.config.num_experts, block.config.capacity_factor)
+        cut[name], rank[name] = _bin_of_rank(high[name], torch.full_like(high[name][:, 0], wanted))
+    _collect_scores(model, blocks, batches, count_low)
+    for name, block in blocks.items():
+        fine, _ = _bin_of_rank(low[name], rank[name])
+        threshold = ((cut[name] << _HALF_BITS) | fine).to(torch.int32).view(torch.float32)
+        block.gate.threshold.copy_(threshold)
+        # Worth as many optimiser steps as the running average remembers.
+        block.gate.threshold_updates.fill_(round(1 / (1 - block.config.threshold_decay)))
+
+
+def _empty_histogram(block: EcMoeBlock) -> Tensor:
+    return torch.zeros(block.config.num_experts, _BINS, dtype=torch.int64, device=block.gate.threshold.device)
+
+
+def _count(histogram: Tensor, bins_TE: Tensor) -> None:
+    """Adds the tokens' bins [T, E] to the histogram [E, bins]; a negative bin is not counted."""
+    bins_ET = bins_TE.T.long()
+    histogram.scatter_add_(1, bins_ET.clamp(min=0), (bins_ET >= 0).long())
+
+
+def _bin_of_rank(histogram: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin [E] that holds the score with `rank_E` larger ones, and how many of those lie in that bin itself.
+
+    When an expert takes every token there is no such score; the lowest bin stands for score 0.
+    """
+    above_or_in = histogram.flip(1).cumsum(1).flip(1)  # scores in this bin or a higher one
+    bin_E = (above_or_in > rank_E[:, None]).sum(1) - 1
+    found = bin_E >= 0
+    bin_E = bin_E.clamp(min=0)
+    inside = above_or_in.gather(1, bin_E[:, None])[:, 0] - histogram.gather(1, bin_E[:, None])[:, 0]
+    return bin_E, torch.where(found, rank_E - inside, rank_E)
+
+
+def _collect_scores(
+    model: nn.Module,
+    blocks: dict[str, EcMoeBlock],
+    batches: list[Mapping[str, Tensor]],
+    count: Callable[[str, Tensor], None],
+) -> None:
+    """Runs the batches and hands `count` each layer's real scores as bit patterns [T, E]."""
+
+    def hook_of(name: str, block: EcMoeBlock) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor]) -> None:
+            bits_TE = output[1].float().contiguous().view(torch.int32)
+            if block.token_mask is not None:
+                bits_TE = bits_TE[block.token_mask.flatten()]
+            count(name, bits_TE)
+
+        return hook
+
+    handles = [block.gate.register_forward_hook(hook_of(name, block)) for name, block in blocks.items()]
+    try:
+        with use_inference_routing(model, "expert_choice"):
+            _run(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> None:
+    """Forward passes in eval mode; the model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        for batch in batches:
+            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class RoutingRecord:
+    """Counts of the threshold routes of a model's real tokens, one entry per sparse layer."""
+
+    num_experts: int
+    capacity_factor: float
+    tokens: dict[str, int] = field(default_factory=dict)
+    chosen: dict[str, Tensor] = field(default_factory=dict)
+    uncovered: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, routes_TE: Tensor) -> None:
+        self.tokens[name] = self.tokens.get(name, 0) + len(routes_TE)
+        self.chosen[name] = self.chosen.get(name, 0) + routes_TE.sum(0).cpu()
+        self.uncovered[name] = self.uncovered.get(name, 0) + int((~routes_TE.any(-1)).sum())
+
+    def load(self) -> list[list[float]]:
+        """[layers][E], each expert's tokens relative to its equal share c * T / E; 1 is balance."""
+        share = self.capacity_factor / self.num_experts
+        return [(self.chosen[name] / (self.tokens[name] * share)).tolist() for name in self.tokens]
+
+    def experts_per_token(self) -> float:
+        """Mean over tokens and layers."""
+        return sum(int(self.chosen[name].sum()) for name in self.tokens) / sum(self.tokens.values())
+
+    def uncovered_share(self) -> float:
+        """Share of the tokens that no expert chose, mean over layers."""
+        return sum(self.uncovered.values()) / sum(self.tokens.values())
+
+    def summary(self) -> dict[str, float]:
+        """Least and largest load over all experts and layers, uncovered share, experts per token."""
+        loads = [load for layer in self.load() for load in layer]
+        return {
+            "load_min": min(loads),
+            "load_max": max(loads),
+            "uncovered": self.uncovered_share(),
+            "experts_per_token": self.experts_per_token(),
+        }
+
+
+@contextlib.contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+    """Counts the routes of every forward pass while the context is open, as threshold inference takes them."""
+    blocks = sparse_blocks(model)
+    config = next(iter(blocks.values())).config
+    record = RoutingRecord(config.num_experts, float(config.capacity_factor))
+
+    def hook_of(name: str, block: EcMoeBlock) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor]) -> None:
+            routes_TE = block.routes(output[1])
+            record.add(name, routes_TE if block.token_mask is None else routes_TE[block.token_mask.flatten()])
+
+        return hook
+
+    handles = [block.gate.register_forward_hook(hook_of(name, block)) for name, block in blocks.items()]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
