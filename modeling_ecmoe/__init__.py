@@ -2,13 +2,25 @@
 
 import transformers
 
+from . import configuration_ecmoe, modeling_ecmoe
 from .block_ecmoe import use_inference_routing
-from .calibration_ecmoe import RoutingRecord, calibrate_thresholds, record_routing
-from .configuration_ecmoe import EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config
+from .calibration_ecmoe import RoutingRecord, calibrate_thresholds, record_routing, sparse_blocks
+from .configuration_ecmoe import *
+from .modeling_ecmoe import *
 from .modeling_ecmoe import MODEL_CLASSES
-from .modeling_ecmoe import *  # noqa: F403  (the model classes, as __all__ there lists them)
 
 for _config_class, _model_classes in MODEL_CLASSES.items():
     transformers.AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     for _auto_class, _model_class in _model_classes.items():
         getattr(transformers, _auto_class).register(_config_class, _model_class, exist_ok=True)
+
+__all__ = [
+    *configuration_ecmoe.__all__,
+    *modeling_ecmoe.__all__,
+    "MODEL_CLASSES",
+    "RoutingRecord",
+    "calibrate_thresholds",
+    "record_routing",
+    "sparse_blocks",
+    "use_inference_routing",
+]

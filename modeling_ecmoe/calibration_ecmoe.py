@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .block_ecmoe import EcMoeBlock, use_inference_routing
 from .routing_ecmoe import expert_capacity
@@ -131,7 +132,7 @@ def _run(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> None:
     model.eval()
     device = next(model.parameters()).device
     try:
-        for batch in batches:
+        for batch in logging.tqdm(batches, desc="Calibrating thresholds", unit="batch"):
             model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
     finally:
         model.train(was_training)

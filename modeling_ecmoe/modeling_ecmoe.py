@@ -359,6 +359,4 @@ for _config_class, _model_classes in MODEL_CLASSES.items():
     for _auto_class, _model_class in _model_classes.items():
         _model_class.register_for_auto_class(_auto_class)
 
-__all__ = [
-    _model_class.__name__ for _model_classes in MODEL_CLASSES.values() for _model_class in _model_classes.values()
-]
+__all__ = [model.__name__ for models in MODEL_CLASSES.values() for model in models.values()]

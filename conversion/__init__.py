@@ -1,0 +1,6 @@
+"""Dense checkpoint in, expert-choice checkpoint out."""
+
+from .convert import convert
+from .errors import ConversionError
+
+__all__ = ["ConversionError", "convert"]
