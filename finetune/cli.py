@@ -1,0 +1,59 @@
+"""ecmoe-finetune RECIPE.yaml [field=value ...], also as `accelerate launch -m finetune RECIPE.yaml`.
+
+ecmoe-finetune recipes/full.yaml model=qwen3-8x dataset=roneneldan/TinyStories max_steps=300
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .recipe import RecipeError, load_recipe
+from .train import RESULTS_NAME, run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; exits with code 2 and one line on an error the user can put right."""
+    parser = argparse.ArgumentParser(prog="ecmoe-finetune", description="Fine-tune an expert-choice or dense model.")
+    parser.add_argument("recipe", help="YAML file; see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="replaces a field of the recipe")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        results = run(recipe)
+    except RecipeError as error:
+        if options.debug:
+            raise
+        print(f"ecmoe-finetune: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("ecmoe-finetune: interrupted; go on with resume_from_checkpoint=true", file=sys.stderr)
+        sys.exit(130)
+    _report(results, recipe.output_dir)
+
+
+def _report(results: dict[str, Any], output_dir: str) -> None:
+    table = Table(title=f"{results['model']} -> {output_dir}")
+    table.add_column("")
+    table.add_column(results["model_type"], justify="right")
+    table.add_row("parameters", f"{results['parameters']:,}")
+    table.add_row("active per token", f"{results['active_parameters']:,}")
+    table.add_row("tokens trained on", f"{results['tokens']:,}")
+    table.add_row("causal loss before", f"{results['loss_before']:.4f}")
+    table.add_row("causal loss after", f"{results['loss_after']:.4f}")
+    if results["tokens_per_second"]:
+        table.add_row("tokens/s", f"{results['tokens_per_second']:,.0f}")
+    if "routing" in results:
+        routing = results["routing"]
+        table.add_row("expert load", f"{routing['load_min']:.2f} to {routing['load_max']:.2f} of its share")
+        table.add_row("chosen by no expert", f"{routing['uncovered']:.1%}")
+    console = Console()
+    console.print(table)
+    console.print(f"Model and {RESULTS_NAME} in {output_dir}.", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

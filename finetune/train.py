@@ -1,0 +1,143 @@
+"""Fine-tuning from end to end: data, Trainer, thresholds, and the causal loss before and after."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks
+
+from .data import prepare
+from .recipe import Recipe, RecipeError, training_arguments
+
+RESULTS_NAME = "finetune_results.json"
+CALIBRATION_TOKENS = 32_768
+CALIBRATION_POOL = 4_096  # tokens of one forward pass, the pool among which experts choose meanwhile
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimiser step, evaluation and logging left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Fine-tunes the recipe's model, writes it to `output_dir`, and returns what was measured.
+
+    The losses are causal: evaluation routes by threshold. Before and after are measured on the same held-out text.
+
+    Raises:
+        RecipeError: for anything the user can put right.
+    """
+    output = Path(recipe.output_dir).expanduser()
+    if output.exists() and any(output.iterdir()) and not recipe.training.get("resume_from_checkpoint"):
+        raise RecipeError(
+            f"output_dir={output} is not empty; name a new folder, or set resume_from_checkpoint=true to go on there"
+        )
+    arguments = training_arguments(recipe)
+    model, tokenizer = load(recipe)
+    train, held_out = prepare(recipe, tokenizer)
+    timer = StepTimer()
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        callbacks=[timer],
+    )
+    results = describe(model, recipe) | {"loss_before": trainer.evaluate()["eval_loss"]}
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    results |= _progress(trainer, arguments, recipe, timer)
+    results |= _evaluate(trainer, model, train)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def load(recipe: Recipe) -> tuple[Any, Any]:
+    """Model and tokenizer of a recipe."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and recipe.sequence_length > longest:
+        raise RecipeError(
+            f"sequence_length={recipe.sequence_length} is more than the model's {longest} positions; shorten it"
+        )
+    return model, tokenizer
+
+
+def is_expert_choice(model: Any) -> bool:
+    return str(model.config.model_type).startswith("ecmoe_")
+
+
+def describe(model: Any, recipe: Recipe) -> dict[str, Any]:
+    """Name, parameters, and the parameters that the average token meets."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    if is_expert_choice(model):
+        for block in sparse_blocks(model).values():
+            experts = sum(parameter.numel() for parameter in block.experts.parameters())
+            idle += experts - round(experts * block.config.capacity_factor / block.config.num_experts)
+    return {
+        "model": recipe.model,
+        "model_type": model.config.model_type,
+        "parameters": total,
+        "active_parameters": total - idle,
+    }
+
+
+def _progress(trainer: Trainer, arguments: TrainingArguments, recipe: Recipe, timer: StepTimer) -> dict[str, Any]:
+    sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    tokens = sequences * recipe.sequence_length
+    return {
+        "steps": trainer.state.global_step,
+        "tokens": tokens * trainer.state.global_step,
+        "tokens_per_second": tokens / statistics.median(timer.seconds) if timer.seconds else None,
+        "seed": arguments.seed,
+    }
+
+
+def _evaluate(trainer: Trainer, model: Any, train: Dataset) -> dict[str, Any]:
+    """The causal loss after training and, for expert choice, how the calibrated thresholds route."""
+    if not is_expert_choice(model):
+        return {"loss_after": trainer.evaluate()["eval_loss"]}
+    _calibrate(trainer, model, train)
+    with record_routing(model) as record:
+        loss = trainer.evaluate()["eval_loss"]
+    return {"loss_after": loss, "routing": record.summary()}
+
+
+def _calibrate(trainer: Trainer, model: Any, train: Dataset) -> None:
+    """Replaces the averages of training by exact quantiles on training text, the same on every rank."""
+    length = len(train[0]["input_ids"])
+    count = min(len(train), max(1, CALIBRATION_TOKENS // length))
+    rows = torch.tensor(train.shuffle(seed=0)[:count]["input_ids"])
+    batches = [{"input_ids": batch} for batch in rows.split(max(1, CALIBRATION_POOL // length))]
+    with trainer.accelerator.autocast():
+        calibrate_thresholds(model, batches)
