@@ -7,6 +7,7 @@ import argparse
 import sys
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("ecmoe-finetune: interrupted; go on with resume_from_checkpoint=true", file=sys.stderr)
         sys.exit(130)
-    _report(results, recipe.output_dir)
+    if PartialState().is_main_process:
+        _report(results, recipe.output_dir)
 
 
 def _report(results: dict[str, Any], output_dir: str) -> None:

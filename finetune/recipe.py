@@ -43,7 +43,7 @@ class Recipe:
     text_column: str = "text"
     sequence_length: int = 512
     append_eos: bool = True
-    validation_fraction: float = 0.05
+    validation_fraction: float | int = 0.05
     max_eval_sequences: int = 256
     dtype: str = "auto"
     training: dict[str, Any] = field(default_factory=dict)

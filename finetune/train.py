@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -130,7 +131,10 @@ def _evaluate(trainer: Trainer, model: Any, train: Dataset) -> dict[str, Any]:
     _calibrate(trainer, model, train)
     with record_routing(model) as record:
         loss = trainer.evaluate()["eval_loss"]
-    return {"loss_after": loss, "routing": record.summary()}
+    first, *others = gather_object([record])  # each rank evaluated its share of the held-out text
+    for other in others:
+        first.merge(other)
+    return {"loss_after": loss, "routing": first.summary()}
 
 
 def _calibrate(trainer: Trainer, model: Any, train: Dataset) -> None:

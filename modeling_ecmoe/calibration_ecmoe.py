@@ -35,8 +35,7 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor
 
     The expert then takes C = ceil(c * T / E) of these T tokens. The layers below route by expert choice among each
     batch meanwhile, as in training, so that the scores do not depend on the thresholds that are being replaced.
-    The model is left in the mode it was in. Quantile balancing by histograms: anchored in arXiv 2603.11535,
-    section 3, whose training average this replaces by the quantile itself.
+    The model is left in the mode it was in.
 
     Args:
         model: any model of the family, also wrapped by PEFT.
@@ -149,9 +148,18 @@ class RoutingRecord:
     uncovered: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, routes_TE: Tensor) -> None:
-        self.tokens[name] = self.tokens.get(name, 0) + len(routes_TE)
-        self.chosen[name] = self.chosen.get(name, 0) + routes_TE.sum(0).cpu()
-        self.uncovered[name] = self.uncovered.get(name, 0) + int((~routes_TE.any(-1)).sum())
+        """Counts the routes [T, E] of one layer in one forward pass."""
+        self._add(name, len(routes_TE), routes_TE.sum(0).cpu(), int((~routes_TE.any(-1)).sum()))
+
+    def merge(self, other: "RoutingRecord") -> None:
+        """Adds the counts of another record, of other batches or another rank."""
+        for name in other.tokens:
+            self._add(name, other.tokens[name], other.chosen[name], other.uncovered[name])
+
+    def _add(self, name: str, tokens: int, chosen: Tensor, uncovered: int) -> None:
+        self.tokens[name] = self.tokens.get(name, 0) + tokens
+        self.chosen[name] = self.chosen.get(name, 0) + chosen
+        self.uncovered[name] = self.uncovered.get(name, 0) + uncovered
 
     def load(self) -> list[list[float]]:
         """[layers][E], each expert's tokens relative to its equal share c * T / E; 1 is balance."""

@@ -1,0 +1,148 @@
+"""Conversion: exact at step 0, complete, repeatable, and never half done."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import CHAT_TEMPLATE, write_dense, write_text
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import conversion
+from conversion import convert
+from modeling_ecmoe import sparse_blocks
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
+
+
+@pytest.mark.parametrize("init", ["blend", "copy"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_converted_model_computes_what_the_dense_one_does(
+    tmp_path: Path, text: Path, family: str, init: str, make_tokens
+) -> None:
+    dense = write_dense(tmp_path / "dense", family)
+    record = convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, init=init, text=str(text))
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = make_tokens(3, 40)
+    with torch.no_grad():
+        expected = dense(ids).logits
+        torch.testing.assert_close(converted(ids).logits, expected, atol=2e-5, rtol=2e-5)
+        if init == "blend":  # exact whatever the routes are, so in train mode too
+            torch.testing.assert_close(converted.train()(ids).logits, expected, atol=2e-5, rtol=2e-5)
+            converted.eval()
+    greedy = {"do_sample": False, "max_new_tokens": 20, "temperature": None}
+    assert torch.equal(dense.generate(ids, **greedy), converted.generate(ids, **greedy))
+    assert record["verification"]["greedy_same"]
+    assert abs(record["verification"]["loss_change"]) <= 1e-5
+
+
+def test_routes_are_decided_and_the_load_is_near_its_share(tmp_path: Path, text: Path) -> None:
+    """Exactness would be cheap if nothing were routed."""
+    write_dense(tmp_path / "dense", "Llama")
+    record = convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, capacity_factor=1.5, text=str(text))
+    measured = record["verification"]
+    assert 1.2 < measured["experts_per_token"] < 1.8
+    assert 0.4 < measured["load_min"] <= 1 <= measured["load_max"] < 1.8
+    assert 0 < measured["uncovered"] < 0.6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for block in sparse_blocks(model).values():
+        assert block.gate.threshold_updates > 0
+        assert (block.gate.threshold > 0).all()
+
+
+def test_a_wrong_conversion_fails_and_leaves_nothing(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the converter's own check: experts that are not the dense FFN."""
+    write_dense(tmp_path / "dense", "Llama")
+    monkeypatch.setattr(conversion.plan, "_copies", lambda ffn, count: (ffn * 1.01).expand(count, *ffn.shape).clone())
+    with pytest.raises(conversion.ConversionError, match="does not compute what the dense one does"):
+        convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, text=str(text))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_in_and_out_hold_the_same_tensors(tmp_path: Path, text: Path, tied: bool) -> None:
+    write_dense(tmp_path / "one", "Qwen3", tie_word_embeddings=tied)
+    write_dense(tmp_path / "many", "Qwen3", max_shard_size="20KB", tie_word_embeddings=tied)
+    assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
+    options = {"num_experts": 4, "text": str(text)}
+    convert(str(tmp_path / "one"), str(tmp_path / "out_one"), **options)
+    convert(str(tmp_path / "many"), str(tmp_path / "out_many"), **options, max_shard_size="30KB")
+    index = json.loads((tmp_path / "out_many" / "model.safetensors.index.json").read_text())
+    expected = load_file(tmp_path / "out_one" / "model.safetensors")
+    found = {}
+    for name in set(index["weight_map"].values()):
+        found |= load_file(tmp_path / "out_many" / name)
+    assert found.keys() == expected.keys() == index["weight_map"].keys()
+    assert ("lm_head.weight" in expected) is not tied
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out_many")
+
+
+def test_same_seed_same_bytes(tmp_path: Path, text: Path) -> None:
+    write_dense(tmp_path / "dense", "Mistral")
+    for name, seed in (("first", 3), ("second", 3), ("third", 4)):
+        convert(str(tmp_path / "dense"), str(tmp_path / name), num_experts=4, seed=seed, text=str(text))
+    contents = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("first", "second", "third")
+    ]
+    assert contents[0] == contents[1]
+    assert contents[0]["model.safetensors"] != contents[2]["model.safetensors"]
+
+
+def test_companions_travel_byte_for_byte(tmp_path: Path, text: Path) -> None:
+    write_dense(tmp_path / "dense", "Llama")
+    (tmp_path / "dense" / "LICENSE").write_text("terms\n")
+    convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == CHAT_TEMPLATE
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.temperature == 0.7
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_sixteen_bit_checkpoints_stay_sixteen_bit(tmp_path: Path, text: Path) -> None:
+    write_dense(tmp_path / "dense", "Qwen2", dtype=torch.bfloat16).to(torch.bfloat16).save_pretrained(
+        tmp_path / "dense"
+    )
+    convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("gate.threshold"):
+            assert tensor.dtype == torch.float32
+        elif not name.endswith("gate.threshold_updates"):
+            assert tensor.dtype == torch.bfloat16, name
+
+
+def test_interruption_leaves_nothing(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dense(tmp_path / "dense", "Llama")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(convert.__globals__, "compare", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_record_says_what_was_done(tmp_path: Path, text: Path) -> None:
+    dense = write_dense(tmp_path / "dense", "Llama")
+    returned = convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, capacity_factor=2, text=str(text))
+    record = json.loads((tmp_path / "out" / "ecmoe_conversion.json").read_text())
+    assert record == returned
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert record["parameters"]["dense"] == dense.num_parameters()
+    assert record["parameters"]["total"] == model.num_parameters()
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert record["parameters"]["active"] == model.num_parameters() - experts // 2
+    assert (record["num_experts"], record["capacity_factor"], record["init"]) == (4, 2, "blend")
+    assert record["versions"]["torch"] == torch.__version__
