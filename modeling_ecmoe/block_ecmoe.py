@@ -11,6 +11,7 @@ R chosen (expert, token) pairs, K experts of one token.
 import contextlib
 import copy
 import itertools
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -42,11 +43,11 @@ class EcMoeRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("threshold", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
-        # Token-weighted sum of this step's thresholds, one term per micro-batch, until the optimiser steps.
-        self.register_buffer(
-            "pending_threshold", torch.zeros(config.num_experts, dtype=torch.float32), persistent=False
-        )
-        self.register_buffer("pending_tokens", torch.zeros((), dtype=torch.float32), persistent=False)
+        # Of this step's micro-batches: the token-weighted sum of their thresholds [E] and, last, their tokens. No
+        # buffer, because DDP would overwrite every rank's with the first one's before each forward pass.
+        self.pending: Tensor | None = None
+        if not self.weight.is_meta:
+            self._allocate_pending()
         self.has_pending = False
         self._enlist()
 
@@ -69,6 +70,17 @@ class EcMoeRouter(nn.Module):
             router_logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
             return router_logits, router_scores(router_logits, self.score_function)
 
+    def _allocate_pending(self) -> Tensor:
+        """The pending sums on the device the router is on; a model loaded from disk is built without them."""
+        if self.pending is None or self.pending.device != self.weight.device:
+            self.pending = torch.zeros(len(self.threshold) + 1, dtype=torch.float32, device=self.weight.device)
+        return self.pending
+
+    def train(self, mode: bool = True) -> "EcMoeRouter":
+        if mode and not self.weight.is_meta:
+            self._allocate_pending()
+        return super().train(mode)
+
     @torch.no_grad()
     def record_threshold(self, threshold: Tensor, num_tokens: Tensor | int) -> None:
         """Adds one micro-batch's threshold [E] to what the next optimiser step averages.
@@ -76,8 +88,9 @@ class EcMoeRouter(nn.Module):
         A layer recomputed under gradient checkpointing adds the same value with the same weight again, which
         leaves the mean of the step as it is.
         """
-        self.pending_threshold.add_(threshold * num_tokens)
-        self.pending_tokens.add_(num_tokens)
+        pending = self._allocate_pending()
+        pending[:-1] += threshold * num_tokens
+        pending[-1] += num_tokens
         if not torch.compiler.is_compiling():  # there `announce_tokens` has said so
             self.has_pending = True
 
@@ -87,25 +100,29 @@ class EcMoeRouter(nn.Module):
 
         With m_n = decay * m_(n-1) + (1 - decay) * x_n and threshold_n = m_n / (1 - decay^n), m need not be kept.
         """
-        decay = self.threshold_decay
-        steps = self.threshold_updates.to(torch.float32)
-        keep = decay * (1 - decay**steps) / (1 - decay ** (steps + 1))
-        seen = self.pending_tokens > 0
-        mean = self.pending_threshold / self.pending_tokens.clamp(min=1)
+        pending = self._allocate_pending()
+        keep: Tensor | float = 0.0
+        if self.threshold_decay > 0:
+            # 1 - decay^n as expm1, which keeps its digits when decay is near 1.
+            log_decay = math.log(self.threshold_decay)
+            steps = self.threshold_updates.float()
+            keep = self.threshold_decay * torch.expm1(steps * log_decay) / torch.expm1((steps + 1) * log_decay)
+        seen = pending[-1] > 0
+        mean = pending[:-1] / pending[-1].clamp(min=1)
         self.threshold.copy_(torch.where(seen, keep * self.threshold + (1 - keep) * mean, self.threshold))
         self.threshold_updates.add_(seen)
-        self.pending_threshold.zero_()
-        self.pending_tokens.zero_()
+        pending.zero_()
         self.has_pending = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> "EcMoeRouter":
-        """Moves with the model, but a change of dtype leaves the float32 buffers as they are."""
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer.dtype == torch.float32}
+        """Moves with the model, but a change of dtype leaves the float32 thresholds as they are."""
+        threshold = self.threshold
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if moved.dtype != torch.float32:
-                self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
+        if self.threshold.dtype != torch.float32:
+            moved = self.threshold
+            self.threshold = moved.float() if threshold.is_meta else threshold.to(moved.device)
+        if self.pending is not None and not self.weight.is_meta:
+            self.pending = self.pending.to(self.weight.device)
         return self
 
     def extra_repr(self) -> str:
@@ -121,12 +138,11 @@ def _update_thresholds(*_: Any) -> None:
     if not routers:
         return
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        pending = [torch.cat([r.pending_threshold, r.pending_tokens[None]]) for r in routers]
+        pending = [router._allocate_pending() for router in routers]
         summed = torch.cat([p.to(pending[0].device) for p in pending])
         torch.distributed.all_reduce(summed)
-        for router, total in zip(routers, summed.split([len(p) for p in pending]), strict=True):
-            router.pending_threshold.copy_(total[:-1])
-            router.pending_tokens.copy_(total[-1])
+        for own, total in zip(pending, summed.split([len(p) for p in pending]), strict=True):
+            own.copy_(total)
     for router in routers:
         router.update_threshold()
 
@@ -304,7 +320,9 @@ def announce_tokens(model: nn.Module, token_mask: Tensor | None) -> Iterator[Non
     blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
     for block in blocks:
         block.token_mask = token_mask
-        block.gate.has_pending |= model.training and torch.is_grad_enabled()
+        if model.training and torch.is_grad_enabled():
+            block.gate._allocate_pending()
+            block.gate.has_pending = True
     try:
         yield
     finally:
@@ -317,7 +335,12 @@ def use_inference_routing(model: nn.Module, routing: str | None = None) -> Itera
     """Routes as in eval mode while the context is open, also in a model that is left in train mode.
 
     routing: "threshold", or "expert_choice", which is not causal; None is each model's `inference_routing`.
+
+    Raises:
+        ValueError: for another routing.
     """
+    if routing not in (None, "threshold", "expert_choice"):
+        raise ValueError(f"routing={routing!r} is unknown; use 'threshold', 'expert_choice' or None")
     blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
     before = [block.routing_override for block in blocks]
     for block in blocks:

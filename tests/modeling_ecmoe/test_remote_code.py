@@ -1,0 +1,82 @@
+"""A saved folder loads as remote code where the package is not installed, and so does a folder saved from there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import FAMILIES
+from safetensors.torch import load_file, save_file
+
+SCRIPT = Path(__file__).with_name("remote_process.py")
+CODE_FILES = {"configuration_ecmoe.py", "routing_ecmoe.py", "block_ecmoe.py", "modeling_ecmoe.py"}
+SUFFIXES = {
+    "AutoConfig": ("configuration_ecmoe", "Config"),
+    "AutoModel": ("modeling_ecmoe", "Model"),
+    "AutoModelForCausalLM": ("modeling_ecmoe", "ForCausalLM"),
+    "AutoModelForSequenceClassification": ("modeling_ecmoe", "ForSequenceClassification"),
+    "AutoModelForTokenClassification": ("modeling_ecmoe", "ForTokenClassification"),
+    "AutoModelForQuestionAnswering": ("modeling_ecmoe", "ForQuestionAnswering"),
+}
+
+
+@pytest.fixture
+def remote_process() -> ModuleType:
+    """The script as a module of this process, where the package is there."""
+    spec = importlib.util.spec_from_file_location("remote_process", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_apart(work: Path, ids: Path, folders: list[Path]) -> tuple[dict[str, torch.Tensor], list[Path]]:
+    """Runs the script from another folder with an empty cache; its outputs and the folders it saved."""
+    work.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "home")}
+    command = [sys.executable, SCRIPT, ids, work / "out.safetensors", work / "again", *folders]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(work / "out.safetensors"), [work / "again" / folder.name for folder in folders]
+
+
+def assert_carries_its_code(folder: Path, family: str) -> None:
+    assert {path.name for path in folder.glob("*.py")} == CODE_FILES
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map == {name: f"{file}.EcMoe{family}{suffix}" for name, (file, suffix) in SUFFIXES.items()}
+
+
+def test_remote_code_gives_the_outputs_of_the_package_twice(
+    remote_process: ModuleType, make_routed_model: Callable, make_tokens: Callable, tmp_path: Path
+) -> None:
+    """Every family and head, from a saved folder and from one that the remote code saved itself."""
+    ids = make_tokens(2, 9)
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    folders, expected = [], {}
+    for family in FAMILIES:
+        model = make_routed_model(family)
+        folder = tmp_path / family
+        model.save_pretrained(folder)
+        assert_carries_its_code(folder, family)
+        outputs = remote_process.outputs_of(folder, ids)
+        expected |= {f"{family}.{name}": tensor for name, tensor in outputs.items()}
+        folders.append(folder)
+    for work in ("first", "second"):
+        found, folders = run_apart(tmp_path / work, tmp_path / "ids.safetensors", folders)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5, msg=f"{work} {name}")
+        for folder in folders:
+            assert_carries_its_code(folder, folder.name)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForQuestionAnswering"])
+def test_every_saved_class_carries_code_and_a_complete_map(head: str, make_model: Callable, tmp_path: Path) -> None:
+    make_model("Qwen3", head=head).save_pretrained(tmp_path)
+    assert_carries_its_code(tmp_path, "Qwen3")

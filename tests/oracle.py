@@ -1,0 +1,144 @@
+"""The slow reference: expert-choice and threshold routing in float64, one token and one expert at a time.
+
+It shares no code with the package. T tokens, E experts, D hidden size. Pairs are (expert, token).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+Pairs = set[tuple[int, int]]
+
+
+def capacity(num_tokens: int, num_experts: int, capacity_factor: float) -> int:
+    """ceil(c * T / E) in decimal arithmetic, at most T."""
+    exact = Decimal(str(capacity_factor)) * num_tokens
+    slots = 0
+    while slots * num_experts < exact:
+        slots += 1
+    return min(slots, num_tokens)
+
+
+def scores(hidden_TD: Tensor, weight_ED: Tensor, score_function: str) -> Tensor:
+    """[T, E] router scores, differentiable."""
+    rows = []
+    for token in hidden_TD.double():
+        logits = [sum(token[d] * expert[d] for d in range(len(token))) for expert in weight_ED.double()]
+        if score_function == "sigmoid":
+            rows.append(torch.stack([1 / (1 + torch.exp(-logit)) for logit in logits]))
+        else:
+            powers = [torch.exp(logit) for logit in logits]
+            rows.append(torch.stack([power / sum(powers) for power in powers]))
+    return torch.stack(rows)
+
+
+def expert_choice(
+    scores_TE: Tensor, capacity_factor: float, pools: Sequence[Sequence[int]], is_real: Sequence[bool] | None = None
+) -> Pairs:
+    """Each expert takes the best C real tokens of each pool; pools list the token numbers they hold."""
+    scores_TE = scores_TE.detach()
+    num_experts = scores_TE.shape[1]
+    pairs = set()
+    for pool in pools:
+        real = [token for token in pool if is_real is None or is_real[token]]
+        taken = capacity(len(real), num_experts, capacity_factor)
+        for expert in range(num_experts):
+            ranking = sorted(real, key=lambda token: -float(scores_TE[token, expert]))
+            pairs |= {(expert, token) for token in ranking[:taken]}
+    return pairs
+
+
+def choice_threshold(
+    scores_TE: Tensor, capacity_factor: float, pools: Sequence[Sequence[int]], is_real: Sequence[bool] | None = None
+) -> list[float]:
+    """[E] midpoint of the last chosen and the best refused score, mean over the pools by their real tokens."""
+    num_experts = scores_TE.shape[1]
+    thresholds = []
+    for expert in range(num_experts):
+        total, weight = 0.0, 0
+        for pool in pools:
+            column = sorted(
+                (float(scores_TE[token, expert]) for token in pool if is_real is None or is_real[token]), reverse=True
+            )
+            if not column:
+                continue
+            taken = capacity(len(column), num_experts, capacity_factor)
+            refused = column[taken] if taken < len(column) else 0.0
+            total += len(column) * (column[taken - 1] + refused) / 2
+            weight += len(column)
+        thresholds.append(total / weight if weight else 0.0)
+    return thresholds
+
+
+def threshold_routes(scores_TE: Tensor, threshold_E: Sequence[float], least: int = 0, most: int | None = None) -> Pairs:
+    """Every token by itself: experts above their threshold, the `most` nearest at most, `least` at least."""
+    pairs = set()
+    for token, row in enumerate(scores_TE.detach()):
+        margins = [float(score) - float(threshold) for score, threshold in zip(row, threshold_E, strict=True)]
+        ranking = sorted(range(len(margins)), key=lambda expert: -margins[expert])
+        wanted = sum(margin > 0 for margin in margins)
+        wanted = max(min(wanted, len(margins) if most is None else most), least)
+        pairs |= {(expert, token) for expert in ranking[:wanted]}
+    return pairs
+
+
+def combine(scores_TE: Tensor, pairs: Pairs, normalize: bool) -> dict[tuple[int, int], Tensor]:
+    """The combine weight of each pair, differentiable."""
+    weights = {}
+    for expert, token in pairs:
+        weight = scores_TE[token, expert]
+        if normalize:
+            weight = weight / sum(scores_TE[token, e] for e, t in pairs if t == token)
+        weights[expert, token] = weight
+    return weights
+
+
+def gated_ffn(token_D: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
+    """[D] the dense gated FFN with SiLU."""
+    gate = gate_ID @ token_D
+    return down_DI @ (gate / (1 + torch.exp(-gate)) * (up_ID @ token_D))
+
+
+def block_output(
+    hidden_TD: Tensor,
+    parameters: Mapping[str, Tensor],
+    scores_TE: Tensor,
+    pairs: Pairs,
+    *,
+    normalize: bool = False,
+    shared_weighting: str = "one",
+) -> Tensor:
+    """[T, D] y_t = sum of w_te * expert_e(x_t) over its pairs [+ the shared expert], differentiable.
+
+    parameters: a block's tensors by name; a shared expert takes part when it is among them.
+    """
+    weights = combine(scores_TE, pairs, normalize)
+    has_shared = "shared_expert.gate_proj.weight" in parameters
+    rows = []
+    for token, hidden_D in enumerate(hidden_TD):
+        output_D = torch.zeros_like(hidden_D)
+        total = hidden_D.new_zeros(())
+        for (expert, chosen), weight in weights.items():
+            if chosen != token:
+                continue
+            gate_up = parameters["experts.gate_up_proj"][expert]
+            width = gate_up.shape[0] // 2
+            down = parameters["experts.down_proj"][expert]
+            output_D = output_D + weight * gated_ffn(hidden_D, gate_up[:width], gate_up[width:], down)
+            total = total + weight
+        if has_shared:
+            shared_D = gated_ffn(
+                hidden_D, *(parameters[f"shared_expert.{name}_proj.weight"] for name in ("gate", "up", "down"))
+            )
+            output_D = output_D + (shared_D if shared_weighting == "one" else (1 - total) * shared_D)
+        rows.append(output_D)
+    return torch.stack(rows)
+
+
+def moving_average(values: Sequence[float], decay: float) -> float:
+    """Bias-corrected exponential average, as Adam's first moment, written as its weighted sum."""
+    weights = [decay ** (len(values) - 1 - step) for step in range(len(values))]
+    return math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / math.fsum(weights)
