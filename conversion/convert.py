@@ -115,13 +115,13 @@ def _write(
     plan: Plan, weights: SourceWeights, folder: Path, shard_size: int, calibration: Tensor, device: str | None
 ) -> None:
     """Weights, companions and code, then the thresholds, measured on the checkpoint as it will load."""
-    last_shard = write_shards(folder, plan.tensors, plan.config.dtype.itemsize, shard_size)
+    last_shard = write_shards(folder, plan.tensors, plan.dtype.itemsize, shard_size)
     for pattern in COMPANIONS:
         for path in weights.folder.glob(pattern):
             copy = folder / path.relative_to(weights.folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-    custom_object_save(plan.model, folder, config=plan.config)
+    custom_object_save(plan.model, folder)
     plan.config.save_pretrained(folder)
 
     model = _load(folder, device)
@@ -134,7 +134,8 @@ def _write(
 def _load(folder: Path, device: str | None) -> Any:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ConversionError(f"device={device} cannot hold the model: {str(error).splitlines()[0]}") from error
 
@@ -144,11 +145,11 @@ def _verify(
 ) -> dict[str, Any]:
     """Measures dense against converted, and refuses an initialisation that promises exactness and misses it."""
     measured = compare(_load(weights.folder, device), _load(folder, device), tokenizer, windows, BATCH)
-    tolerance = TOLERANCE[plan.config.dtype]
+    tolerance = TOLERANCE[plan.dtype]
     measured["loss_tolerance"] = tolerance
     changed = abs(measured["loss_change"])
     # In 16 bits a greedy choice between near ties may fall either way; in float32 it must not.
-    same_text = measured["greedy_same"] or plan.config.dtype != torch.float32
+    same_text = measured["greedy_same"] or plan.dtype != torch.float32
     if plan.initialisation.exact and not (changed <= tolerance and same_text):
         raise ConversionError(
             f"the converted model does not compute what the dense one does: the loss changed by {changed:.2e} "

@@ -35,6 +35,7 @@ class PlannedTensor:
 @dataclass(frozen=True)
 class Plan:
     config: PreTrainedConfig
+    dtype: torch.dtype
     model: PreTrainedModel  # on the meta device: names, shapes and code, no memory
     tensors: list[PlannedTensor]
     initialisation: Initialisation
@@ -69,7 +70,7 @@ def plan_conversion(weights: SourceWeights, num_experts: int, capacity_factor: f
             f"source={weights.folder} holds {unused[0]} ({len(unused)} such tensors), which a dense "
             f"{config.model_type.removeprefix('ecmoe_')} language model does not have; convert a plain one"
         )
-    return Plan(config, model, tensors, initialisation)
+    return Plan(config, weights.dtype(), model, tensors, initialisation)
 
 
 def _config(

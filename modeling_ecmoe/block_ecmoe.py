@@ -13,7 +13,7 @@ import copy
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class EcMoeRouter(nn.Module):
     threshold: [E] float32 buffer, saved with the model whatever its dtype.
     threshold_updates: [] int64 buffer, how many optimiser steps the threshold averages; 0 is never calibrated.
     """
+
+    threshold: Tensor
+    threshold_updates: Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -154,6 +157,9 @@ register_optimizer_step_post_hook(_update_thresholds)
 class EcMoeRaggedExperts(nn.Module):
     """Gated FFNs with stacked weights, any number of rows each; the contract of Transformers' experts back-ends."""
 
+    config: Any  # set, like `_apply_gate`, by the decorator
+    _apply_gate: Callable[[Tensor], Tensor]
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.num_experts = config.num_experts
@@ -194,7 +200,8 @@ class EcMoeExperts(EcMoeRaggedExperts):
             return self._equal_rows(hidden_states, rows_per_expert)
         if not self._suits_grouped_mm(hidden_states):
             # The body above, without the dispatch to a back-end that would refuse these tensors.
-            return EcMoeRaggedExperts.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+            eager = EcMoeRaggedExperts.forward.__wrapped__  # type: ignore[attr-defined]
+            return eager(self, hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
     def _equal_rows(self, hidden_states: Tensor, rows_per_expert: int) -> Tensor:
@@ -217,6 +224,9 @@ class EcMoeBlock(nn.Module):
 
     A token nobody chose keeps the residual and the shared expert, if there is one.
     """
+
+    gate: EcMoeRouter
+    experts: EcMoeExperts
 
     def __init__(self, config: Any, dense_mlp_class: type[nn.Module]) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers.initialization as init
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
@@ -319,7 +319,7 @@ class EcMoeQwen3ForQuestionAnswering(EcMoeQwen3PreTrainedModel, Qwen3ForQuestion
     pass
 
 
-MODEL_CLASSES: dict[type, dict[str, type[PreTrainedModel]]] = {
+MODEL_CLASSES: dict[type[PreTrainedConfig], dict[str, type[PreTrainedModel]]] = {
     EcMoeLlamaConfig: {
         "AutoModel": EcMoeLlamaModel,
         "AutoModelForCausalLM": EcMoeLlamaForCausalLM,
