@@ -58,7 +58,7 @@ def demo(output: Path, source: str | None) -> None:
         console.rule("1. A small dense Llama, trained from scratch")
         write_random_llama(output / "random", first)
         source = str(output / "dense")
-        recipe = {"max_steps": 500, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "warmup_steps": 20}
+        recipe = {"max_steps": 900, "learning_rate": 3e-3, "per_device_train_batch_size": 16, "warmup_steps": 20}
         run(make(output / "random", output / "dense", first, **recipe))
         tuning = {"max_steps": 100, "learning_rate": 1e-3, "per_device_train_batch_size": 16, "warmup_steps": 10}
     else:
