@@ -22,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from .routing_ecmoe import choose_tokens, combine_weights, router_scores, routes_by_threshold
+from .bounded_ecmoe import choose_tokens_within_bounds
+from .routing_ecmoe import ExpertChoice, choose_tokens, combine_weights, router_scores, routes_by_threshold
 
 _router_number = itertools.count()
 _routers: "weakref.WeakSet[EcMoeRouter]" = weakref.WeakSet()
@@ -265,7 +266,7 @@ class EcMoeBlock(nn.Module):
         num_tokens, num_experts = scores_TE.shape
         num_pools = batch_shape[0] if self.config.routing_pool == "sequence" else 1
         mask_PN = None if self.token_mask is None else self.token_mask.reshape(num_pools, -1)
-        choice = choose_tokens(scores_TE.view(num_pools, -1, num_experts), self.config.capacity_factor, mask_PN)
+        choice = self._choose(scores_TE.view(num_pools, -1, num_experts), mask_PN)
         # Not without gradients: the first pass of reentrant checkpointing, reference passes, evaluation.
         if self.training and self.routing_override is None and torch.is_grad_enabled():
             self.gate.record_threshold(choice.threshold, num_tokens if mask_PN is None else mask_PN.sum())
@@ -278,6 +279,13 @@ class EcMoeBlock(nn.Module):
             tokens_TD[index_R], expert_R1[:, None], weight_R[:, None], rows_per_expert=choice.token_index.shape[1]
         )
         return _combine(rows_RD, weight_R, index_R, num_tokens), total_T
+
+    def _choose(self, scores_PNE: Tensor, mask_PN: Tensor | None) -> ExpertChoice:
+        """Each expert's tokens in each pool, within the bounds on the experts of a token if there are any."""
+        factor, least = self.config.capacity_factor, self.config.min_experts_per_token
+        if self.config.bounds_experts_per_token:
+            return choose_tokens_within_bounds(scores_PNE, factor, least, self.config.max_experts_per_token, mask_PN)
+        return choose_tokens(scores_PNE, factor, mask_PN)
 
     def _thresholds_in_rows(self, tokens_TD: Tensor, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Threshold routing, one row per chosen pair: as much work as there are routes."""

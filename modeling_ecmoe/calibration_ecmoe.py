@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .block_ecmoe import EcMoeBlock, use_inference_routing
+from .bounded_ecmoe import balanced_thresholds
 from .routing_ecmoe import expert_capacity
 
 # A float32 score in [0, 1] has a bit pattern below 2^30, and patterns are ordered as the scores are. Two halves of
@@ -31,16 +32,18 @@ def sparse_blocks(model: nn.Module) -> dict[str, EcMoeBlock]:
 
 @torch.no_grad()
 def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
-    """Sets every threshold to the exact quantile at which its expert takes its share of the batches' real tokens.
+    """Sets every threshold so that its expert takes its share of the batches' real tokens.
 
-    The expert then takes C = ceil(c * T / E) of these T tokens. The layers below route by expert choice among each
-    batch meanwhile, as in training, so that the scores do not depend on the thresholds that are being replaced.
+    That is C = ceil(c * T / E) of T tokens: an exact quantile of the expert's scores, or with bounds on the experts
+    of a token the thresholds at which the bounded rule gives every expert its share. The layers below route by
+    expert choice among each batch meanwhile, as in training, so that the scores do not depend on the thresholds that
+    are being replaced.
     The model is left in the mode it was in.
 
     Args:
         model: any model of the family, also wrapped by PEFT.
         batches: keyword arguments of the model's forward, `input_ids` [B, S] and, with padding, `attention_mask`.
-            Large batches of the text the model is meant for; they are gone through twice.
+            Large batches of the text the model is meant for; without bounds they are gone through twice.
 
     Raises:
         ValueError: when there is no batch, or the model has no expert-choice layer.
@@ -49,31 +52,57 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor
     blocks = sparse_blocks(model)
     if not batches:
         raise ValueError("calibrate_thresholds needs at least one batch of tokens")
+    bounded = next(iter(blocks.values())).config.bounds_experts_per_token
+    thresholds = (_bounded_thresholds if bounded else _quantile_thresholds)(model, blocks, batches)
+    for name, block in blocks.items():
+        block.gate.threshold.copy_(thresholds[name])
+        # Worth as many optimiser steps as the running average remembers.
+        block.gate.threshold_updates.fill_(round(1 / (1 - block.config.threshold_decay)))
+
+
+def _quantile_thresholds(
+    model: nn.Module, blocks: dict[str, EcMoeBlock], batches: list[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """[E] for each layer: the best refused score, so that `score > threshold` takes exactly C tokens."""
     high = {name: _empty_histogram(block) for name, block in blocks.items()}
     low = {name: _empty_histogram(block) for name, block in blocks.items()}
     cut: dict[str, Tensor] = {}
+    rank: dict[str, Tensor] = {}
 
-    def count_high(name: str, bits_TE: Tensor) -> None:
-        _count(high[name], bits_TE >> _HALF_BITS)
+    def count_high(name: str, scores_TE: Tensor) -> None:
+        _count(high[name], _bits(scores_TE) >> _HALF_BITS)
 
-    def count_low(name: str, bits_TE: Tensor) -> None:
+    def count_low(name: str, scores_TE: Tensor) -> None:
+        bits_TE = _bits(scores_TE)
         inside_TE = (bits_TE >> _HALF_BITS) == cut[name]
         _count(low[name], torch.where(inside_TE, bits_TE & (_BINS - 1), -1))
 
     _collect_scores(model, blocks, batches, count_high)
-    rank = {}
     for name, block in blocks.items():
-        num_tokens = int(high[name][0].sum())
-        # The threshold is the best refused score, so that `score > threshold` takes C tokens.
-        wanted = expert_capacity(num_tokens, block.config.num_experts, block.config.capacity_factor)
+        wanted = expert_capacity(int(high[name][0].sum()), block.config.num_experts, block.config.capacity_factor)
         cut[name], rank[name] = _bin_of_rank(high[name], torch.full_like(high[name][:, 0], wanted))
     _collect_scores(model, blocks, batches, count_low)
+    fine = {name: _bin_of_rank(low[name], rank[name])[0] for name in blocks}
+    return {name: ((cut[name] << _HALF_BITS) | fine[name]).to(torch.int32).view(torch.float32) for name in blocks}
+
+
+def _bounded_thresholds(
+    model: nn.Module, blocks: dict[str, EcMoeBlock], batches: list[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """[E] for each layer: where the bounded rule gives every expert its share. Keeps all scores, 4 * T * E bytes."""
+    kept: dict[str, list[Tensor]] = {name: [] for name in blocks}
+    _collect_scores(model, blocks, batches, lambda name, scores_TE: kept[name].append(scores_TE))
+    thresholds = {}
     for name, block in blocks.items():
-        fine, _ = _bin_of_rank(low[name], rank[name])
-        threshold = ((cut[name] << _HALF_BITS) | fine).to(torch.int32).view(torch.float32)
-        block.gate.threshold.copy_(threshold)
-        # Worth as many optimiser steps as the running average remembers.
-        block.gate.threshold_updates.fill_(round(1 / (1 - block.config.threshold_decay)))
+        config, scores_TE = block.config, torch.cat(kept.pop(name))
+        share = expert_capacity(len(scores_TE), config.num_experts, config.capacity_factor)
+        most = config.max_experts_per_token or config.num_experts
+        thresholds[name] = balanced_thresholds(scores_TE, share, config.min_experts_per_token, most)
+    return thresholds
+
+
+def _bits(scores_TE: Tensor) -> Tensor:
+    return scores_TE.contiguous().view(torch.int32)
 
 
 def _empty_histogram(block: EcMoeBlock) -> Tensor:
@@ -105,14 +134,12 @@ def _collect_scores(
     batches: list[Mapping[str, Tensor]],
     count: Callable[[str, Tensor], None],
 ) -> None:
-    """Runs the batches and hands `count` each layer's real scores as bit patterns [T, E]."""
+    """Runs the batches and hands `count` each layer's scores of real tokens, [T, E] float32."""
 
     def hook_of(name: str, block: EcMoeBlock) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            bits_TE = output[1].float().contiguous().view(torch.int32)
-            if block.token_mask is not None:
-                bits_TE = bits_TE[block.token_mask.flatten()]
-            count(name, bits_TE)
+            scores_TE = output[1].float()
+            count(name, scores_TE if block.token_mask is None else scores_TE[block.token_mask.flatten()])
 
         return hook
 

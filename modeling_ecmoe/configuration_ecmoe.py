@@ -23,7 +23,9 @@ class EcMoeConfigMixin:
     routing_pool: the tokens an expert chooses among, the whole micro-"batch" or each "sequence" by itself.
     router_score_function: "softmax" over the experts, or "sigmoid".
     normalize_combine_weights: divide a token's combine weights by their sum.
-    min_experts_per_token, max_experts_per_token: bounds on the experts of a token at inference; None is no bound.
+    min_experts_per_token, max_experts_per_token: bounds on the experts of a token, a and b; 0 and None are none.
+        Training solves the assignment with both bounds; inference ranks by score - threshold and takes those above
+        0, at least a, at most b.
     shared_expert_intermediate_size: width of a dense FFN that every token passes through; 0 is none.
     shared_expert_weighting: "one", or "complement" for 1 - the sum of the token's combine weights.
     threshold_decay: how much of the threshold average one optimiser step keeps.
@@ -72,6 +74,11 @@ class EcMoeConfigMixin:
                 f"max_experts_per_token={most} must be at least 1, at least min_experts_per_token={least} "
                 f"and at most num_experts={experts}"
             )
+        if self.bounds_experts_per_token and not least <= self.capacity_factor <= (most or experts):
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor}, the mean number of experts per token, must lie between "
+                f"min_experts_per_token={least} and max_experts_per_token={most or experts}"
+            )
         if not 0 <= self.threshold_decay < 1:
             raise ValueError(f"threshold_decay={self.threshold_decay} must be at least 0 and below 1")
         for field, lowest in (("moe_intermediate_size", 1), ("shared_expert_intermediate_size", 0)):
@@ -89,6 +96,12 @@ class EcMoeConfigMixin:
             )
         if getattr(self, "mlp_bias", False):
             raise ValueError("mlp_bias=True is not supported: the experts have no biases. Use a family without them")
+
+    @property
+    def bounds_experts_per_token(self) -> bool:
+        """Whether the experts of a token are bounded at all."""
+        most = self.max_experts_per_token
+        return self.min_experts_per_token > 0 or (most is not None and most < self.num_experts)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Saves with a complete `auto_map`, so that the folder loads as remote code with every Auto class.

@@ -76,34 +76,39 @@ def choose_tokens(scores_PNE: Tensor, capacity_factor: float, token_mask_PN: Ten
         capacity_factor: mean experts per token, c.
         token_mask_PN: [P, N] bool, True for real tokens; None when all are.
     """
-    num_pools, num_tokens, num_experts = scores_PNE.shape
+    num_tokens, num_experts = scores_PNE.shape[1:]
     num_slots = expert_capacity(num_tokens, num_experts, capacity_factor)
-    columns_PEN = scores_PNE.transpose(1, 2)
-    ranking_PEN = columns_PEN.detach()
+    ranking_PEN = scores_PNE.detach().transpose(1, 2)
     if token_mask_PN is not None:
         ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -torch.inf)
+    capacity_P, num_real_P = real_capacity(scores_PNE, capacity_factor, token_mask_PN)
 
     # One more than the slots: the best refused score is the other side of the threshold.
-    num_ranked = min(num_slots + 1, num_tokens)
-    ranked_PER, order_PER = ranking_PEN.topk(num_ranked, dim=-1)
+    ranked_PER, order_PER = ranking_PEN.topk(min(num_slots + 1, num_tokens), dim=-1)
     index_PEC = order_PER[..., :num_slots]
+    is_chosen_PEC = torch.arange(num_slots, device=index_PEC.device) < capacity_P[:, None, None].expand_as(index_PEC)
+    threshold = _choice_threshold(ranked_PER, capacity_P, num_real_P)
+    return as_choice(scores_PNE, index_PEC, is_chosen_PEC, threshold)
+
+
+def real_capacity(scores_PNE: Tensor, capacity_factor: float, token_mask_PN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[P] capacity and [P] number of the real tokens of each pool, in integers and without reading them back."""
+    num_pools, num_tokens, num_experts = scores_PNE.shape
     if token_mask_PN is None:
-        is_chosen_PEC = torch.ones_like(index_PEC, dtype=torch.bool)
-        capacity_P = torch.full((num_pools,), num_slots, device=index_PEC.device)
-        num_real_P = torch.full((num_pools,), num_tokens, device=index_PEC.device)
+        num_real_P = torch.full((num_pools,), num_tokens, device=scores_PNE.device)
     else:
         num_real_P = token_mask_PN.sum(dim=-1)
-        factor = Fraction(str(capacity_factor))
-        capacity_P = -(-factor.numerator * num_real_P // (factor.denominator * num_experts))
-        capacity_P = torch.minimum(capacity_P, num_real_P)
-        is_chosen_PEC = (torch.arange(num_slots, device=index_PEC.device) < capacity_P[:, None, None]).expand_as(
-            index_PEC
-        )
-        index_PEC = torch.where(is_chosen_PEC, index_PEC, index_PEC[..., :1])
+    factor = Fraction(str(capacity_factor))
+    capacity_P = -(-factor.numerator * num_real_P // (factor.denominator * num_experts))
+    return torch.minimum(capacity_P, num_real_P), num_real_P
 
-    scores_PEC = columns_PEN.gather(-1, index_PEC)
+
+def as_choice(scores_PNE: Tensor, index_PEC: Tensor, is_chosen_PEC: Tensor, threshold: Tensor) -> ExpertChoice:
+    """Slots per pool and expert to rows per expert; a slot that is not used points at the expert's best token."""
+    num_pools, num_tokens, _ = scores_PNE.shape
+    index_PEC = torch.where(is_chosen_PEC, index_PEC, index_PEC[..., :1])
+    scores_PEC = scores_PNE.transpose(1, 2).gather(-1, index_PEC)
     pool_offset_P11 = torch.arange(num_pools, device=index_PEC.device)[:, None, None] * num_tokens
-    threshold = _choice_threshold(ranked_PER, capacity_P, num_real_P)
     return ExpertChoice(
         token_index=_experts_first(index_PEC + pool_offset_P11),
         scores=_experts_first(scores_PEC),
@@ -133,10 +138,14 @@ def _choice_threshold(ranked_PER: Tensor, capacity_P: Tensor, num_real_P: Tensor
     takes_all_P1 = (capacity_P >= num_real_P)[:, None]
     best_refused_PE = torch.where(takes_all_P1, torch.zeros_like(best_refused_PE), best_refused_PE)
     midpoint_PE = (last_chosen_PE + best_refused_PE) / 2
-    # Without a real token in the pool there is no score to learn from (and -inf would poison the mean).
+    # Without a real token in the pool there is no score to learn from, and -inf would poison the mean.
+    return mean_over_pools(torch.where(num_real_P[:, None] > 0, midpoint_PE, torch.zeros_like(midpoint_PE)), num_real_P)
+
+
+def mean_over_pools(values_PE: Tensor, num_real_P: Tensor) -> Tensor:
+    """[E] float32 mean over the pools, weighted by their real tokens."""
     weight_P1 = num_real_P[:, None].float()
-    midpoint_PE = torch.where(weight_P1 > 0, midpoint_PE, torch.zeros_like(midpoint_PE))
-    return (midpoint_PE * weight_P1).sum(0) / weight_P1.sum(0).clamp(min=1)
+    return (values_PE.float() * weight_P1).sum(0) / weight_P1.sum(0).clamp(min=1)
 
 
 def routes_by_threshold(

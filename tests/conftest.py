@@ -46,7 +46,14 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def build_config(family: str, **fields: object) -> PreTrainedConfig:
-    return getattr(modeling_ecmoe, f"EcMoe{family}Config")(**(TINY | fields))
+    """A tiny config; its capacity factor moves between the bounds on the experts of a token when they are given."""
+    merged = TINY | fields
+    least, most = merged.get("min_experts_per_token", 0), merged.get("max_experts_per_token")
+    if "capacity_factor" not in fields and most in (1, 2, 3):
+        merged["capacity_factor"] = min(TINY["capacity_factor"], most)
+    if "capacity_factor" not in fields and least in (2, 3):
+        merged["capacity_factor"] = least
+    return getattr(modeling_ecmoe, f"EcMoe{family}Config")(**merged)
 
 
 def build_model(family: str, head: str = "ForCausalLM", seed: int = 0, **fields: object) -> PreTrainedModel:
