@@ -10,148 +10,24 @@ R chosen (expert, token) pairs, K experts of one token.
 
 import contextlib
 import copy
-import itertools
-import math
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .bounded_ecmoe import choose_tokens_within_bounds
-from .routing_ecmoe import ExpertChoice, choose_tokens, combine_weights, router_scores, routes_by_threshold
-
-_router_number = itertools.count()
-_routers: "weakref.WeakSet[EcMoeRouter]" = weakref.WeakSet()
-
-
-class EcMoeRouter(nn.Module):
-    """Scores every token for every expert, and keeps the score at which each expert stops choosing.
-
-    weight: [E, D] float. No bias.
-    threshold: [E] float32 buffer, saved with the model whatever its dtype.
-    threshold_updates: [] int64 buffer, how many optimiser steps the threshold averages; 0 is never calibrated.
-    """
-
-    threshold: Tensor
-    threshold_updates: Tensor
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.score_function = config.router_score_function
-        self.threshold_decay = config.threshold_decay
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.register_buffer("threshold", torch.zeros(config.num_experts, dtype=torch.float32))
-        self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
-        # Of this step's micro-batches: the token-weighted sum of their thresholds [E] and, last, their tokens. No
-        # buffer, because DDP would overwrite every rank's with the first one's before each forward pass.
-        self.pending: Tensor | None = None
-        if not self.weight.is_meta:
-            self._allocate_pending()
-        self.has_pending = False
-        self._enlist()
-
-    def _enlist(self) -> None:
-        self.number = next(_router_number)  # the same order on every rank
-        _routers.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._enlist()  # a deep copy is a router of its own
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_states [T, D] -> router logits [T, E] and scores [T, E], in float32 (float64 for a float64 model).
-
-        Full precision whatever the model's dtype and autocast: a near tie that flips between two passes would
-        send a token to another expert.
-        """
-        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            router_logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
-            return router_logits, router_scores(router_logits, self.score_function)
-
-    def _allocate_pending(self) -> Tensor:
-        """The pending sums on the device the router is on; a model loaded from disk is built without them."""
-        if self.pending is None or self.pending.device != self.weight.device:
-            self.pending = torch.zeros(len(self.threshold) + 1, dtype=torch.float32, device=self.weight.device)
-        return self.pending
-
-    def train(self, mode: bool = True) -> "EcMoeRouter":
-        if mode and not self.weight.is_meta:
-            self._allocate_pending()
-        return super().train(mode)
-
-    @torch.no_grad()
-    def record_threshold(self, threshold: Tensor, num_tokens: Tensor | int) -> None:
-        """Adds one micro-batch's threshold [E] to what the next optimiser step averages.
-
-        A layer recomputed under gradient checkpointing adds the same value with the same weight again, which
-        leaves the mean of the step as it is.
-        """
-        pending = self._allocate_pending()
-        pending[:-1] += threshold * num_tokens
-        pending[-1] += num_tokens
-        if not torch.compiler.is_compiling():  # there `announce_tokens` has said so
-            self.has_pending = True
-
-    @torch.no_grad()
-    def update_threshold(self) -> None:
-        """Folds the pending mean into the threshold: a bias-corrected moving average, as in Adam.
-
-        With m_n = decay * m_(n-1) + (1 - decay) * x_n and threshold_n = m_n / (1 - decay^n), m need not be kept.
-        """
-        pending = self._allocate_pending()
-        keep: Tensor | float = 0.0
-        if self.threshold_decay > 0:
-            # 1 - decay^n as expm1, which keeps its digits when decay is near 1.
-            log_decay = math.log(self.threshold_decay)
-            steps = self.threshold_updates.float()
-            keep = self.threshold_decay * torch.expm1(steps * log_decay) / torch.expm1((steps + 1) * log_decay)
-        seen = pending[-1] > 0
-        mean = pending[:-1] / pending[-1].clamp(min=1)
-        self.threshold.copy_(torch.where(seen, keep * self.threshold + (1 - keep) * mean, self.threshold))
-        self.threshold_updates.add_(seen)
-        pending.zero_()
-        self.has_pending = False
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "EcMoeRouter":
-        """Moves with the model, but a change of dtype leaves the float32 thresholds as they are."""
-        threshold = self.threshold
-        super()._apply(fn, recurse)
-        if self.threshold.dtype != torch.float32:
-            moved = self.threshold
-            self.threshold = moved.float() if threshold.is_meta else threshold.to(moved.device)
-        if self.pending is not None and not self.weight.is_meta:
-            self.pending = self.pending.to(self.weight.device)
-        return self
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.weight.shape[0]}, hidden_size={self.weight.shape[1]}, score={self.score_function}"
-
-
-def _update_thresholds(*_: Any) -> None:
-    """Runs after every optimiser step, so that a model keeps its thresholds under any trainer.
-
-    Every rank averages over the same routers in the same order; one collective carries them all.
-    """
-    routers = sorted((router for router in _routers if router.has_pending), key=lambda router: router.number)
-    if not routers:
-        return
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        pending = [router._allocate_pending() for router in routers]
-        summed = torch.cat([p.to(pending[0].device) for p in pending])
-        torch.distributed.all_reduce(summed)
-        for own, total in zip(pending, summed.split([len(p) for p in pending]), strict=True):
-            own.copy_(total)
-    for router in routers:
-        router.update_threshold()
-
-
-register_optimizer_step_post_hook(_update_thresholds)
+from .router_ecmoe import EcMoeRouter
+from .routing_ecmoe import (
+    ExpertChoice,
+    choose_by_threshold,
+    choose_experts,
+    choose_tokens,
+    combine_weights,
+    routes_by_threshold,
+)
 
 
 @use_experts_implementation
@@ -246,14 +122,17 @@ class EcMoeBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         tokens_TD = hidden_states.flatten(0, -2)
-        _, scores_TE = self.gate(tokens_TD)
+        learning = self.training and self.routing_override is None
+        _, scores_TE = self.gate(tokens_TD, jitter=learning)
         routing = self.routing_override or (self.config.routing if self.training else self.config.inference_routing)
-        if routing == "expert_choice":
-            routed_TD, total_T = self._experts_choose(tokens_TD, scores_TE, hidden_states.shape[:-1])
+        if routing == "token_choice":
+            routed_TD, total_T = self._tokens_choose(tokens_TD, scores_TE, learning)
+        elif routing == "expert_choice" or learning:
+            routed_TD, total_T = self._experts_choose(tokens_TD, scores_TE, hidden_states.shape[:-1], learning)
         elif torch.compiler.is_compiling() or self.config.max_experts_per_token is not None:
             routed_TD, total_T = self._thresholds_in_slots(tokens_TD, scores_TE)
         else:
-            routed_TD, total_T = self._thresholds_in_rows(tokens_TD, scores_TE)
+            routed_TD, total_T = self._rows(tokens_TD, scores_TE, self.routes(scores_TE))
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(tokens_TD)
             if self.config.shared_expert_weighting == "complement":
@@ -261,40 +140,75 @@ class EcMoeBlock(nn.Module):
             routed_TD = routed_TD + shared_TD
         return routed_TD.to(hidden_states.dtype).view_as(hidden_states)
 
-    def _experts_choose(self, tokens_TD: Tensor, scores_TE: Tensor, batch_shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def _experts_choose(
+        self, tokens_TD: Tensor, scores_TE: Tensor, batch_shape: torch.Size, learning: bool
+    ) -> tuple[Tensor, Tensor]:
         """Expert choice among the tokens of the pool: [T, D] and the sum of each token's combine weights [T]."""
         num_tokens, num_experts = scores_TE.shape
-        num_pools = batch_shape[0] if self.config.routing_pool == "sequence" else 1
-        mask_PN = None if self.token_mask is None else self.token_mask.reshape(num_pools, -1)
-        choice = self._choose(scores_TE.view(num_pools, -1, num_experts), mask_PN)
-        # Not without gradients: the first pass of reentrant checkpointing, reference passes, evaluation.
-        if self.training and self.routing_override is None and torch.is_grad_enabled():
-            self.gate.record_threshold(choice.threshold, num_tokens if mask_PN is None else mask_PN.sum())
+        mask_T = None if self.token_mask is None else self.token_mask.flatten()
+        if self.config.routing_pool == "global" and learning and _num_ranks() > 1:
+            routes_TE, threshold = self._choose_globally(scores_TE, mask_T)
+            self._record(threshold, num_tokens if mask_T is None else mask_T.sum())
+            return self._rows(tokens_TD, scores_TE, routes_TE)
 
+        num_pools = batch_shape[0] if self.config.routing_pool == "sequence" else 1
+        mask_PN = None if mask_T is None else mask_T.view(num_pools, -1)
+        choice = self._choose(scores_TE.view(num_pools, -1, num_experts), mask_PN, learning)
+        if learning:
+            self._record(choice.threshold, num_tokens if mask_T is None else mask_T.sum())
         index_R = choice.token_index.flatten()
         weight_R = choice.scores.masked_fill(~choice.is_chosen, 0).flatten()
         weight_R, total_T = combine_weights(weight_R, index_R, num_tokens, self.config.normalize_combine_weights)
-        expert_R1 = torch.arange(num_experts, device=index_R.device).repeat_interleave(choice.token_index.shape[1])
-        rows_RD = self.experts(
-            tokens_TD[index_R], expert_R1[:, None], weight_R[:, None], rows_per_expert=choice.token_index.shape[1]
-        )
+        slots = choice.token_index.shape[1]
+        expert_R = torch.arange(num_experts, device=index_R.device).repeat_interleave(slots)
+        rows_RD = self.experts(tokens_TD[index_R], expert_R[:, None], weight_R[:, None], rows_per_expert=slots)
         return _combine(rows_RD, weight_R, index_R, num_tokens), total_T
 
-    def _choose(self, scores_PNE: Tensor, mask_PN: Tensor | None) -> ExpertChoice:
-        """Each expert's tokens in each pool, within the bounds on the experts of a token if there are any."""
-        factor, least = self.config.capacity_factor, self.config.min_experts_per_token
-        if self.config.bounds_experts_per_token:
-            return choose_tokens_within_bounds(scores_PNE, factor, least, self.config.max_experts_per_token, mask_PN)
-        return choose_tokens(scores_PNE, factor, mask_PN)
+    def _choose(self, scores_PNE: Tensor, mask_PN: Tensor | None, learning: bool) -> ExpertChoice:
+        """Each expert's tokens in each pool: by its threshold, within bounds on the experts of a token, or plainly."""
+        config = self.config
+        if config.routing == "threshold" and learning:
+            is_warm = self.gate.threshold_updates >= max(config.threshold_after_steps, 1)
+            clamp = config.threshold_capacity_clamp
+            return choose_by_threshold(scores_PNE, config.capacity_factor, self.gate.threshold, is_warm, clamp, mask_PN)
+        if config.bounds_experts_per_token:
+            bounds = config.min_experts_per_token, config.max_experts_per_token
+            return choose_tokens_within_bounds(scores_PNE, config.capacity_factor, *bounds, mask_PN)
+        return choose_tokens(scores_PNE, config.capacity_factor, mask_PN)
 
-    def _thresholds_in_rows(self, tokens_TD: Tensor, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """Threshold routing, one row per chosen pair: as much work as there are routes."""
-        index_R, expert_R = self.routes(scores_TE).nonzero(as_tuple=True)
-        weight_R, total_T = combine_weights(
-            scores_TE[index_R, expert_R], index_R, len(scores_TE), self.config.normalize_combine_weights
-        )
-        if len(index_R) == 0:  # back-ends need not take an empty product
-            return tokens_TD.new_zeros(tokens_TD.shape, dtype=weight_R.dtype), total_T
+    def _choose_globally(self, scores_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The local part [T, E] of the routes that experts choose among the tokens of all ranks, and the thresholds.
+
+        Scores travel, tokens do not. How many rows an expert gets on one rank is no longer fixed.
+        """
+        num_tokens = len(scores_TE)
+        mask_T = torch.ones_like(scores_TE[:, 0], dtype=torch.bool) if mask_T is None else mask_T
+        longest = torch.tensor(num_tokens, device=scores_TE.device)
+        torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX)
+        size = int(longest)  # ranks may differ in batch shape; what is filled in counts as padding
+        padded_NF = torch.cat([scores_TE.detach(), mask_T[:, None].to(scores_TE.dtype)], dim=1)
+        padded_NF = nn.functional.pad(padded_NF, (0, 0, 0, size - num_tokens))
+        gathered = [torch.empty_like(padded_NF) for _ in range(_num_ranks())]
+        torch.distributed.all_gather(gathered, padded_NF.contiguous())
+        everyone_NF = torch.cat(gathered)
+        choice = self._choose(everyone_NF[None, :, :-1], everyone_NF[None, :, -1] > 0, learning=True)
+        routes_NE = torch.zeros_like(everyone_NF[:, :-1], dtype=torch.long)
+        routes_NE.scatter_add_(0, choice.token_index.T, choice.is_chosen.T.long())
+        first = torch.distributed.get_rank() * size
+        return routes_NE[first : first + num_tokens] > 0, choice.threshold
+
+    def _record(self, threshold: Tensor, num_tokens: Tensor | int) -> None:
+        """Not without gradients: the first pass of reentrant checkpointing, or a pass that learns nothing."""
+        if torch.is_grad_enabled():
+            self.gate.record_threshold(threshold, num_tokens)
+
+    def _rows(self, tokens_TD: Tensor, scores_TE: Tensor, routes_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """One row per route [T, E]: as much work as there are routes, and their number is read by the host."""
+        index_R, expert_R = routes_TE.nonzero(as_tuple=True)
+        if len(index_R) == 0:  # one row of weight 0: back-ends want a row, and every parameter its gradient
+            index_R = expert_R = torch.zeros(1, dtype=torch.long, device=tokens_TD.device)
+        weight_R = (scores_TE * routes_TE)[index_R, expert_R]
+        weight_R, total_T = combine_weights(weight_R, index_R, len(scores_TE), self.config.normalize_combine_weights)
         ones_R1 = torch.ones_like(weight_R)[:, None]  # weighted below, in the router's precision
         rows_RD = self.experts(tokens_TD[index_R], expert_R[:, None], ones_R1)
         return _combine(rows_RD, weight_R, index_R, len(scores_TE)), total_T
@@ -305,7 +219,17 @@ class EcMoeBlock(nn.Module):
         num_slots = self.config.max_experts_per_token or routes_TE.shape[1]
         margin_TE = (scores_TE - self.gate.threshold).masked_fill(~routes_TE, -torch.inf)
         expert_TK = margin_TE.topk(num_slots, dim=-1).indices
-        weight_TK = (scores_TE * routes_TE).gather(-1, expert_TK)
+        return self._slots(tokens_TD, expert_TK, (scores_TE * routes_TE).gather(-1, expert_TK))
+
+    def _tokens_choose(self, tokens_TD: Tensor, scores_TE: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
+        """Token choice, the baseline: each token takes its k best experts. Nothing is dropped outside training."""
+        capacity_factor = self.config.token_choice_capacity_factor if learning else None
+        mask_T = None if self.token_mask is None else self.token_mask.flatten()
+        expert_TK, is_kept_TK = choose_experts(scores_TE, int(self.config.capacity_factor), capacity_factor, mask_T)
+        return self._slots(tokens_TD, expert_TK, scores_TE.gather(-1, expert_TK) * is_kept_TK)
+
+    def _slots(self, tokens_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """K experts for every token, weighted by the contract of the experts back-ends."""
         total_T = weight_TK.sum(-1)
         if self.config.normalize_combine_weights:
             weight_TK = weight_TK / torch.where(total_T > 0, total_T, 1)[:, None]
@@ -313,10 +237,19 @@ class EcMoeBlock(nn.Module):
         return self.experts(tokens_TD, expert_TK, weight_TK).to(weight_TK.dtype), total_T
 
     def routes(self, scores_TE: Tensor) -> Tensor:
-        """[T, E] bool, the routes that threshold inference takes."""
+        """[T, E] bool, the routes that inference takes: by threshold, or the k best of a token-choice model."""
+        if self.config.inference_routing == "token_choice":
+            expert_TK, _ = choose_experts(scores_TE, int(self.config.capacity_factor), None, None)
+            return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, expert_TK, True)
+        self.gate.warn_uncalibrated()
         return routes_by_threshold(
             scores_TE, self.gate.threshold, self.config.min_experts_per_token, self.config.max_experts_per_token
         )
+
+
+def _num_ranks() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _combine(rows_RD: Tensor, weight_R: Tensor, index_R: Tensor, num_tokens: int) -> Tensor:
@@ -352,13 +285,14 @@ def announce_tokens(model: nn.Module, token_mask: Tensor | None) -> Iterator[Non
 def use_inference_routing(model: nn.Module, routing: str | None = None) -> Iterator[None]:
     """Routes as in eval mode while the context is open, also in a model that is left in train mode.
 
-    routing: "threshold", or "expert_choice", which is not causal; None is each model's `inference_routing`.
+    routing: "threshold", "token_choice", or "expert_choice", which is not causal; None is each model's
+        `inference_routing`.
 
     Raises:
         ValueError: for another routing.
     """
-    if routing not in (None, "threshold", "expert_choice"):
-        raise ValueError(f"routing={routing!r} is unknown; use 'threshold', 'expert_choice' or None")
+    if routing not in (None, "threshold", "expert_choice", "token_choice"):
+        raise ValueError(f"routing={routing!r} is unknown; use 'threshold', 'expert_choice', 'token_choice' or None")
     blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
     before = [block.routing_override for block in blocks]
     for block in blocks:

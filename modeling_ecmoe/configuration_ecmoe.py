@@ -17,10 +17,13 @@ class EcMoeConfigMixin:
     moe_intermediate_size: width of one expert; the dense `intermediate_size` when None.
     capacity_factor: mean experts per token, c. An expert takes C = ceil(c * T / E) of T real tokens.
     mlp_layer_types: "sparse" or "dense" for each layer; all sparse when None.
-    routing: how tokens and experts meet in training.
+    routing: how tokens and experts meet in training: the experts choose, exactly C tokens each ("expert_choice"); a
+        token goes where its score exceeds the threshold ("threshold"); the tokens choose, `capacity_factor` experts
+        each ("token_choice", the baseline, with `inference_routing="token_choice"`).
     inference_routing: how they meet in eval mode and in `generate`. "threshold" is causal. "expert_choice" lets
         later tokens and batch mates decide earlier routes: for analysis only, it leaks the future.
-    routing_pool: the tokens an expert chooses among, the whole micro-"batch" or each "sequence" by itself.
+    routing_pool: the tokens an expert chooses among: the micro-"batch", each "sequence" by itself, or "global", the
+        batches of all data-parallel ranks (their scores are gathered, not the tokens).
     router_score_function: "softmax" over the experts, or "sigmoid".
     normalize_combine_weights: divide a token's combine weights by their sum.
     min_experts_per_token, max_experts_per_token: bounds on the experts of a token, a and b; 0 and None are none.
@@ -29,6 +32,14 @@ class EcMoeConfigMixin:
     shared_expert_intermediate_size: width of a dense FFN that every token passes through; 0 is none.
     shared_expert_weighting: "one", or "complement" for 1 - the sum of the token's combine weights.
     threshold_decay: how much of the threshold average one optimiser step keeps.
+    threshold_after_steps: threshold training begins when `gate.threshold_updates` has come this far (a calibration
+        counts as 1 / (1 - threshold_decay) steps); before that the experts choose.
+    threshold_capacity_clamp: in threshold training an expert takes at least (1 - g) C and at most (1 + g) C tokens.
+    token_choice_capacity_factor: in token-choice training an expert drops what exceeds this factor times its equal
+        share; None drops nothing.
+    router_jitter_noise: noise on the router's input in training, uniform in [1 - x, 1 + x].
+    router_z_loss_coef, router_aux_loss_coef: weights of the z-loss and of token choice's balance loss, which a causal
+        language model adds to its loss in training. Expert choice needs no balance loss and refuses one.
     output_router_logits: return the router logits of each sparse layer, [B * S, E].
     """
 
@@ -36,9 +47,9 @@ class EcMoeConfigMixin:
     moe_intermediate_size: int | None = None
     capacity_factor: float | int = 1.0
     mlp_layer_types: list[str] | None = None
-    routing: Literal["expert_choice"] = "expert_choice"
-    inference_routing: Literal["threshold", "expert_choice"] = "threshold"
-    routing_pool: Literal["batch", "sequence"] = "batch"
+    routing: Literal["expert_choice", "threshold", "token_choice"] = "expert_choice"
+    inference_routing: Literal["threshold", "expert_choice", "token_choice"] = "threshold"
+    routing_pool: Literal["batch", "sequence", "global"] = "batch"
     router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_combine_weights: bool = False
     min_experts_per_token: int = 0
@@ -46,6 +57,12 @@ class EcMoeConfigMixin:
     shared_expert_intermediate_size: int = 0
     shared_expert_weighting: Literal["one", "complement"] = "one"
     threshold_decay: float | int = 0.99
+    threshold_after_steps: int = 0
+    threshold_capacity_clamp: float | int = 0.5
+    token_choice_capacity_factor: float | int | None = None
+    router_jitter_noise: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    router_aux_loss_coef: float | int = 0.0
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -79,6 +96,7 @@ class EcMoeConfigMixin:
                 f"capacity_factor={self.capacity_factor}, the mean number of experts per token, must lie between "
                 f"min_experts_per_token={least} and max_experts_per_token={most or experts}"
             )
+        self._validate_regime()
         if not 0 <= self.threshold_decay < 1:
             raise ValueError(f"threshold_decay={self.threshold_decay} must be at least 0 and below 1")
         for field, lowest in (("moe_intermediate_size", 1), ("shared_expert_intermediate_size", 0)):
@@ -96,6 +114,41 @@ class EcMoeConfigMixin:
             )
         if getattr(self, "mlp_bias", False):
             raise ValueError("mlp_bias=True is not supported: the experts have no biases. Use a family without them")
+
+    def _validate_regime(self) -> None:
+        """What belongs to one way of routing and to no other."""
+        token_choice = self.routing == "token_choice"
+        if token_choice != (self.inference_routing == "token_choice"):
+            raise ValueError(
+                f"routing={self.routing} with inference_routing={self.inference_routing}: token_choice needs both to be "
+                "token_choice, the other routings neither"
+            )
+        if token_choice and self.capacity_factor != int(self.capacity_factor):
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} must be whole: each token chooses so many experts"
+            )
+        if self.routing != "expert_choice" and self.bounds_experts_per_token:
+            raise ValueError(
+                f"routing={self.routing} has no bounds: leave min_experts_per_token={self.min_experts_per_token} at 0 "
+                f"and max_experts_per_token={self.max_experts_per_token} at None, or use routing=expert_choice"
+            )
+        if self.routing == "threshold" and self.routing_pool != "batch":
+            raise ValueError(f"routing_pool={self.routing_pool} has no meaning for routing=threshold; use batch")
+        for field, highest in (("threshold_capacity_clamp", 1), ("router_jitter_noise", 1)):
+            if not 0 <= getattr(self, field) <= highest:
+                raise ValueError(f"{field}={getattr(self, field)} must be between 0 and {highest}")
+        for field in ("router_z_loss_coef", "router_aux_loss_coef", "threshold_after_steps"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative")
+        if self.token_choice_capacity_factor is not None and self.token_choice_capacity_factor <= 0:
+            raise ValueError(
+                f"token_choice_capacity_factor={self.token_choice_capacity_factor} must be above 0 or None"
+            )
+        if self.router_aux_loss_coef and not token_choice:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef} balances token choice; routing={self.routing} is "
+                "balanced by construction, set it to 0"
+            )
 
     @property
     def bounds_experts_per_token(self) -> bool:

@@ -30,6 +30,7 @@ from transformers.models.mistral.modeling_mistral import (
     MistralModel,
     MistralPreTrainedModel,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2DecoderLayer,
     Qwen2ForCausalLM,
@@ -51,8 +52,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from .block_ecmoe import EcMoeBlock, EcMoeRaggedExperts, EcMoeRouter, announce_tokens, use_inference_routing
+from .block_ecmoe import EcMoeBlock, EcMoeRaggedExperts, announce_tokens, use_inference_routing
 from .configuration_ecmoe import EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config
+from .router_ecmoe import EcMoeRouter
+from .routing_ecmoe import router_z_loss
 
 
 class EcMoeDecoderLayerMixin:
@@ -167,7 +170,14 @@ class EcMoeForCausalLMMixin:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """As the dense model's, with `router_logits` (one [B * S, E] per sparse layer) when they are asked for."""
+        """As the dense model's, with `router_logits` (one [B * S, E] per sparse layer) when they are asked for.
+
+        In training the z-loss and, for token choice, the balance loss join the loss by their coefficients;
+        `aux_loss` is the balance loss by itself.
+        """
+        asked = kwargs.pop("output_router_logits", None)
+        asked = self.config.output_router_logits if asked is None else asked
+        adds_loss = self.training and labels is not None and self._has_router_loss()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -175,20 +185,48 @@ class EcMoeForCausalLMMixin:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=asked or adds_loss,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
+        loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if asked or adds_loss:
+            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+            aux_loss, router_loss = self._router_losses(outputs.router_logits, kwargs.get("token_mask", mask))
+            if adds_loss:
+                items = kwargs.get("num_items_in_batch")
+                # Over several micro-batches the loss is a share of the step's tokens, and so is this.
+                share = 1 if items is None else (labels != -100).sum() / items
+                loss = loss + share * router_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.router_logits if asked else None,
         )
+
+    def _has_router_loss(self) -> bool:
+        return self.config.router_z_loss_coef > 0 or self.config.router_aux_loss_coef > 0
+
+    def _router_losses(
+        self, router_logits: tuple[Tensor, ...], token_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Token choice's balance loss (None otherwise), and what the coefficients add to the loss."""
+        config = self.config
+        added = router_logits[0].new_zeros(())
+        if config.router_z_loss_coef:
+            added = added + config.router_z_loss_coef * router_z_loss(
+                router_logits, None if token_mask is None else token_mask.flatten()
+            )
+        if config.routing != "token_choice":
+            return None, added
+        balance = load_balancing_loss_func(router_logits, config.num_experts, int(config.capacity_factor), token_mask)
+        return balance, added + config.router_aux_loss_coef * balance
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' `generate`, routed causally also when the model was left in train mode."""

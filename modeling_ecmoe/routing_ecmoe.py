@@ -12,11 +12,12 @@ Inference replaces the choice by a threshold per expert (Expert Threshold routin
 so that a token's route depends on no other token.
 """
 
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ExpertChoice(NamedTuple):
@@ -89,6 +90,70 @@ def choose_tokens(scores_PNE: Tensor, capacity_factor: float, token_mask_PN: Ten
     is_chosen_PEC = torch.arange(num_slots, device=index_PEC.device) < capacity_P[:, None, None].expand_as(index_PEC)
     threshold = _choice_threshold(ranked_PER, capacity_P, num_real_P)
     return as_choice(scores_PNE, index_PEC, is_chosen_PEC, threshold)
+
+
+def choose_by_threshold(
+    scores_PNE: Tensor,
+    capacity_factor: float,
+    threshold_E: Tensor,
+    is_warm: Tensor,
+    clamp: float,
+    token_mask_PN: Tensor | None = None,
+) -> ExpertChoice:
+    """Threshold training: each expert takes the tokens above its threshold, from (1 - g) C to (1 + g) C of them.
+
+    Before `is_warm` ([] bool) it takes exactly C, as in `choose_tokens`. The count is a tensor, the slots are static.
+    The threshold that is returned is that of C tokens, which the running average follows (arXiv 2603.11535, section
+    3 and the capacity guard g).
+    """
+    num_tokens, num_experts = scores_PNE.shape[1:]
+    capacity_P, num_real_P = real_capacity(scores_PNE, capacity_factor, token_mask_PN)
+    num_slots = min(math.floor((1 + clamp) * expert_capacity(num_tokens, num_experts, capacity_factor)), num_tokens)
+    ranking_PEN = scores_PNE.detach().transpose(1, 2)
+    if token_mask_PN is not None:
+        ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -torch.inf)
+    ranked_PER, order_PER = ranking_PEN.topk(min(num_slots + 1, num_tokens), dim=-1)
+    index_PEC = order_PER[..., :num_slots]
+    above_PE = (ranking_PEN > threshold_E[:, None]).sum(-1)
+    least_P1 = ((1 - clamp) * capacity_P).ceil().long()[:, None]
+    most_P1 = torch.minimum(((1 + clamp) * capacity_P).floor().long(), num_real_P)[:, None]
+    taken_PE = torch.where(is_warm, above_PE.clamp(least_P1, most_P1), capacity_P[:, None])
+    is_chosen_PEC = torch.arange(num_slots, device=index_PEC.device) < taken_PE[..., None]
+    return as_choice(scores_PNE, index_PEC, is_chosen_PEC, _choice_threshold(ranked_PER, capacity_P, num_real_P))
+
+
+def choose_experts(
+    scores_TE: Tensor, num_choices: int, capacity_factor: float | None, token_mask_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Token choice: the k best experts [T, K] of each token, and which of these choices an expert had room for.
+
+    With a capacity an expert keeps the first ceil(capacity_factor * k * T / E) tokens in the order of the batch and
+    drops the rest (GShard, arXiv 2006.16668, section 2.2); first choices come before second ones. Padding is never
+    kept and takes no room.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    expert_TK = scores_TE.detach().topk(num_choices, dim=-1).indices
+    is_real_T = torch.ones_like(scores_TE[:, 0], dtype=torch.bool) if token_mask_T is None else token_mask_T
+    is_kept_TK = is_real_T[:, None].expand_as(expert_TK)
+    if capacity_factor is None:
+        return expert_TK, is_kept_TK
+    factor = Fraction(str(capacity_factor)) * num_choices
+    capacity = -(-factor.numerator * is_real_T.sum() // (factor.denominator * num_experts))
+    # [K * T, E]: all first choices in the order of the batch, then all second ones.
+    taken_RE = nn.functional.one_hot(expert_TK.T.flatten(), num_experts) * is_kept_TK.T.flatten()[:, None]
+    place_R = (taken_RE.cumsum(0) * taken_RE).sum(-1)
+    is_kept_R = (place_R > 0) & (place_R <= capacity)
+    return expert_TK, is_kept_R.view(num_choices, num_tokens).T
+
+
+def router_z_loss(router_logits: tuple[Tensor, ...], token_mask_T: Tensor | None) -> Tensor:
+    """Mean over real tokens and layers of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906,
+    equation 5). router_logits: one [T, E] for each layer."""
+    squares_LT = torch.stack([logits.logsumexp(-1).square().to(router_logits[0].device) for logits in router_logits])
+    if token_mask_T is None:
+        return squares_LT.mean()
+    weight_T = token_mask_T.to(squares_LT)
+    return (squares_LT * weight_T).sum() / (weight_T.sum() * len(router_logits)).clamp(min=1)
 
 
 def real_capacity(scores_PNE: Tensor, capacity_factor: float, token_mask_PN: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,164 @@
+"""The router: scores in full precision, and the thresholds that every optimiser step brings up to date.
+
+Shapes: T tokens, D hidden size, E experts.
+"""
+
+import itertools
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.utils import logging
+
+from .routing_ecmoe import router_scores
+
+logger = logging.get_logger(__name__)
+
+_router_number = itertools.count()
+_routers: "weakref.WeakSet[EcMoeRouter]" = weakref.WeakSet()
+
+
+class EcMoeRouter(nn.Module):
+    """Scores every token for every expert, and keeps the score at which each expert stops choosing.
+
+    weight: [E, D] float. No bias.
+    threshold: [E] float32 buffer, saved with the model whatever its dtype.
+    threshold_updates: [] int64 buffer, how many optimiser steps the threshold averages; 0 is never calibrated.
+    """
+
+    threshold: Tensor
+    threshold_updates: Tensor
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.score_function = config.router_score_function
+        self.threshold_decay = config.threshold_decay
+        self.jitter = config.router_jitter_noise
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("threshold", torch.zeros(config.num_experts, dtype=torch.float32))
+        self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
+        # Of this step's micro-batches: the token-weighted sum of their thresholds [E] and, last, their tokens. No
+        # buffer, because DDP would overwrite every rank's with the first one's before each forward pass.
+        self.pending: Tensor | None = None
+        if not self.weight.is_meta:
+            self._allocate_pending()
+        self.has_pending = False
+        self.is_checked = False
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self.number = next(_router_number)  # the same order on every rank
+        _routers.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enlist()  # a deep copy is a router of its own
+
+    def forward(self, hidden_states: Tensor, jitter: bool = False) -> tuple[Tensor, Tensor]:
+        """hidden_states [T, D] -> router logits [T, E] and scores [T, E], in float32 (float64 for a float64 model).
+
+        Full precision whatever the model's dtype and autocast: a near tie that flips between two passes would
+        send a token to another expert.
+
+        jitter: whether to multiply the input by uniform noise from [1 - jitter, 1 + jitter] (Switch Transformer,
+            arXiv 2101.03961, section 2.4). Gradient checkpointing replays the random state, so both passes agree.
+        """
+        if jitter and self.jitter > 0:
+            hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - self.jitter, 1 + self.jitter)
+        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            router_logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
+            return router_logits, router_scores(router_logits, self.score_function)
+
+    def warn_uncalibrated(self) -> None:
+        """Says once that thresholds which were never set let every expert take every token."""
+        if self.is_checked or torch.compiler.is_compiling() or self.threshold_updates.is_meta:
+            return
+        self.is_checked = True  # the counter is read back to the host once
+        if self.threshold_updates == 0:
+            logger.warning_once(
+                "This model's thresholds were never calibrated, so every expert takes every token. Run "
+                "modeling_ecmoe.calibrate_thresholds(model, batches) on text the model is meant for, or train first."
+            )
+
+    def _allocate_pending(self) -> Tensor:
+        """The pending sums on the device the router is on; a model loaded from disk is built without them."""
+        if self.pending is None or self.pending.device != self.weight.device:
+            self.pending = torch.zeros(len(self.threshold) + 1, dtype=torch.float32, device=self.weight.device)
+        return self.pending
+
+    def train(self, mode: bool = True) -> "EcMoeRouter":
+        if mode and not self.weight.is_meta:
+            self._allocate_pending()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def record_threshold(self, threshold: Tensor, num_tokens: Tensor | int) -> None:
+        """Adds one micro-batch's threshold [E] to what the next optimiser step averages.
+
+        A layer recomputed under gradient checkpointing adds the same value with the same weight again, which
+        leaves the mean of the step as it is.
+        """
+        pending = self._allocate_pending()
+        pending[:-1] += threshold * num_tokens
+        pending[-1] += num_tokens
+        if not torch.compiler.is_compiling():  # there `announce_tokens` has said so
+            self.has_pending = True
+
+    @torch.no_grad()
+    def update_threshold(self) -> None:
+        """Folds the pending mean into the threshold: a bias-corrected moving average, as in Adam.
+
+        With m_n = decay * m_(n-1) + (1 - decay) * x_n and threshold_n = m_n / (1 - decay^n), m need not be kept.
+        """
+        pending = self._allocate_pending()
+        keep: Tensor | float = 0.0
+        if self.threshold_decay > 0:
+            # 1 - decay^n as expm1, which keeps its digits when decay is near 1.
+            log_decay = math.log(self.threshold_decay)
+            steps = self.threshold_updates.float()
+            keep = self.threshold_decay * torch.expm1(steps * log_decay) / torch.expm1((steps + 1) * log_decay)
+        seen = pending[-1] > 0
+        mean = pending[:-1] / pending[-1].clamp(min=1)
+        self.threshold.copy_(torch.where(seen, keep * self.threshold + (1 - keep) * mean, self.threshold))
+        self.threshold_updates.add_(seen)
+        pending.zero_()
+        self.has_pending = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "EcMoeRouter":
+        """Moves with the model, but a change of dtype leaves the float32 thresholds as they are."""
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != torch.float32:
+            moved = self.threshold
+            self.threshold = moved.float() if threshold.is_meta else threshold.to(moved.device)
+        if self.pending is not None and not self.weight.is_meta:
+            self.pending = self.pending.to(self.weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.weight.shape[0]}, hidden_size={self.weight.shape[1]}, score={self.score_function}"
+
+
+def _update_thresholds(*_: Any) -> None:
+    """Runs after every optimiser step, so that a model keeps its thresholds under any trainer.
+
+    Every rank averages over the same routers in the same order; one collective carries them all.
+    """
+    routers = sorted((router for router in _routers if router.has_pending), key=lambda router: router.number)
+    if not routers:
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        pending = [router._allocate_pending() for router in routers]
+        summed = torch.cat([p.to(pending[0].device) for p in pending])
+        torch.distributed.all_reduce(summed)
+        for own, total in zip(pending, summed.split([len(p) for p in pending]), strict=True):
+            own.copy_(total)
+    for router in routers:
+        router.update_threshold()
+
+
+register_optimizer_step_post_hook(_update_thresholds)
