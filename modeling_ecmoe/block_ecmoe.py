@@ -117,22 +117,27 @@ class EcMoeBlock(nn.Module):
             self.shared_expert = dense_mlp_class(shared_config)
         # Set around a call: the real tokens by the model, another routing by `use_inference_routing`.
         self.token_mask: Tensor | None = None
-        self.routing_override: str | None = None
+        self.routing_overrides: list[str] = []
+
+    @property
+    def routing_override(self) -> str | None:
+        """The routing that was asked for last, by whoever still holds `use_inference_routing` open."""
+        return self.routing_overrides[-1] if self.routing_overrides else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         tokens_TD = hidden_states.flatten(0, -2)
         learning = self.training and self.routing_override is None
-        _, scores_TE = self.gate(tokens_TD, jitter=learning)
+        _, scores_TE, threshold_E = self.gate(tokens_TD, jitter=learning)
         routing = self.routing_override or (self.config.routing if self.training else self.config.inference_routing)
         if routing == "token_choice":
             routed_TD, total_T = self._tokens_choose(tokens_TD, scores_TE, learning)
         elif routing == "expert_choice" or learning:
             routed_TD, total_T = self._experts_choose(tokens_TD, scores_TE, hidden_states.shape[:-1], learning)
         elif torch.compiler.is_compiling() or self.config.max_experts_per_token is not None:
-            routed_TD, total_T = self._thresholds_in_slots(tokens_TD, scores_TE)
+            routed_TD, total_T = self._thresholds_in_slots(tokens_TD, scores_TE, threshold_E)
         else:
-            routed_TD, total_T = self._rows(tokens_TD, scores_TE, self.routes(scores_TE))
+            routed_TD, total_T = self._rows(tokens_TD, scores_TE, self.routes(scores_TE, threshold_E))
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(tokens_TD)
             if self.config.shared_expert_weighting == "complement":
@@ -213,11 +218,11 @@ class EcMoeBlock(nn.Module):
         rows_RD = self.experts(tokens_TD[index_R], expert_R[:, None], ones_R1)
         return _combine(rows_RD, weight_R, index_R, len(scores_TE)), total_T
 
-    def _thresholds_in_slots(self, tokens_TD: Tensor, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _thresholds_in_slots(self, tokens_TD: Tensor, scores_TE: Tensor, threshold_E: Tensor) -> tuple[Tensor, Tensor]:
         """Threshold routing with a fixed number of slots per token, the unused ones weighted 0: static shapes."""
-        routes_TE = self.routes(scores_TE)
+        routes_TE = self.routes(scores_TE, threshold_E)
         num_slots = self.config.max_experts_per_token or routes_TE.shape[1]
-        margin_TE = (scores_TE - self.gate.threshold).masked_fill(~routes_TE, -torch.inf)
+        margin_TE = (scores_TE - threshold_E).masked_fill(~routes_TE, -torch.inf)
         expert_TK = margin_TE.topk(num_slots, dim=-1).indices
         return self._slots(tokens_TD, expert_TK, (scores_TE * routes_TE).gather(-1, expert_TK))
 
@@ -236,14 +241,15 @@ class EcMoeBlock(nn.Module):
             total_T = (total_T > 0).to(weight_TK.dtype)
         return self.experts(tokens_TD, expert_TK, weight_TK).to(weight_TK.dtype), total_T
 
-    def routes(self, scores_TE: Tensor) -> Tensor:
+    def routes(self, scores_TE: Tensor, threshold_E: Tensor | None = None) -> Tensor:
         """[T, E] bool, the routes that inference takes: by threshold, or the k best of a token-choice model."""
         if self.config.inference_routing == "token_choice":
             expert_TK, _ = choose_experts(scores_TE, int(self.config.capacity_factor), None, None)
             return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, expert_TK, True)
         self.gate.warn_uncalibrated()
+        threshold_E = self.gate.threshold if threshold_E is None else threshold_E
         return routes_by_threshold(
-            scores_TE, self.gate.threshold, self.config.min_experts_per_token, self.config.max_experts_per_token
+            scores_TE, threshold_E, self.config.min_experts_per_token, self.config.max_experts_per_token
         )
 
 
@@ -269,9 +275,15 @@ def announce_tokens(model: nn.Module, token_mask: Tensor | None) -> Iterator[Non
     model. A compiled layer under gradient checkpointing may not set attributes, and reads what was set here.
     """
     blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
+    learning = model.training and torch.is_grad_enabled()
+    if learning and getattr(model, "_is_replica", False):
+        raise ValueError(
+            "nn.DataParallel cannot train this model: what its replicas learn of thresholds is thrown away. Start one "
+            "process per GPU with `accelerate launch` or torchrun, or show this process a single GPU"
+        )
     for block in blocks:
         block.token_mask = token_mask
-        if model.training and torch.is_grad_enabled():
+        if learning:
             block.gate._allocate_pending()
             block.gate.has_pending = True
     try:
@@ -294,11 +306,12 @@ def use_inference_routing(model: nn.Module, routing: str | None = None) -> Itera
     if routing not in (None, "threshold", "expert_choice", "token_choice"):
         raise ValueError(f"routing={routing!r} is unknown; use 'threshold', 'expert_choice', 'token_choice' or None")
     blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
-    before = [block.routing_override for block in blocks]
-    for block in blocks:
-        block.routing_override = routing or block.config.inference_routing
+    asked = [routing or block.config.inference_routing for block in blocks]
+    for block, override in zip(blocks, asked, strict=True):
+        block.routing_overrides.append(override)
     try:
         yield
     finally:
-        for block, override in zip(blocks, before, strict=True):
-            block.routing_override = override
+        # Not "restore what was": two threads that generate at once do not close in the order they opened.
+        for block, override in zip(blocks, asked, strict=True):
+            block.routing_overrides.remove(override)

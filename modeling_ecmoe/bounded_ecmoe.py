@@ -189,7 +189,8 @@ def balanced_thresholds(scores_TE: Tensor, share: int, min_experts: int, max_exp
         for expert in range(num_experts):
             others = [other for other in range(num_experts) if other != expert]
             bar_T = _bar((scores_TE - threshold_E)[:, others], need_T, room_T)
-            threshold_E[expert] = (scores_TE[:, expert] - bar_T).kthvalue(num_tokens - share).values
+            beats_T = (scores_TE[:, expert] - bar_T).sort(descending=True).values
+            threshold_E[expert] = (beats_T[share - 1] + beats_T[share]) / 2  # on the border rounding would decide
         load_E = routes_by_threshold(scores_TE, threshold_E, min_experts, max_experts).sum(0)
         if (load_E - share).abs().max() <= max(1, share // 200):
             break

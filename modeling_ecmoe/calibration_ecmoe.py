@@ -63,27 +63,41 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor
 def _quantile_thresholds(
     model: nn.Module, blocks: dict[str, EcMoeBlock], batches: list[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """[E] for each layer: the best refused score, so that `score > threshold` takes exactly C tokens."""
+    """[E] for each layer: midway between the last score that is chosen and the best that is refused."""
     high = {name: _empty_histogram(block) for name, block in blocks.items()}
-    low = {name: _empty_histogram(block) for name, block in blocks.items()}
-    cut: dict[str, Tensor] = {}
-    rank: dict[str, Tensor] = {}
-
-    def count_high(name: str, scores_TE: Tensor) -> None:
-        _count(high[name], _bits(scores_TE) >> _HALF_BITS)
+    _collect_scores(model, blocks, batches, lambda name, scores_TE: _count(high[name], _bits(scores_TE) >> _HALF_BITS))
+    # The last chosen and the best refused score, so that `score > threshold` takes exactly C tokens and neither of
+    # the two sits on the border, where a rounding error would decide.
+    sides = [_Side(blocks, high, is_refused) for is_refused in (0, 1)]
 
     def count_low(name: str, scores_TE: Tensor) -> None:
         bits_TE = _bits(scores_TE)
-        inside_TE = (bits_TE >> _HALF_BITS) == cut[name]
-        _count(low[name], torch.where(inside_TE, bits_TE & (_BINS - 1), -1))
+        for side in sides:
+            inside_TE = (bits_TE >> _HALF_BITS) == side.bin[name]
+            _count(side.low[name], torch.where(inside_TE, bits_TE & (_BINS - 1), -1))
 
-    _collect_scores(model, blocks, batches, count_high)
-    for name, block in blocks.items():
-        wanted = expert_capacity(int(high[name][0].sum()), block.config.num_experts, block.config.capacity_factor)
-        cut[name], rank[name] = _bin_of_rank(high[name], torch.full_like(high[name][:, 0], wanted))
     _collect_scores(model, blocks, batches, count_low)
-    fine = {name: _bin_of_rank(low[name], rank[name])[0] for name in blocks}
-    return {name: ((cut[name] << _HALF_BITS) | fine[name]).to(torch.int32).view(torch.float32) for name in blocks}
+    chosen, refused = (side.scores() for side in sides)
+    return {name: (chosen[name] + refused[name]) / 2 for name in blocks}
+
+
+class _Side:
+    """One side of the threshold: the coarse bin of its score, and the fine histogram inside that bin."""
+
+    def __init__(self, blocks: dict[str, EcMoeBlock], high: dict[str, Tensor], is_refused: int) -> None:
+        self.low = {name: torch.zeros_like(histogram) for name, histogram in high.items()}
+        self.bin: dict[str, Tensor] = {}
+        self.rank: dict[str, Tensor] = {}
+        for name, block in blocks.items():
+            config, histogram = block.config, high[name]
+            capacity = expert_capacity(int(histogram[0].sum()), config.num_experts, config.capacity_factor)
+            rank_E = torch.full_like(histogram[:, 0], capacity - 1 + is_refused)
+            self.bin[name], self.rank[name] = _bin_of_rank(histogram, rank_E)
+
+    def scores(self) -> dict[str, Tensor]:
+        """[E] float32 for each layer, put together from the two halves of its bits."""
+        fine = {name: _bin_of_rank(low, self.rank[name])[0] for name, low in self.low.items()}
+        return {name: ((self.bin[name] << _HALF_BITS) | fine[name]).int().view(torch.float32) for name in fine}
 
 
 def _bounded_thresholds(
@@ -137,7 +151,7 @@ def _collect_scores(
     """Runs the batches and hands `count` each layer's scores of real tokens, [T, E] float32."""
 
     def hook_of(name: str, block: EcMoeBlock) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor]) -> None:
+        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
             scores_TE = output[1].float()
             count(name, scores_TE if block.token_mask is None else scores_TE[block.token_mask.flatten()])
 
@@ -156,7 +170,8 @@ def _run(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> None:
     """Forward passes in eval mode; the model is left in the mode it was in."""
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    # Offloaded parameters are on the meta device between passes; their hooks move the inputs.
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     try:
         for batch in logging.tqdm(batches, desc="Calibrating thresholds", unit="batch"):
             model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
@@ -189,7 +204,13 @@ class RoutingRecord:
         self.uncovered[name] = self.uncovered.get(name, 0) + uncovered
 
     def load(self) -> list[list[float]]:
-        """[layers][E], each expert's tokens relative to its equal share c * T / E; 1 is balance."""
+        """[layers][E], each expert's tokens relative to its equal share c * T / E; 1 is balance.
+
+        Raises:
+            ValueError: when nothing was recorded.
+        """
+        if not self.tokens:
+            raise ValueError("no forward pass was recorded; open record_routing before a model is compiled and run")
         share = self.capacity_factor / self.num_experts
         return [(self.chosen[name] / (self.tokens[name] * share)).tolist() for name in self.tokens]
 
@@ -220,8 +241,8 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     record = RoutingRecord(config.num_experts, float(config.capacity_factor))
 
     def hook_of(name: str, block: EcMoeBlock) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            routes_TE = block.routes(output[1])
+        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            routes_TE = block.routes(output[1], output[2])
             record.add(name, routes_TE if block.token_mask is None else routes_TE[block.token_mask.flatten()])
 
         return hook

@@ -120,8 +120,8 @@ class EcMoeConfigMixin:
         token_choice = self.routing == "token_choice"
         if token_choice != (self.inference_routing == "token_choice"):
             raise ValueError(
-                f"routing={self.routing} with inference_routing={self.inference_routing}: token_choice needs both to be "
-                "token_choice, the other routings neither"
+                f"routing={self.routing} does not go with inference_routing={self.inference_routing}: both must be "
+                "token_choice, or neither"
             )
         if token_choice and self.capacity_factor != int(self.capacity_factor):
             raise ValueError(

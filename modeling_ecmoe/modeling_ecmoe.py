@@ -127,9 +127,14 @@ class EcMoeModelMixin:
         **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple:
         """As the dense model's. token_mask [B, S] bool, True for real tokens; read off a 2-D attention_mask."""
-        if token_mask is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if (
+            token_mask is None
+            and inputs is not None
+            and isinstance(attention_mask, Tensor)
+            and attention_mask.dim() == 2
+        ):
             # With a cache the mask covers past tokens too; the last S columns are the tokens at hand.
-            inputs = input_ids if input_ids is not None else inputs_embeds
             token_mask = attention_mask[:, -inputs.shape[1] :].bool()
         with announce_tokens(self, token_mask):
             outputs = super().forward(
@@ -189,7 +194,8 @@ class EcMoeForCausalLMMixin:
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = aux_loss = None
+        loss: Any = None
+        aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if asked or adds_loss:
@@ -225,13 +231,29 @@ class EcMoeForCausalLMMixin:
             )
         if config.routing != "token_choice":
             return None, added
-        balance = load_balancing_loss_func(router_logits, config.num_experts, int(config.capacity_factor), token_mask)
+        balance: Any = load_balancing_loss_func(
+            router_logits, config.num_experts, int(config.capacity_factor), token_mask
+        )
         return balance, added + config.router_aux_loss_coef * balance
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers' `generate`, routed causally also when the model was left in train mode."""
         with use_inference_routing(self):
             return super().generate(*args, **kwargs)
+
+
+class EcMoeHeadMixin:
+    """A head on the base model, which Transformers builds through AutoModel.
+
+    As remote code a head's config may come from another copy of the configuration module than the one that this file
+    registered, so the class at hand is registered before it is needed.
+    """
+
+    def __init__(self, config: Any) -> None:
+        for registered, models in MODEL_CLASSES.items():
+            if registered.model_type == config.model_type:
+                AutoModel.register(type(config), models["AutoModel"], exist_ok=True)
+        super().__init__(config)
 
 
 _ROUTER_LOGITS = {"router_logits": OutputRecorder(EcMoeRouter, index=0)}
@@ -255,15 +277,15 @@ class EcMoeLlamaForCausalLM(EcMoeForCausalLMMixin, EcMoeLlamaPreTrainedModel, Ll
     base_model_class = EcMoeLlamaModel
 
 
-class EcMoeLlamaForSequenceClassification(EcMoeLlamaPreTrainedModel, LlamaForSequenceClassification):
+class EcMoeLlamaForSequenceClassification(EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, LlamaForSequenceClassification):
     pass
 
 
-class EcMoeLlamaForTokenClassification(EcMoeLlamaPreTrainedModel, LlamaForTokenClassification):
+class EcMoeLlamaForTokenClassification(EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, LlamaForTokenClassification):
     pass
 
 
-class EcMoeLlamaForQuestionAnswering(EcMoeLlamaPreTrainedModel, LlamaForQuestionAnswering):
+class EcMoeLlamaForQuestionAnswering(EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, LlamaForQuestionAnswering):
     pass
 
 
@@ -285,15 +307,17 @@ class EcMoeMistralForCausalLM(EcMoeForCausalLMMixin, EcMoeMistralPreTrainedModel
     base_model_class = EcMoeMistralModel
 
 
-class EcMoeMistralForSequenceClassification(EcMoeMistralPreTrainedModel, MistralForSequenceClassification):
+class EcMoeMistralForSequenceClassification(
+    EcMoeHeadMixin, EcMoeMistralPreTrainedModel, MistralForSequenceClassification
+):
     pass
 
 
-class EcMoeMistralForTokenClassification(EcMoeMistralPreTrainedModel, MistralForTokenClassification):
+class EcMoeMistralForTokenClassification(EcMoeHeadMixin, EcMoeMistralPreTrainedModel, MistralForTokenClassification):
     pass
 
 
-class EcMoeMistralForQuestionAnswering(EcMoeMistralPreTrainedModel, MistralForQuestionAnswering):
+class EcMoeMistralForQuestionAnswering(EcMoeHeadMixin, EcMoeMistralPreTrainedModel, MistralForQuestionAnswering):
     pass
 
 
@@ -315,15 +339,15 @@ class EcMoeQwen2ForCausalLM(EcMoeForCausalLMMixin, EcMoeQwen2PreTrainedModel, Qw
     base_model_class = EcMoeQwen2Model
 
 
-class EcMoeQwen2ForSequenceClassification(EcMoeQwen2PreTrainedModel, Qwen2ForSequenceClassification):
+class EcMoeQwen2ForSequenceClassification(EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, Qwen2ForSequenceClassification):
     pass
 
 
-class EcMoeQwen2ForTokenClassification(EcMoeQwen2PreTrainedModel, Qwen2ForTokenClassification):
+class EcMoeQwen2ForTokenClassification(EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, Qwen2ForTokenClassification):
     pass
 
 
-class EcMoeQwen2ForQuestionAnswering(EcMoeQwen2PreTrainedModel, Qwen2ForQuestionAnswering):
+class EcMoeQwen2ForQuestionAnswering(EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, Qwen2ForQuestionAnswering):
     pass
 
 
@@ -345,15 +369,15 @@ class EcMoeQwen3ForCausalLM(EcMoeForCausalLMMixin, EcMoeQwen3PreTrainedModel, Qw
     base_model_class = EcMoeQwen3Model
 
 
-class EcMoeQwen3ForSequenceClassification(EcMoeQwen3PreTrainedModel, Qwen3ForSequenceClassification):
+class EcMoeQwen3ForSequenceClassification(EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, Qwen3ForSequenceClassification):
     pass
 
 
-class EcMoeQwen3ForTokenClassification(EcMoeQwen3PreTrainedModel, Qwen3ForTokenClassification):
+class EcMoeQwen3ForTokenClassification(EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, Qwen3ForTokenClassification):
     pass
 
 
-class EcMoeQwen3ForQuestionAnswering(EcMoeQwen3PreTrainedModel, Qwen3ForQuestionAnswering):
+class EcMoeQwen3ForQuestionAnswering(EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, Qwen3ForQuestionAnswering):
     pass
 
 

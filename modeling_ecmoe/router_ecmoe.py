@@ -57,8 +57,9 @@ class EcMoeRouter(nn.Module):
         super().__setstate__(state)
         self._enlist()  # a deep copy is a router of its own
 
-    def forward(self, hidden_states: Tensor, jitter: bool = False) -> tuple[Tensor, Tensor]:
-        """hidden_states [T, D] -> router logits [T, E] and scores [T, E], in float32 (float64 for a float64 model).
+    def forward(self, hidden_states: Tensor, jitter: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states [T, D] -> router logits [T, E], scores [T, E] in float32 (float64 for a float64 model), and
+        the thresholds [E], which are handed out here because an offloaded router has them only while it runs.
 
         Full precision whatever the model's dtype and autocast: a near tie that flips between two passes would
         send a token to another expert.
@@ -71,7 +72,7 @@ class EcMoeRouter(nn.Module):
         dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             router_logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
-            return router_logits, router_scores(router_logits, self.score_function)
+            return router_logits, router_scores(router_logits, self.score_function), self.threshold
 
     def warn_uncalibrated(self) -> None:
         """Says once that thresholds which were never set let every expert take every token."""
@@ -84,10 +85,13 @@ class EcMoeRouter(nn.Module):
                 "modeling_ecmoe.calibrate_thresholds(model, batches) on text the model is meant for, or train first."
             )
 
-    def _allocate_pending(self) -> Tensor:
-        """The pending sums on the device the router is on; a model loaded from disk is built without them."""
-        if self.pending is None or self.pending.device != self.weight.device:
-            self.pending = torch.zeros(len(self.threshold) + 1, dtype=torch.float32, device=self.weight.device)
+    def _allocate_pending(self, device: torch.device | None = None) -> Tensor:
+        """The pending sums, on the device that scores are computed on; a model loaded from disk is built without."""
+        device = self.weight.device if device is None else device
+        if self.pending is None:
+            self.pending = torch.zeros(len(self.threshold) + 1, dtype=torch.float32, device=device)
+        elif self.pending.device != device:
+            self.pending = self.pending.to(device)
         return self.pending
 
     def train(self, mode: bool = True) -> "EcMoeRouter":
@@ -102,7 +106,7 @@ class EcMoeRouter(nn.Module):
         A layer recomputed under gradient checkpointing adds the same value with the same weight again, which
         leaves the mean of the step as it is.
         """
-        pending = self._allocate_pending()
+        pending = self._allocate_pending(threshold.device)
         pending[:-1] += threshold * num_tokens
         pending[-1] += num_tokens
         if not torch.compiler.is_compiling():  # there `announce_tokens` has said so
@@ -114,7 +118,7 @@ class EcMoeRouter(nn.Module):
 
         With m_n = decay * m_(n-1) + (1 - decay) * x_n and threshold_n = m_n / (1 - decay^n), m need not be kept.
         """
-        pending = self._allocate_pending()
+        pending = self._allocate_pending(self.threshold.device)
         keep: Tensor | float = 0.0
         if self.threshold_decay > 0:
             # 1 - decay^n as expm1, which keeps its digits when decay is near 1.
@@ -152,7 +156,8 @@ def _update_thresholds(*_: Any) -> None:
     if not routers:
         return
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        pending = [router._allocate_pending() for router in routers]
+        # Where the passes left them: with parameters offloaded, only that device has a communicator.
+        pending = [router.pending for router in routers if router.pending is not None]
         summed = torch.cat([p.to(pending[0].device) for p in pending])
         torch.distributed.all_reduce(summed)
         for own, total in zip(pending, summed.split([len(p) for p in pending]), strict=True):

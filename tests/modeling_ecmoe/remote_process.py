@@ -19,10 +19,15 @@ HEADS = {
 }
 
 
-def outputs_of(folder: Path, ids: torch.Tensor, again: Path | None = None, **kwargs: bool) -> dict[str, torch.Tensor]:
-    """Each head's output, a head that the folder does not hold having fixed weights; saves the language model again."""
+def outputs_of(
+    folder: Path, ids: torch.Tensor, again: Path | None = None, first: int = 0, **kwargs: bool
+) -> dict[str, torch.Tensor]:
+    """Each head's output, a head that the folder does not hold having fixed weights; saves the language model again.
+
+    first: which head is loaded first, when nothing of the folder's code has been registered yet.
+    """
     outputs = {}
-    for auto_class, field in HEADS.items():
+    for auto_class, field in [*HEADS.items()][first:] + [*HEADS.items()][:first]:
         model, info = getattr(transformers, auto_class).from_pretrained(folder, output_loading_info=True, **kwargs)
         head = ("score.", "qa_outputs.")
         assert all(name.startswith(head) for name in info["missing_keys"]), (auto_class, info["missing_keys"])
@@ -46,10 +51,10 @@ def main() -> None:
     torch.set_num_threads(1)
     ids = load_file(tokens)["ids"]
     found = {}
-    for folder in folders:
+    for number, folder in enumerate(folders):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
         assert type(config).__module__.startswith("transformers_modules."), type(config).__module__
-        outputs = outputs_of(folder, ids, again / folder.name, trust_remote_code=True)
+        outputs = outputs_of(folder, ids, again / folder.name, first=number + 1, trust_remote_code=True)
         found |= {f"{folder.name}.{name}": tensor for name, tensor in outputs.items()}
     save_file(found, output)
 

@@ -15,7 +15,14 @@ from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).with_name("remote_process.py")
-CODE_FILES = {"configuration_ecmoe.py", "routing_ecmoe.py", "bounded_ecmoe.py", "block_ecmoe.py", "modeling_ecmoe.py"}
+CODE_FILES = {
+    "configuration_ecmoe.py",
+    "routing_ecmoe.py",
+    "bounded_ecmoe.py",
+    "router_ecmoe.py",
+    "block_ecmoe.py",
+    "modeling_ecmoe.py",
+}
 SUFFIXES = {
     "AutoConfig": ("configuration_ecmoe", "Config"),
     "AutoModel": ("modeling_ecmoe", "Model"),
