@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,7 @@ def convert(
     tokenizer = load_tokenizer(weights.folder)
     calibration, verification = _windows(plan, tokenizer, text, seed)
 
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _make_partial(target)
     try:
         _write(plan, weights, partial, shard_size, calibration, device)
         measured = _verify(plan, weights, partial, tokenizer, verification, device)
@@ -95,10 +94,22 @@ def convert(
         }
         (partial / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.rename(target)
-    except BaseException:  # Ctrl-C as well: nothing half-written stays behind
+    except OSError as error:
+        raise ConversionError(f"destination={target} cannot be written: {error}") from error
+    finally:  # after Ctrl-C as well: nothing half-written stays behind
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     return record
+
+
+def _make_partial(target: Path) -> Path:
+    """A folder of this run's own beside the target, which is renamed when it is complete."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        partial.chmod(0o755)
+    except OSError as error:
+        raise ConversionError(f"destination={target} cannot be made: {error}") from error
+    return partial
 
 
 def _windows(plan: Plan, tokenizer: Any, text: str | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +128,7 @@ def _write(
     """Weights, companions and code, then the thresholds, measured on the checkpoint as it will load."""
     last_shard = write_shards(folder, plan.tensors, plan.dtype.itemsize, shard_size)
     for pattern in COMPANIONS:
-        for path in weights.folder.glob(pattern):
+        for path in filter(Path.is_file, weights.folder.glob(pattern)):
             copy = folder / path.relative_to(weights.folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
@@ -132,12 +143,12 @@ def _write(
 
 
 def _load(folder: Path, device: str | None) -> Any:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        return model.to(device).eval()
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     except (RuntimeError, AssertionError) as error:
-        raise ConversionError(f"device={device} cannot hold the model: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ConversionError(f"device={device} is unknown here or cannot hold the model: {reason}") from error
 
 
 def _verify(

@@ -33,7 +33,9 @@ def locate(source: str, revision: str | None = None) -> Path:
         )
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        # Mistral and Llama repositories carry the same weights a second time in another layout.
+        others = ["consolidated*", "original/*"]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=others))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"ecmoe-finetune: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ecmoe-finetune: interrupted; go on with resume_from_checkpoint=true", file=sys.stderr)
+        print("ecmoe-finetune: interrupted; from a checkpoint, go on with resume_from_checkpoint=true", file=sys.stderr)
         sys.exit(130)
     if PartialState().is_main_process:
         _report(results, recipe.output_dir)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -62,6 +63,7 @@ class Recipe:
 
 _OWN = {item.name for item in fields(Recipe)} - {"training"}
 _TRAINING = {item.name for item in fields(TrainingArguments) if item.init} - {"output_dir"}
+_HINTS = typing.get_type_hints(TrainingArguments)
 # YAML 1.1 reads 1e-3 as a string.
 _FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -84,7 +86,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         name, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"override {override!r} must be written as field=value")
-        content[name.strip()] = yaml.safe_load(value) if value.strip() else None
+        try:
+            content[name.strip()] = yaml.safe_load(value) if value.strip() else None
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from error
     return make_recipe(content)
 
 
@@ -97,7 +102,7 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
         if name in _OWN:
             own[name] = value
         elif name in _TRAINING:
-            training[name] = value
+            training[name] = _checked(name, value)
         else:
             nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else "see finetune/recipe.py and TrainingArguments"
@@ -113,9 +118,22 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
         raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
 
 
+def _checked(name: str, value: Any) -> Any:
+    """The value of a TrainingArguments field that takes plain numbers, refused unless it is one.
+
+    TrainingArguments itself takes anything, and a word instead of a number fails only inside the optimiser.
+    """
+    kinds = {kind for kind in (bool, int, float, str) if kind in typing.get_args(_HINTS[name]) or kind is _HINTS[name]}
+    other = set(typing.get_args(_HINTS[name])) - kinds - {type(None)}
+    allowed = kinds | ({int} if float in kinds else set())
+    if name == "resume_from_checkpoint" or not kinds or other or value is None or type(value) in allowed:
+        return value
+    raise RecipeError(f"{name}={value!r} must be {' or '.join(sorted(kind.__name__ for kind in kinds))}")
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The TrainingArguments of a recipe; ours only says that nothing is reported anywhere unless asked for."""
     try:
         return TrainingArguments(**({"report_to": "none"} | recipe.training), output_dir=recipe.output_dir)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise RecipeError(f"TrainingArguments refuses the recipe: {' '.join(str(error).split())}") from error

@@ -14,13 +14,15 @@ from transformers import (
     AutoTokenizer,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
-    default_data_collator,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks
 
-from .data import prepare
+from .data import collate, prepare
 from .recipe import Recipe, RecipeError, training_arguments
 
 RESULTS_NAME = "finetune_results.json"
@@ -51,25 +53,23 @@ def run(recipe: Recipe) -> dict[str, Any]:
         RecipeError: for anything the user can put right.
     """
     output = Path(recipe.output_dir).expanduser()
-    if output.exists() and any(output.iterdir()) and not recipe.training.get("resume_from_checkpoint"):
-        raise RecipeError(
-            f"output_dir={output} is not empty; name a new folder, or set resume_from_checkpoint=true to go on there"
-        )
+    resume = _resume_point(recipe, output)
     arguments = training_arguments(recipe)
     model, tokenizer = load(recipe)
-    train, held_out = prepare(recipe, tokenizer)
+    with arguments.main_process_first(desc="preparing the dataset"):  # the other ranks read its cache
+        train, held_out = prepare(recipe, tokenizer, _sequences_used(arguments))
     timer = StepTimer()
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=default_data_collator,
+        data_collator=collate,
         processing_class=tokenizer,
         callbacks=[timer],
     )
     results = describe(model, recipe) | {"loss_before": trainer.evaluate()["eval_loss"]}
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
     results |= _progress(trainer, arguments, recipe, timer)
     results |= _evaluate(trainer, model, train)
     trainer.save_model()
@@ -78,8 +78,48 @@ def run(recipe: Recipe) -> dict[str, Any]:
     return results
 
 
+def _resume_point(recipe: Recipe, output: Path) -> str | None:
+    """The checkpoint to go on from, or None for a new run in a new folder."""
+    wanted = recipe.training.get("resume_from_checkpoint")
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"output_dir={output} is a file; name a folder")
+    if not wanted:
+        if output.exists() and any(output.iterdir()):
+            raise RecipeError(
+                f"output_dir={output} is not empty; name a new folder, or go on there with resume_from_checkpoint=true"
+            )
+        return None
+    if isinstance(wanted, str):
+        checkpoint: str | None = wanted if Path(wanted).is_dir() else None
+    else:
+        checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if checkpoint is None:
+        raise RecipeError(
+            f"resume_from_checkpoint={wanted} finds no checkpoint in output_dir={output}; leave it out to begin, with "
+            "save_strategy=steps to be able to resume"
+        )
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if 0 < recipe.training.get("max_steps", 0) <= state.global_step:
+        raise RecipeError(
+            f"max_steps={recipe.training['max_steps']} was reached already, {checkpoint} is at step "
+            f"{state.global_step}; raise it to go on"
+        )
+    return checkpoint
+
+
+def _sequences_used(arguments: TrainingArguments) -> int | None:
+    """Training sequences that `max_steps` steps use; None when epochs say how long the run is."""
+    if arguments.max_steps <= 0:
+        return None
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return arguments.max_steps * batch
+
+
 def load(recipe: Recipe) -> tuple[Any, Any]:
     """Model and tokenizer of a recipe."""
+    path = Path(recipe.model).expanduser()
+    if (path.is_absolute() or recipe.model.startswith((".", "~"))) and not path.is_dir():
+        raise RecipeError(f"model={recipe.model} does not exist; give a checkpoint folder or a Hub id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype)

@@ -101,6 +101,7 @@ def test_same_seed_same_bytes(tmp_path: Path, text: Path) -> None:
 def test_companions_travel_byte_for_byte(tmp_path: Path, text: Path) -> None:
     write_dense(tmp_path / "dense", "Llama")
     (tmp_path / "dense" / "LICENSE").write_text("terms\n")
+    (tmp_path / "dense" / "LICENSES").mkdir()
     convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()

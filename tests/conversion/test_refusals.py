@@ -91,6 +91,8 @@ def test_places(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str])
     refuse([str(tmp_path / "taken"), str(tmp_path / "out")], "no safetensors", tmp_path, capsys, left=["taken"])
     (tmp_path / "taken" / "pytorch_model.bin").write_bytes(b"")
     refuse([str(tmp_path / "taken"), str(tmp_path / "out")], "pickled", tmp_path, capsys, left=["taken"])
+    (tmp_path / "taken" / "file").touch()
+    refuse([str(dense), str(tmp_path / "taken" / "file" / "x")], "cannot be made", tmp_path, capsys, left=["taken"])
     empty = tmp_path / "taken" / "empty.txt"
     empty.write_text(" ")
     refuse([str(dense), str(tmp_path / "out"), f"--text={empty}"], "is empty", tmp_path, capsys, left=["taken"])

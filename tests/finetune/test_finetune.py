@@ -1,6 +1,7 @@
 """Fine-tuning: expert-choice and dense by the same recipe, alone and under accelerate, and refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_dense, write_text
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from conversion import convert
@@ -128,7 +130,14 @@ REFUSALS = {
     "sequence_length=4096": "is more than the model's 128 positions",
     "validation_fraction=2": "validation_fraction=2 must be",
     "dtype=float8": "dtype=float8 is unknown",
-    "model=/no/such/model": "model=/no/such/model cannot be loaded",
+    "model=/no/such/model": "model=/no/such/model does not exist",
+    "dataset=/no/such.txt": "dataset=/no/such.txt does not exist",
+    "dataset=@x": "is not valid YAML",
+    "learning_rate=fast": "learning_rate='fast' must be float",
+    "max_steps=abc": "max_steps='abc' must be int",
+    "validation_fraction=0.9999999": "leaves nothing to learn from",
+    "resume_from_checkpoint=true": "finds no checkpoint",
+    "output_dir=/etc/passwd": "output_dir=/etc/passwd is a file",
     "dataset=missing.txt": "dataset=missing.txt cannot be read",
     "dataset=missing.jsonl": "dataset=missing.jsonl cannot be read",
     "lr_scheduler_type=wavy": "TrainingArguments refuses",
@@ -146,7 +155,7 @@ def test_refusals(place: Path, tmp_path: Path, override: str, capsys: pytest.Cap
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ecmoe-finetune: error:")]
     assert len(lines) == 1
     assert REFUSALS[override] in lines[0]
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 def test_a_folder_in_use_is_refused(place: Path, tmp_path: Path) -> None:
@@ -165,6 +174,32 @@ def test_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [\n")
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(tmp_path / "broken.yaml")
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_does_not(place: Path, tmp_path: Path) -> None:
+    """From its checkpoint a run ends with the weights and thresholds of the run that was not stopped."""
+    fixed = [f"model={place / 'ecmoe'}", "save_strategy=steps", "save_steps=2", "max_steps=4"]
+    run(load_recipe(place / "recipe.yaml", [*fixed, f"output_dir={tmp_path / 'whole'}"]))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
+    overrides = [*fixed, f"output_dir={tmp_path / 'stopped'}", "resume_from_checkpoint=true"]
+    run(load_recipe(place / "recipe.yaml", overrides))
+    whole, stopped = (load_file(tmp_path / name / "checkpoint-4/model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    with pytest.raises(RecipeError, match="was reached already"):
+        run(load_recipe(place / "recipe.yaml", overrides))
+
+
+def test_a_column_that_is_no_text(place: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": n, "story": None if n % 2 else "Some words."}) + "\n" for n in range(9))
+    )
+    fixed = [f"model={place / 'dense'}", f"output_dir={tmp_path}", f"dataset={path}"]
+    tokenizer = AutoTokenizer.from_pretrained(place / "dense")
+    with pytest.raises(RecipeError, match="text_column=text holds"):
+        prepare(load_recipe(place / "recipe.yaml", fixed), tokenizer)
+    with pytest.raises(RecipeError, match="gives no"):  # null rows are left out, five short ones stay
+        prepare(load_recipe(place / "recipe.yaml", [*fixed, "text_column=story"]), tokenizer)
 
 
 def test_text_column_of_a_jsonl_file(place: Path, tmp_path: Path) -> None:
