@@ -4,10 +4,11 @@ import transformers
 
 from . import configuration_ecmoe, modeling_ecmoe
 from .block_ecmoe import use_inference_routing
-from .calibration_ecmoe import RoutingRecord, calibrate_thresholds, record_routing, sparse_blocks
+from .calibration_ecmoe import calibrate_thresholds
 from .configuration_ecmoe import *
 from .modeling_ecmoe import *
 from .modeling_ecmoe import MODEL_CLASSES
+from .report_ecmoe import RoutingRecord, record_routing, routing_report, sparse_blocks
 
 for _config_class, _model_classes in MODEL_CLASSES.items():
     transformers.AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
@@ -21,6 +22,7 @@ __all__ = [
     "RoutingRecord",
     "calibrate_thresholds",
     "record_routing",
+    "routing_report",
     "sparse_blocks",
     "use_inference_routing",
 ]

@@ -151,7 +151,7 @@ class EcMoeBlock(nn.Module):
         """Expert choice among the tokens of the pool: [T, D] and the sum of each token's combine weights [T]."""
         num_tokens, num_experts = scores_TE.shape
         mask_T = None if self.token_mask is None else self.token_mask.flatten()
-        if self.config.routing_pool == "global" and learning and _num_ranks() > 1:
+        if self.config.routing_pool == "global" and learning and num_ranks() > 1:
             routes_TE, threshold = self._choose_globally(scores_TE, mask_T)
             self._record(threshold, num_tokens if mask_T is None else mask_T.sum())
             return self._rows(tokens_TD, scores_TE, routes_TE)
@@ -193,7 +193,7 @@ class EcMoeBlock(nn.Module):
         size = int(longest)  # ranks may differ in batch shape; what is filled in counts as padding
         padded_NF = torch.cat([scores_TE.detach(), mask_T[:, None].to(scores_TE.dtype)], dim=1)
         padded_NF = nn.functional.pad(padded_NF, (0, 0, 0, size - num_tokens))
-        gathered = [torch.empty_like(padded_NF) for _ in range(_num_ranks())]
+        gathered = [torch.empty_like(padded_NF) for _ in range(num_ranks())]
         torch.distributed.all_gather(gathered, padded_NF.contiguous())
         everyone_NF = torch.cat(gathered)
         choice = self._choose(everyone_NF[None, :, :-1], everyone_NF[None, :, -1] > 0, learning=True)
@@ -253,7 +253,8 @@ class EcMoeBlock(nn.Module):
         )
 
 
-def _num_ranks() -> int:
+def num_ranks() -> int:
+    """Processes of the distributed run, 1 without one."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 

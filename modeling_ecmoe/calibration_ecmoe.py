@@ -1,33 +1,19 @@
-"""Thresholds from data, and what the routes then look like: load, coverage, experts per token."""
+"""Thresholds from data: exact quantiles of each expert's scores, or with bounds what balances the bounded rule."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
-from .block_ecmoe import EcMoeBlock, use_inference_routing
+from .block_ecmoe import EcMoeBlock, num_ranks, use_inference_routing
 from .bounded_ecmoe import balanced_thresholds
+from .report_ecmoe import run_batches, sparse_blocks
 from .routing_ecmoe import expert_capacity
 
 # A float32 score in [0, 1] has a bit pattern below 2^30, and patterns are ordered as the scores are. Two halves of
 # 15 bits make two passes with small integer histograms find any quantile exactly, and histograms simply add up.
 _HALF_BITS = 15
 _BINS = 1 << _HALF_BITS
-
-
-def sparse_blocks(model: nn.Module) -> dict[str, EcMoeBlock]:
-    """The expert-choice blocks of a model by name, in the order of its layers.
-
-    Raises:
-        ValueError: when the model has none.
-    """
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, EcMoeBlock)}
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no expert-choice layer")
-    return blocks
 
 
 @torch.no_grad()
@@ -37,8 +23,8 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor
     That is C = ceil(c * T / E) of T tokens: an exact quantile of the expert's scores, or with bounds on the experts
     of a token the thresholds at which the bounded rule gives every expert its share. The layers below route by
     expert choice among each batch meanwhile, as in training, so that the scores do not depend on the thresholds that
-    are being replaced.
-    The model is left in the mode it was in.
+    are being replaced. The model is left in the mode it was in. In a distributed run every rank calls this, each with
+    batches of its own: the histograms are added up, and all ranks get the thresholds of all batches.
 
     Args:
         model: any model of the family, also wrapped by PEFT.
@@ -66,6 +52,7 @@ def _quantile_thresholds(
     """[E] for each layer: midway between the last score that is chosen and the best that is refused."""
     high = {name: _empty_histogram(block) for name, block in blocks.items()}
     _collect_scores(model, blocks, batches, lambda name, scores_TE: _count(high[name], _bits(scores_TE) >> _HALF_BITS))
+    _add_up_ranks(high.values())
     # The last chosen and the best refused score, so that `score > threshold` takes exactly C tokens and neither of
     # the two sits on the border, where a rounding error would decide.
     sides = [_Side(blocks, high, is_refused) for is_refused in (0, 1)]
@@ -77,6 +64,8 @@ def _quantile_thresholds(
             _count(side.low[name], torch.where(inside_TE, bits_TE & (_BINS - 1), -1))
 
     _collect_scores(model, blocks, batches, count_low)
+    for side in sides:
+        _add_up_ranks(side.low.values())
     chosen, refused = (side.scores() for side in sides)
     return {name: (chosen[name] + refused[name]) / 2 for name in blocks}
 
@@ -108,11 +97,30 @@ def _bounded_thresholds(
     _collect_scores(model, blocks, batches, lambda name, scores_TE: kept[name].append(scores_TE))
     thresholds = {}
     for name, block in blocks.items():
-        config, scores_TE = block.config, torch.cat(kept.pop(name))
+        config, scores_TE = block.config, _gather_ranks(torch.cat(kept.pop(name)))
         share = expert_capacity(len(scores_TE), config.num_experts, config.capacity_factor)
         most = config.max_experts_per_token or config.num_experts
         thresholds[name] = balanced_thresholds(scores_TE, share, config.min_experts_per_token, most)
     return thresholds
+
+
+def _add_up_ranks(histograms: Iterable[Tensor]) -> None:
+    if num_ranks() > 1:
+        for histogram in histograms:
+            torch.distributed.all_reduce(histogram)
+
+
+def _gather_ranks(scores_TE: Tensor) -> Tensor:
+    """The scores of all ranks, which may have different numbers of tokens, in the order of the ranks."""
+    if num_ranks() == 1:
+        return scores_TE
+    sizes = [torch.zeros((), dtype=torch.long, device=scores_TE.device) for _ in range(num_ranks())]
+    torch.distributed.all_gather(sizes, torch.tensor(len(scores_TE), device=scores_TE.device))
+    longest = max(map(int, sizes))
+    padded = torch.nn.functional.pad(scores_TE, (0, 0, 0, longest - len(scores_TE)))
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(gathered, padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
 def _bits(scores_TE: Tensor) -> Tensor:
@@ -160,96 +168,7 @@ def _collect_scores(
     handles = [block.gate.register_forward_hook(hook_of(name, block)) for name, block in blocks.items()]
     try:
         with use_inference_routing(model, "expert_choice"):
-            _run(model, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(model: nn.Module, batches: list[Mapping[str, Tensor]]) -> None:
-    """Forward passes in eval mode; the model is left in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    # Offloaded parameters are on the meta device between passes; their hooks move the inputs.
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    try:
-        for batch in logging.tqdm(batches, desc="Calibrating thresholds", unit="batch"):
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
-    finally:
-        model.train(was_training)
-
-
-@dataclass
-class RoutingRecord:
-    """Counts of the threshold routes of a model's real tokens, one entry per sparse layer."""
-
-    num_experts: int
-    capacity_factor: float
-    tokens: dict[str, int] = field(default_factory=dict)
-    chosen: dict[str, Tensor] = field(default_factory=dict)
-    uncovered: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str, routes_TE: Tensor) -> None:
-        """Counts the routes [T, E] of one layer in one forward pass."""
-        self._add(name, len(routes_TE), routes_TE.sum(0).cpu(), int((~routes_TE.any(-1)).sum()))
-
-    def merge(self, other: "RoutingRecord") -> None:
-        """Adds the counts of another record, of other batches or another rank."""
-        for name in other.tokens:
-            self._add(name, other.tokens[name], other.chosen[name], other.uncovered[name])
-
-    def _add(self, name: str, tokens: int, chosen: Tensor, uncovered: int) -> None:
-        self.tokens[name] = self.tokens.get(name, 0) + tokens
-        self.chosen[name] = self.chosen.get(name, 0) + chosen
-        self.uncovered[name] = self.uncovered.get(name, 0) + uncovered
-
-    def load(self) -> list[list[float]]:
-        """[layers][E], each expert's tokens relative to its equal share c * T / E; 1 is balance.
-
-        Raises:
-            ValueError: when nothing was recorded.
-        """
-        if not self.tokens:
-            raise ValueError("no forward pass was recorded; open record_routing before a model is compiled and run")
-        share = self.capacity_factor / self.num_experts
-        return [(self.chosen[name] / (self.tokens[name] * share)).tolist() for name in self.tokens]
-
-    def experts_per_token(self) -> float:
-        """Mean over tokens and layers."""
-        return sum(int(self.chosen[name].sum()) for name in self.tokens) / sum(self.tokens.values())
-
-    def uncovered_share(self) -> float:
-        """Share of the tokens that no expert chose, mean over layers."""
-        return sum(self.uncovered.values()) / sum(self.tokens.values())
-
-    def summary(self) -> dict[str, float]:
-        """Least and largest load over all experts and layers, uncovered share, experts per token."""
-        loads = [load for layer in self.load() for load in layer]
-        return {
-            "load_min": min(loads),
-            "load_max": max(loads),
-            "uncovered": self.uncovered_share(),
-            "experts_per_token": self.experts_per_token(),
-        }
-
-
-@contextlib.contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Counts the routes of every forward pass while the context is open, as threshold inference takes them."""
-    blocks = sparse_blocks(model)
-    config = next(iter(blocks.values())).config
-    record = RoutingRecord(config.num_experts, float(config.capacity_factor))
-
-    def hook_of(name: str, block: EcMoeBlock) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            routes_TE = block.routes(output[1], output[2])
-            record.add(name, routes_TE if block.token_mask is None else routes_TE[block.token_mask.flatten()])
-
-        return hook
-
-    handles = [block.gate.register_forward_hook(hook_of(name, block)) for name, block in blocks.items()]
-    try:
-        yield record
+            run_batches(model, batches, "Calibrating thresholds")
     finally:
         for handle in handles:
             handle.remove()
