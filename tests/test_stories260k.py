@@ -37,10 +37,16 @@ def test_step_0(tmp_path: Path, init: str) -> None:
 
 @pytest.mark.slow
 def test_300_steps_beat_the_dense_control(tmp_path: Path) -> None:
-    """`blend` against its dense parent: the same tokens, the same learning rate, the causal held-out loss."""
-    convert(str(STORIES_MODEL), str(tmp_path / "blend"), text=str(STORIES_TEXT))
-    losses = {}
-    for name, model in (("dense", STORIES_MODEL), ("blend", tmp_path / "blend")):
+    """Both initialisations against the dense parent: the same tokens and learning rate, the causal held-out loss.
+
+    The thresholds, calibrated on training text, hold on held-out stories: every load within a tenth of its share, the
+    causal loss within 0.005 nats of the loss with the experts choosing among the evaluation batch.
+    """
+    models = {"dense": STORIES_MODEL, "blend": tmp_path / "blend", "copy": tmp_path / "copy"}
+    results = {}
+    for name, model in models.items():
+        if name != "dense":
+            convert(str(STORIES_MODEL), str(model), init=name, text=str(STORIES_TEXT))
         recipe = {
             "model": str(model),
             "output_dir": str(tmp_path / f"{name}_tuned"),
@@ -55,5 +61,10 @@ def test_300_steps_beat_the_dense_control(tmp_path: Path) -> None:
             "warmup_steps": 20,
             "save_strategy": "no",
         }
-        losses[name] = run(make_recipe(recipe))["loss_after"]
-    assert losses["blend"] < losses["dense"], losses
+        results[name] = run(make_recipe(recipe))
+        print(name, results[name])
+    for name in ("blend", "copy"):
+        assert results[name]["loss_after"] < results["dense"]["loss_after"]
+        assert abs(results[name]["loss_after"] - results[name]["loss_after_top_k"]) < 0.005
+        routing = results[name]["routing"]
+        assert 0.9 <= routing["load_min"] <= routing["load_max"] <= 1.1
