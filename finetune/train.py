@@ -166,7 +166,7 @@ def _progress(trainer: Trainer, arguments: TrainingArguments, recipe: Recipe, ti
 
 def _evaluate(trainer: Trainer, model: Any, train: Dataset) -> dict[str, Any]:
     """The causal loss after training and, for expert choice, how the calibrated thresholds route."""
-    if not is_expert_choice(model):
+    if not is_expert_choice(model) or model.config.routing == "token_choice":  # the baseline has no thresholds
         return {"loss_after": trainer.evaluate()["eval_loss"]}
     _calibrate(trainer, model, train)
     with record_routing(model) as record:
