@@ -9,6 +9,7 @@ import argparse
 import ast
 import json
 import random
+import shutil
 import sys
 import sysconfig
 import time
@@ -44,6 +45,7 @@ def main() -> None:
     try:
         demo(options.output, options.source)
     except (ConversionError, RecipeError) as error:
+        shutil.rmtree(options.output, ignore_errors=True)  # it was empty before
         print(f"demo: error: {error}", file=sys.stderr)
         sys.exit(2)
 
