@@ -57,7 +57,14 @@ def choose_tokens_within_bounds(
     index_PEC, is_chosen_PEC, price_PE = assign(
         scores_PNE.detach(), share_PE, num_slots, min_experts, most, token_mask_PN
     )
+    # An expert without a share points at its best real token, as every unused slot does.
+    best_PE1 = scores_PNE.detach().masked_fill(~token_mask_PN[..., None], -_FAR).argmax(1)[..., None]
+    index_PEC = torch.where(is_chosen_PEC[..., :1], index_PEC, best_PE1)
     return as_choice(scores_PNE, index_PEC, is_chosen_PEC, mean_over_pools(price_PE, num_real_P))
+
+
+# Scores times experts of a pool up to which the rounding is polished.
+_EXCHANGE_SIZE = 1 << 16
 
 
 def expert_shares(num_slots_P: Tensor, num_real_P: Tensor, num_experts: int, max_experts: int) -> Tensor:
@@ -143,7 +150,35 @@ def assign(
         room_PN = room_PN - taken_PN
         indices.append(best_PC.indices)
         chosen.append(is_chosen_PC)
-    return torch.stack(indices, 1), torch.stack(chosen, 1), price_PE
+    index_PEC, is_chosen_PEC = torch.stack(indices, 1), torch.stack(chosen, 1)
+    # Rounding costs about one token per expert, which is nothing in a large pool and much in a tiny one.
+    if scores_PNE[0].numel() * num_experts <= _EXCHANGE_SIZE:
+        index_PEC = _exchange(scores_PNE, index_PEC, is_chosen_PEC)
+    return index_PEC, is_chosen_PEC, price_PE
+
+
+def _exchange(scores_PNE: Tensor, index_PEC: Tensor, is_chosen_PEC: Tensor) -> Tensor:
+    """Lets pairs of experts trade one token for another, the best trade of the pool first, 2 E times.
+
+    Shares and the number of each token's experts stay as they are; a trade without gain is not made.
+    """
+    num_pools, _, num_experts = scores_PNE.shape
+    pools = torch.arange(num_pools, device=scores_PNE.device)
+    for _ in range(2 * num_experts):
+        has_PEN = torch.zeros_like(scores_PNE.transpose(1, 2), dtype=torch.long)
+        has_PNE = has_PEN.scatter_add(2, index_PEC, is_chosen_PEC.long()).transpose(1, 2) > 0
+        # [P, N, E, F]: what moving a token of expert e to expert f gains, where e has it and f has not.
+        gain_PNEF = scores_PNE[:, :, None, :] - scores_PNE[:, :, :, None]
+        gain_PNEF = gain_PNEF.masked_fill(~(has_PNE[..., None] & ~has_PNE[:, :, None, :]), -_FAR)
+        gain_PEF, token_PEF = gain_PNEF.max(1)
+        trade_P, pair_P = (gain_PEF + gain_PEF.transpose(1, 2)).flatten(1).max(1)
+        giver_P, taker_P = pair_P // num_experts, pair_P % num_experts
+        given_P, taken_P = token_PEF[pools, giver_P, taker_P], token_PEF[pools, taker_P, giver_P]
+        for expert_P, old_P, new_P in ((giver_P, given_P, taken_P), (taker_P, taken_P, given_P)):
+            row_PC = index_PEC[pools, expert_P]
+            swapped_PC = torch.where((row_PC == old_P[:, None]) & (trade_P > 0)[:, None], new_P[:, None], row_PC)
+            index_PEC = index_PEC.index_put((pools, expert_P), swapped_PC)
+    return index_PEC
 
 
 def _depth(num_experts: int, min_experts: int, max_experts: int) -> int:

@@ -201,10 +201,11 @@ class EcMoeForCausalLMMixin:
         if asked or adds_loss:
             mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
             aux_loss, router_loss = self._router_losses(outputs.router_logits, kwargs.get("token_mask", mask))
-            if adds_loss:
+            if adds_loss and labels is not None:
                 items = kwargs.get("num_items_in_batch")
-                # Over several micro-batches the loss is a share of the step's tokens, and so is this.
-                share = 1 if items is None else (labels != -100).sum() / items
+                # Over several micro-batches the loss is a share of the step's predicted tokens, and so is this.
+                predicted = labels != -100  # the first label of a row is predicted by nothing
+                share = 1 if items is None else predicted[..., 1:].sum() / items
                 loss = loss + share * router_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -224,6 +225,13 @@ class EcMoeForCausalLMMixin:
     ) -> tuple[Tensor | None, Tensor]:
         """Token choice's balance loss (None otherwise), and what the coefficients add to the loss."""
         config = self.config
+        routers = [module for module in self.modules() if isinstance(module, EcMoeRouter)]
+        learns = torch.is_grad_enabled() and any(router.weight.requires_grad for router in routers)
+        if self.training and self._has_router_loss() and learns and not router_logits[0].requires_grad:
+            raise ValueError(
+                "router_z_loss_coef and router_aux_loss_coef have no gradient under reentrant gradient checkpointing; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
         added = router_logits[0].new_zeros(())
         if config.router_z_loss_coef:
             added = added + config.router_z_loss_coef * router_z_loss(

@@ -12,7 +12,6 @@ Inference replaces the choice by a threshold per expert (Expert Threshold routin
 so that a token's route depends on no other token.
 """
 
-import math
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -108,15 +107,17 @@ def choose_by_threshold(
     """
     num_tokens, num_experts = scores_PNE.shape[1:]
     capacity_P, num_real_P = real_capacity(scores_PNE, capacity_factor, token_mask_PN)
-    num_slots = min(math.floor((1 + clamp) * expert_capacity(num_tokens, num_experts, capacity_factor)), num_tokens)
+    guard = Fraction(str(clamp))  # as numbers of parts, which are exact: (1 + 0.3) * 90 is 117
+    below, above, parts = guard.denominator - guard.numerator, guard.denominator + guard.numerator, guard.denominator
+    num_slots = min(above * expert_capacity(num_tokens, num_experts, capacity_factor) // parts, num_tokens)
     ranking_PEN = scores_PNE.detach().transpose(1, 2)
     if token_mask_PN is not None:
         ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -torch.inf)
     ranked_PER, order_PER = ranking_PEN.topk(min(num_slots + 1, num_tokens), dim=-1)
     index_PEC = order_PER[..., :num_slots]
     above_PE = (ranking_PEN > threshold_E[:, None]).sum(-1)
-    least_P1 = ((1 - clamp) * capacity_P).ceil().long()[:, None]
-    most_P1 = torch.minimum(((1 + clamp) * capacity_P).floor().long(), num_real_P)[:, None]
+    least_P1 = -(-below * capacity_P // parts)[:, None]
+    most_P1 = torch.minimum(above * capacity_P // parts, num_real_P)[:, None]
     taken_PE = torch.where(is_warm, above_PE.clamp(least_P1, most_P1), capacity_P[:, None])
     is_chosen_PEC = torch.arange(num_slots, device=index_PEC.device) < taken_PE[..., None]
     return as_choice(scores_PNE, index_PEC, is_chosen_PEC, _choice_threshold(ranked_PER, capacity_P, num_real_P))

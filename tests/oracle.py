@@ -22,6 +22,15 @@ def capacity(num_tokens: int, num_experts: int, capacity_factor: float) -> int:
     return min(slots, num_tokens)
 
 
+def shares(num_tokens: int, num_experts: int, capacity_factor: float, most: int) -> list[int]:
+    """[E] tokens of each expert under an upper bound: C each; where T * b places are fewer, as equal as can be."""
+    places = min(num_experts * capacity(num_tokens, num_experts, capacity_factor), num_tokens * most)
+    counts = [0] * num_experts
+    for place in range(places):
+        counts[place % num_experts] += 1
+    return counts
+
+
 def scores(hidden_TD: Tensor, weight_ED: Tensor, score_function: str) -> Tensor:
     """[T, E] router scores, differentiable."""
     rows = []
@@ -55,6 +64,7 @@ def choice_threshold(
     scores_TE: Tensor, capacity_factor: float, pools: Sequence[Sequence[int]], is_real: Sequence[bool] | None = None
 ) -> list[float]:
     """[E] midpoint of the last chosen and the best refused score, mean over the pools by their real tokens."""
+    scores_TE = scores_TE.detach()
     num_experts = scores_TE.shape[1]
     thresholds = []
     for expert in range(num_experts):
@@ -71,6 +81,82 @@ def choice_threshold(
             weight += len(column)
         thresholds.append(total / weight if weight else 0.0)
     return thresholds
+
+
+def threshold_training(
+    scores_TE: Tensor,
+    capacity_factor: float,
+    threshold_E: Sequence[float],
+    clamp: float,
+    *,
+    is_warm: bool,
+    is_real: Sequence[bool] | None = None,
+) -> Pairs:
+    """Each expert takes the tokens above its threshold, from (1 - g) C to (1 + g) C of them; just C before warm-up."""
+    scores_TE = scores_TE.detach()
+    real = [token for token in range(len(scores_TE)) if is_real is None or is_real[token]]
+    wanted = capacity(len(real), scores_TE.shape[1], capacity_factor) if real else 0
+    low, high = ((1 + sign * Decimal(str(clamp))) * wanted for sign in (-1, 1))
+    least, most = next(n for n in range(wanted + 1) if n >= low), max(n for n in range(2 * wanted + 1) if n <= high)
+    pairs = set()
+    for expert, threshold in enumerate(threshold_E):
+        ranking = sorted(real, key=lambda token: -float(scores_TE[token, expert]))
+        above = sum(float(scores_TE[token, expert]) > threshold for token in real)
+        taken = min(max(above, least), most) if is_warm else wanted
+        pairs |= {(expert, token) for token in ranking[:taken]}
+    return pairs
+
+
+def token_choice(
+    scores_TE: Tensor,
+    num_choices: int,
+    capacity_factor: float | None = None,
+    is_real: Sequence[bool] | None = None,
+) -> Pairs:
+    """Every real token takes its k best experts; a full expert refuses. First choices, in the order of the batch, go
+    before second ones, and an expert has room for ceil(factor * k * T / E)."""
+    scores_TE = scores_TE.detach()
+    num_tokens, num_experts = scores_TE.shape
+    real = [token for token in range(num_tokens) if is_real is None or is_real[token]]
+    room = [math.inf] * num_experts
+    if capacity_factor is not None:
+        exact = Decimal(str(capacity_factor)) * num_choices * len(real)
+        room = [next(n for n in range(num_tokens * num_choices * 9) if n * num_experts >= exact)] * num_experts
+    ranking = {token: sorted(range(num_experts), key=lambda expert: -float(scores_TE[token, expert])) for token in real}
+    pairs = set()
+    for place in range(num_choices):
+        for token in real:
+            expert = ranking[token][place]
+            if room[expert] > 0:
+                room[expert] -= 1
+                pairs.add((expert, token))
+    return pairs
+
+
+def z_loss(logits: Sequence[Tensor], is_real: Sequence[bool] | None = None) -> Tensor:
+    """Mean over layers and real tokens of log(sum of exp(logits))^2; one [T, E] for each layer."""
+    squares = [
+        torch.log(sum(torch.exp(logit) for logit in row)) ** 2
+        for layer in logits
+        for token, row in enumerate(layer.double())
+        if is_real is None or is_real[token]
+    ]
+    return sum(squares) / len(squares)
+
+
+def balance_loss(logits: Sequence[Tensor], num_choices: int, is_real: Sequence[bool] | None = None) -> Tensor:
+    """E * sum over experts of (its choices per token) * (its mean softmax score), tokens of all layers in one pool."""
+    rows = [row for layer in logits for t, row in enumerate(layer.double()) if is_real is None or is_real[t]]
+    num_experts = len(rows[0])
+    loss = rows[0].new_zeros(())
+    for expert in range(num_experts):
+        chosen, mass = 0, rows[0].new_zeros(())
+        for row in rows:
+            ranking = sorted(range(num_experts), key=(-row.detach()).tolist().__getitem__)
+            chosen += expert in ranking[:num_choices]
+            mass = mass + torch.exp(row[expert]) / sum(torch.exp(logit) for logit in row)
+        loss = loss + chosen / len(rows) * mass / len(rows)
+    return num_experts * loss
 
 
 def threshold_routes(scores_TE: Tensor, threshold_E: Sequence[float], least: int = 0, most: int | None = None) -> Pairs:

@@ -5,86 +5,18 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
+from blocks import BATCH, LENGTH, assert_matches_oracle, build_block, random_hidden
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from modeling_ecmoe.block_ecmoe import EcMoeBlock, use_inference_routing
 
 MakeBlock = Callable[..., EcMoeBlock]
-BATCH, LENGTH = 2, 7
 
 
 @pytest.fixture
-def make_block(make_config: Callable) -> MakeBlock:
-    """A float64 block with random weights and thresholds near the middle of its scores."""
-
-    def make(**fields: object) -> EcMoeBlock:
-        torch.manual_seed(0)
-        config = make_config("Llama", hidden_size=12, intermediate_size=10, head_dim=3, **fields)
-        block = EcMoeBlock(config, LlamaMLP).double()
-        for parameter in block.parameters():
-            nn.init.normal_(parameter, std=0.4)
-        share = 0.5 if config.router_score_function == "sigmoid" else 1 / config.num_experts
-        block.gate.threshold.copy_(torch.linspace(0.7, 1.1, config.num_experts) * share)
-        return block
-
-    return make
-
-
-def random_hidden(batch: int = BATCH, length: int = LENGTH) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(batch, length, 12, generator=generator, dtype=torch.float64, requires_grad=True)
-
-
-def parameters_of(block: EcMoeBlock) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone().requires_grad_() for name, parameter in block.named_parameters()}
-
-
-def oracle_forward(block: EcMoeBlock, hidden_BSD: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    """[B, S, D] what the block should give in the mode it is in, routes and all."""
-    config = block.config
-    tokens_TD = hidden_BSD.flatten(0, 1)
-    scores_TE = oracle.scores(tokens_TD, parameters["gate.weight"], config.router_score_function)
-    batch, length = hidden_BSD.shape[:2]
-    if block.training or config.inference_routing == "expert_choice":
-        pools = [list(range(batch * length))]
-        if config.routing_pool == "sequence":
-            pools = [list(range(row * length, (row + 1) * length)) for row in range(batch)]
-        is_real = None if block.token_mask is None else block.token_mask.flatten().tolist()
-        pairs = oracle.expert_choice(scores_TE, config.capacity_factor, pools, is_real)
-    else:
-        least, most = config.min_experts_per_token, config.max_experts_per_token
-        pairs = oracle.threshold_routes(scores_TE, block.gate.threshold.tolist(), least, most)
-    output_TD = oracle.block_output(
-        tokens_TD,
-        parameters,
-        scores_TE,
-        pairs,
-        normalize=config.normalize_combine_weights,
-        shared_weighting=config.shared_expert_weighting,
-    )
-    return output_TD.view_as(hidden_BSD)
-
-
-def assert_matches_oracle(block: EcMoeBlock, hidden_BSD: Tensor, real_BS: Tensor | None = None) -> Tensor:
-    """Output and gradients of a random projection of it (of its real tokens); returns the block's output."""
-    parameters = parameters_of(block)
-    expected_hidden = hidden_BSD.detach().clone().requires_grad_()
-    expected = oracle_forward(block, expected_hidden, parameters)
-    output = block(hidden_BSD)
-    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    real_BS = torch.ones(output.shape[:2], dtype=torch.bool) if real_BS is None else real_BS
-    direction = direction * real_BS[..., None]
-    torch.testing.assert_close(output[real_BS], expected[real_BS])
-    (output * direction).sum().backward()
-    (expected * direction).sum().backward()
-    torch.testing.assert_close(hidden_BSD.grad, expected_hidden.grad, msg="gradient of hidden_states")
-    for name, parameter in block.named_parameters():
-        found, wanted = (
-            torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in (parameter, parameters[name])
-        )
-        torch.testing.assert_close(found, wanted, msg=f"gradient of {name}")
-    return output
+def make_block() -> MakeBlock:
+    return build_block
 
 
 VARIANTS = {

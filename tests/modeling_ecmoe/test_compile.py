@@ -57,6 +57,11 @@ FIELDS = {
         "routing_pool": "sequence",
     },
 }
+REGIMES = {
+    "bounded": {"min_experts_per_token": 1, "max_experts_per_token": 2, "normalize_combine_weights": True},
+    "threshold": {"routing": "threshold", "threshold_after_steps": 1},
+    "z-loss": {"router_z_loss_coef": 0.1},
+}
 
 
 def compiled_and_plain(
@@ -78,6 +83,59 @@ def compiled_and_plain(
 
 def test_compiled_step_is_the_plain_step(family: str, make_model: Callable, make_tokens: Callable) -> None:
     compiled_and_plain(make_model(family, num_hidden_layers=1), make_inputs(make_tokens, True), "aot_eager")
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_compiled_step_of_other_regimes(regime: str, make_model: Callable, make_tokens: Callable) -> None:
+    model = make_model("Llama", num_hidden_layers=1, **REGIMES[regime])
+    compiled_and_plain(model, make_inputs(make_tokens, True), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_compiled_checkpointed_step_of_other_regimes(
+    checkpointing: bool, regime: str, make_model: Callable, make_tokens: Callable
+) -> None:
+    model = make_model("Llama", **REGIMES[regime])
+    compiled_and_plain(model, make_inputs(make_tokens, True), "aot_eager", checkpointing)
+
+
+def test_router_losses_refuse_reentrant_checkpointing(make_model: Callable, make_tokens: Callable) -> None:
+    """The logits it records are those of the pass without gradients; a loss on them would train nothing, silently."""
+    model = make_model("Qwen3", use_cache=False, router_z_loss_coef=0.1).train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    ids = make_tokens(2, 9)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(ids, labels=ids)
+
+
+@pytest.mark.parametrize(
+    ("regime", "use_reentrant"),
+    [(regime, False) for regime in (*REGIMES, "token choice", "jitter")]
+    + [(regime, True) for regime in ("bounded", "threshold", "jitter")],
+)
+def test_checkpointed_step_of_other_regimes(
+    regime: str, use_reentrant: bool, make_model: Callable, make_tokens: Callable
+) -> None:
+    """With jitter both passes draw the same noise. Token choice keeps no threshold."""
+    token_choice = {"routing": "token_choice", "inference_routing": "token_choice", "capacity_factor": 2}
+    others = {"jitter": {"router_jitter_noise": 0.2}, "token choice": token_choice | {"router_aux_loss_coef": 0.1}}
+    model = make_model("Qwen3", use_cache=False, **(REGIMES | others)[regime]).train()
+    for block in sparse_blocks(model).values():
+        block.gate.threshold_updates.fill_(2)
+        block.gate.threshold.fill_(0.25)
+    steps = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(5)
+        steps.append(training_step(model, model, make_inputs(make_tokens, True)))
+    for name, tensor in steps[1].items():
+        if not name.endswith("pending"):
+            assert torch.equal(tensor, steps[0][name]), name
+        elif regime != "token choice":
+            torch.testing.assert_close(tensor, steps[0][name], atol=1e-7, rtol=1e-7)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

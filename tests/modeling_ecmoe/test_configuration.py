@@ -25,6 +25,34 @@ WRONG = [
     ("mlp_layer_types", ["sparse"], {}),
     ("mlp_layer_types", ["sparse", "moe"], {}),
 ]
+TOKEN_CHOICE = {"routing": "token_choice", "inference_routing": "token_choice", "capacity_factor": 1}
+WRONG += [
+    ("inference_routing", "token_choice", {}),
+    ("inference_routing", "threshold", TOKEN_CHOICE | {"inference_routing": "threshold"}),
+    ("inference_routing", "expert_choice", TOKEN_CHOICE | {"inference_routing": "expert_choice"}),
+    ("routing", "token_choice", {"capacity_factor": 1}),
+    ("routing", "threshold", {"inference_routing": "token_choice"}),
+    ("capacity_factor", 1.5, TOKEN_CHOICE | {"capacity_factor": 1.5}),
+    ("capacity_factor", 2.5, {"max_experts_per_token": 2}),
+    ("capacity_factor", 0.5, {"min_experts_per_token": 1}),
+    ("min_experts_per_token", 1, {"routing": "threshold"}),
+    ("max_experts_per_token", 2, {"routing": "threshold"}),
+    ("min_experts_per_token", 1, TOKEN_CHOICE),
+    ("max_experts_per_token", 2, TOKEN_CHOICE),
+    ("routing_pool", "sequence", {"routing": "threshold"}),
+    ("routing_pool", "global", {"routing": "threshold"}),
+    ("threshold_capacity_clamp", -0.1, {}),
+    ("threshold_capacity_clamp", 1.5, {}),
+    ("router_jitter_noise", -0.1, {}),
+    ("router_jitter_noise", 1.5, {}),
+    ("threshold_after_steps", -1, {}),
+    ("router_z_loss_coef", -0.1, {}),
+    ("router_aux_loss_coef", -0.1, TOKEN_CHOICE),
+    ("router_aux_loss_coef", 0.1, {}),
+    ("router_aux_loss_coef", 0.1, {"routing": "threshold"}),
+    ("token_choice_capacity_factor", 0, TOKEN_CHOICE),
+    ("token_choice_capacity_factor", -1.0, TOKEN_CHOICE),
+]
 WRONG_KINDS = [
     ("num_experts", "8"),
     ("num_experts", 2.5),
@@ -58,8 +86,23 @@ def test_wrong_values_are_refused_by_name(
     family: str, field: str, value: object, others: dict, make_config: Callable
 ) -> None:
     with pytest.raises(Exception, match=field) as error:
-        make_config(family, **{field: value}, **others)
+        make_config(family, **others | {field: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        TOKEN_CHOICE | {"router_aux_loss_coef": 0.01, "token_choice_capacity_factor": 1.25},
+        {"routing": "threshold", "threshold_after_steps": 100, "threshold_capacity_clamp": 1},
+        {"min_experts_per_token": 2, "max_experts_per_token": 2, "capacity_factor": 2},
+        {"max_experts_per_token": 2, "routing_pool": "global", "router_z_loss_coef": 0.001},
+    ],
+)
+def test_right_combinations_round_trip(family: str, fields: dict, make_config: Callable, tmp_path: Path) -> None:
+    make_config(family, **fields).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert {field: getattr(loaded, field) for field in fields} == fields
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG_KINDS)

@@ -1,4 +1,4 @@
-"""Thresholds under data parallelism: two ranks average what one process would see on all of their batches."""
+"""Data parallelism: two ranks average the thresholds, and in the global pool route as one process with all tokens."""
 
 import json
 import os
@@ -10,11 +10,12 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
+POOLS = ["plain", "bounded", "balanced, normalised", "sigmoid, complement"]  # as ddp_process.py has them
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, float]:
-    """Largest difference of any rank's thresholds, by the way of accumulation."""
+def errors() -> dict:
+    """Largest difference of any rank from one process, see ddp_process.py."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("needs the gloo back-end of torch.distributed")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
@@ -31,5 +32,17 @@ def errors() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("way", ["one batch", "no_sync", "sync always"])
-def test_ranks_average_over_all_batches(way: str, errors: dict[str, float]) -> None:
+def test_ranks_average_over_all_batches(way: str, errors: dict) -> None:
     assert errors[way] < 1e-6
+
+
+@pytest.mark.parametrize("halves", ["equal", "unequal", "another length"])
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("what", ["outputs", "gradients", "thresholds"])
+def test_global_pool_is_one_process_with_all_tokens(what: str, pool: str, halves: str, errors: dict) -> None:
+    assert errors[f"{pool}, {halves}"][what] < 1e-6
+
+
+def test_a_pool_of_each_rank_is_told_apart(errors: dict) -> None:
+    """Negative control."""
+    assert errors["a pool of each rank"] > 1e-3
