@@ -13,15 +13,14 @@ TESTS = Path(__file__).parents[1]
 POOLS = ["plain", "bounded", "balanced, normalised", "sigmoid, complement"]  # as ddp_process.py has them
 
 
-@pytest.fixture(scope="module")
-def errors() -> dict:
-    """Largest difference of any rank from one process, see ddp_process.py."""
+def on_two_ranks(script: str) -> dict:
+    """What a script of this folder prints on rank 0 of two."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("needs the gloo back-end of torch.distributed")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("ddp_process.py"))],
+        [*command, str(Path(__file__).with_name(script))],
         env=environment,
         capture_output=True,
         text=True,
@@ -29,6 +28,21 @@ def errors() -> dict:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict:
+    """Largest difference of any rank from one process, see ddp_process.py."""
+    return on_two_ranks("ddp_process.py")
+
+
+def test_a_sharded_model_keeps_its_thresholds() -> None:
+    """FSDP2: the same float32 thresholds, averaged over the ranks, in the model and in its state dict."""
+    found = on_two_ranks("fsdp_process.py")
+    assert found["sharded"] and found["moved"] > 0
+    assert found["updates"] == [1, 1]
+    assert found["dtypes"] == ["torch.float32"]
+    assert found["difference"] < 1e-6
 
 
 @pytest.mark.parametrize("way", ["one batch", "no_sync", "sync always"])

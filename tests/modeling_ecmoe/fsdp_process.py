@@ -1,0 +1,49 @@
+"""Run by torchrun: one optimiser step of a model sharded by FSDP2, against the same step of the whole model.
+
+Prints a JSON object on rank 0: the largest threshold difference, the dtypes and the number of updates.
+"""
+
+import copy
+import json
+
+import torch
+import torch.distributed as dist
+from conftest import build_model, random_tokens
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from modeling_ecmoe import sparse_blocks
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1)
+    whole = build_model("Llama").train()
+    sharded = copy.deepcopy(whole)
+    mesh = init_device_mesh("cpu", (ranks,))
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    ids = random_tokens(ranks, 24)[rank : rank + 1]  # each rank its own pool
+    for model in (whole, sharded):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    pairs = list(zip(sparse_blocks(whole).values(), sparse_blocks(sharded).values(), strict=True))
+    worst = max((a.gate.threshold - b.gate.threshold).abs().max().item() for a, b in pairs)
+    state = sharded.state_dict()
+    found = {
+        "difference": worst,
+        "updates": [int(b.gate.threshold_updates) for _, b in pairs],
+        "dtypes": sorted({str(tensor.dtype) for name, tensor in state.items() if name.endswith("gate.threshold")}),
+        "sharded": all(hasattr(b.experts.gate_up_proj, "full_tensor") for _, b in pairs),
+        "moved": min(b.gate.threshold.abs().min().item() for _, b in pairs),
+    }
+    if rank == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
