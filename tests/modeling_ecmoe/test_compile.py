@@ -93,10 +93,11 @@ def test_compiled_step_of_other_regimes(regime: str, make_model: Callable, make_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", [regime for regime in REGIMES if regime != "z-loss"])
 def test_compiled_checkpointed_step_of_other_regimes(
     checkpointing: bool, regime: str, make_model: Callable, make_tokens: Callable
 ) -> None:
+    """Not the router losses: Transformers records outputs in a list, which a compiled checkpoint may not touch."""
     model = make_model("Llama", **REGIMES[regime])
     compiled_and_plain(model, make_inputs(make_tokens, True), "aot_eager", checkpointing)
 
