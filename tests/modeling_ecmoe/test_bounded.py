@@ -126,7 +126,7 @@ def test_a_worse_assignment_is_told_apart() -> None:
 
 @pytest.mark.slow
 def test_many_more_cases() -> None:
-    """The constraints hold in each, and the score is within one percent in 98 of 100."""
+    """The constraints hold in each, and the score is within one percent in all but one."""
     ratios = []
     for seed in range(1000, 2000):
         case = random_case(seed)
@@ -137,7 +137,7 @@ def test_many_more_cases() -> None:
         ratios.append(float((case.scores_TE * counts_TE).double().sum()) / exact_optimum(case))
     ratios.sort()
     assert max(ratios) <= 1 + 1e-6
-    assert ratios[len(ratios) // 50] >= 0.99
+    assert ratios[1] >= 0.99
 
 
 seeds = st.integers(0, 2**31)
