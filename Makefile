@@ -25,8 +25,9 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
+## The minutes-long tests; -s shows the figures they measure, the README's table among them.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -s
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -32,12 +32,14 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor
             Large batches of the text the model is meant for; without bounds they are gone through twice.
 
     Raises:
-        ValueError: when there is no batch, or the model has no expert-choice layer.
+        ValueError: when there is no batch, the model has no expert-choice layer, or its buffers are offloaded.
     """
     batches = list(batches)
     blocks = sparse_blocks(model)
     if not batches:
         raise ValueError("calibrate_thresholds needs at least one batch of tokens")
+    if any(block.gate.threshold.is_meta for block in blocks.values()):
+        raise ValueError("the thresholds are offloaded and cannot be set; load the model with offload_buffers=False")
     bounded = next(iter(blocks.values())).config.bounds_experts_per_token
     thresholds = (_bounded_thresholds if bounded else _quantile_thresholds)(model, blocks, batches)
     for name, block in blocks.items():

@@ -371,3 +371,24 @@ def test_record_routing_counts_the_routes(
     )
     model(make_tokens(1, 4))
     assert sum(record.tokens.values()) == total_tokens  # closed: no longer counting
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_a_model_offloaded_to_disk(
+    offload_buffers: bool, make_routed_model: Callable, make_tokens: Callable, tmp_path: Path
+) -> None:
+    """The same logits; thresholds can be set unless they are offloaded themselves, which is said in one line."""
+    model, ids = make_routed_model("Qwen3"), make_tokens(2, 16)
+    model.save_pretrained(tmp_path / "model")
+    options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "off", "offload_buffers": offload_buffers}
+    offloaded = type(model).from_pretrained(tmp_path / "model", **options).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    if offload_buffers:
+        with pytest.raises(ValueError, match="offload_buffers=False"):
+            calibrate_thresholds(offloaded, [{"input_ids": ids}])
+        return
+    calibrate_thresholds(offloaded, [{"input_ids": ids}])
+    calibrate_thresholds(model, [{"input_ids": ids}])
+    for name, gate in gates(offloaded).items():
+        torch.testing.assert_close(gate.threshold, gates(model)[name].threshold, atol=1e-6, rtol=1e-6)
