@@ -15,6 +15,20 @@ from torch.distributed.fsdp import fully_shard
 from modeling_ecmoe import sparse_blocks
 
 
+def ddp_gradient_difference(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Largest difference of DDP's gradients from the mean of what the ranks get without it."""
+    alone, wrapped = copy.deepcopy(model), torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    alone(ids, labels=ids).loss.backward()
+    wrapped(ids, labels=ids).loss.backward()
+    worst = 0.0
+    for mine, theirs in zip(alone.parameters(), wrapped.module.parameters(), strict=True):
+        dist.all_reduce(mine.grad)
+        worst = max(worst, (mine.grad / dist.get_world_size() - theirs.grad).abs().max().item())
+    for router in (module.gate for each in (alone, wrapped) for module in sparse_blocks(each).values()):
+        router.has_pending = False  # this step is never taken
+    return worst
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -26,6 +40,7 @@ def main() -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     ids = random_tokens(ranks, 24)[rank : rank + 1]  # each rank its own pool
+    gradients = ddp_gradient_difference(whole, ids)
     for model in (whole, sharded):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         model(ids, labels=ids).loss.backward()
@@ -34,6 +49,7 @@ def main() -> None:
     worst = max((a.gate.threshold - b.gate.threshold).abs().max().item() for a, b in pairs)
     state = sharded.state_dict()
     found = {
+        "gradients": gradients,
         "difference": worst,
         "updates": [int(b.gate.threshold_updates) for _, b in pairs],
         "dtypes": sorted({str(tensor.dtype) for name, tensor in state.items() if name.endswith("gate.threshold")}),

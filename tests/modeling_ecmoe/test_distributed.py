@@ -37,12 +37,16 @@ def errors() -> dict:
 
 
 def test_a_sharded_model_keeps_its_thresholds() -> None:
-    """FSDP2: the same float32 thresholds, averaged over the ranks, in the model and in its state dict."""
+    """FSDP2: the same float32 thresholds, averaged over the ranks, in the model and in its state dict.
+
+    And under DDP each rank's own pool gives the gradients that it gives without, averaged.
+    """
     found = on_two_ranks("fsdp_process.py")
     assert found["sharded"] and found["moved"] > 0
     assert found["updates"] == [1, 1]
     assert found["dtypes"] == ["torch.float32"]
     assert found["difference"] < 1e-6
+    assert found["gradients"] < 1e-6
 
 
 @pytest.mark.parametrize("way", ["one batch", "no_sync", "sync always"])
