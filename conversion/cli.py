@@ -7,29 +7,49 @@ import argparse
 import sys
 from typing import Any
 
+from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from .convert import RECORD_NAME, convert
 from .errors import ConversionError
 from .initialisations import INITIALISATIONS
+from .plan import FAMILIES
+from .settings import NAMED_LAYERS, ROUTERS
 
 
 def _parser() -> argparse.ArgumentParser:
+    inits = "\n".join(f"  {name:9} {init.summary}" for name, init in INITIALISATIONS.items())
+    routers = "\n".join(f"  {name:9} {text}" for name, text in ROUTERS.items())
+    ratios = "; ".join(f"{n}: {i.ratio}, {i.default_ratio}" for n, i in INITIALISATIONS.items() if i.ratio)
     parser = argparse.ArgumentParser(
-        prog="ecmoe-convert", description="Convert a dense checkpoint into an expert-choice mixture of experts."
+        prog="ecmoe-convert",
+        description="Convert a dense checkpoint into an expert-choice mixture of experts.",
+        epilog=f"initialisations:\n{inits}\n\nrouters:\n{routers}\n\nKilled or interrupted, the same command goes on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="checkpoint folder or Hub id (Llama, Mistral, Qwen2, Qwen3)")
-    parser.add_argument("destination", help="folder to make; it must not exist")
-    parser.add_argument("--num-experts", type=int, default=8, help="experts per layer (default: 8)")
-    parser.add_argument("--capacity-factor", type=float, default=1, help="mean experts per token (default: 1)")
-    inits = "; ".join(f"{name}: {init.summary}" for name, init in INITIALISATIONS.items())
-    parser.add_argument("--init", default="blend", help=f"how experts begin (default: blend). {inits}")
-    parser.add_argument("--seed", type=int, default=0, help="of the router weights (default: 0)")
+    parser.add_argument("source", help=f"checkpoint folder or Hub id[@revision] ({', '.join(FAMILIES)})")
+    parser.add_argument("destination", help="folder to make; it must not exist, or be empty")
+    parser.add_argument("--num-experts", type=int, help="experts per layer (default: 8; with mix one per checkpoint)")
+    parser.add_argument("--capacity-factor", type=float, help="mean experts per token (default: 1; granular: G)")
+    parser.add_argument("--init", default="blend", help="how experts begin, see below (default: blend)")
+    parser.add_argument("--ratio", type=float, help=f"of some initialisations ({ratios})")
+    parser.add_argument("--granularity", type=int, help="G, shards per dense FFN of granular (default: 2)")
+    parser.add_argument("--layers", default="all", help=f"{', '.join(NAMED_LAYERS)}, or such as 1,3,5 (default: all)")
+    parser.add_argument("--router", default="normal", help="how the router begins, see below (default: normal)")
+    parser.add_argument("--router-prompts", metavar="FILE", help="JSON list with a list of texts for each expert")
+    parser.add_argument("--mix-with", nargs="+", metavar="SOURCE", help="the other checkpoints of mix")
+    parser.add_argument("--mix-attention", default="average", help="average or first (default: average)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     parser.add_argument("--max-shard-size", default="5GB", help="of the output's files (default: 5GB)")
     parser.add_argument("--text", help="UTF-8 text file to calibrate on (default: a little English of Python's own)")
     parser.add_argument("--revision", help="of a Hub id")
-    parser.add_argument("--device", help="for calibration and verification (default: an accelerator if there is one)")
+    parser.add_argument("--device", help="where models are run (default: an accelerator if there is one; auto: all)")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="run no model; estimate thresholds")
+    parser.add_argument("--push-to-hub", metavar="REPOSITORY", help="upload the finished folder")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; touch neither weights nor disk")
+    parser.add_argument("--num-gpus", type=int, default=8, help="of the dry run's estimates (default: 8)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -38,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = vars(_parser().parse_args(argv))
     debug = options.pop("debug")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bars()
     try:
         record = convert(**options)
     except ConversionError as error:
@@ -46,9 +69,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"ecmoe-convert: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ecmoe-convert: interrupted; nothing was written", file=sys.stderr)
+        print("ecmoe-convert: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    _report(record, options["destination"])
+    if options["dry_run"]:
+        _print_plan(record, options)
+    else:
+        _report(record, options["destination"])
 
 
 def _report(record: dict[str, Any], destination: str) -> None:
@@ -60,15 +86,54 @@ def _report(record: dict[str, Any], destination: str) -> None:
     table.add_column("expert choice", justify="right")
     table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['total']:,}")
     table.add_row("active per token", f"{parameters['dense']:,}", f"{parameters['active']:,}")
-    table.add_row("causal loss", f"{verification['loss_dense']:.6f}", f"{verification['loss_converted']:.6f}")
-    table.add_row("experts per token", "", f"{verification['experts_per_token']:.2f}")
-    table.add_row("expert load", "", f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share")
-    table.add_row("chosen by no expert", "", f"{verification['uncovered']:.1%}")
+    console = Console()
+    if verification is None:
+        console.print(table)
+        console.print("Not verified. The thresholds are estimates: calibrate them, or train, before judging the model.")
+    else:
+        load = f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share"
+        table.add_row("causal loss", f"{verification['loss_dense']:.6f}", f"{verification['loss_converted']:.6f}")
+        table.add_row("divergence, nats per token", "", f"{verification['kl_divergence']:.1e}")
+        table.add_row("largest error of a layer", "", f"{max(verification['layer_errors'].values()):.1e}")
+        table.add_row("experts per token", "", f"{verification['experts_per_token']:.2f}")
+        table.add_row("expert load", "", load)
+        table.add_row("chosen by no expert", "", f"{verification['uncovered']:.1%}")
+        console.print(table)
+        same = "the same" if verification["greedy_same"] else "different"
+        change = f"The loss changed by {verification['loss_change']:+.1e}."
+        console.print(f"Greedy text: {same}. {change}", highlight=False)
+    console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
+
+
+def _print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
+    """The figures of a dry run."""
+    parameters, flops, memory = plan["parameters"], plan["flops_per_token"], plan["training_bytes_per_gpu"]
+    gpus = plan["num_gpus"]
+    table = Table(title=f"Plan: {options['source']} -> {options['destination']} ({options['init']})")
+    table.add_column("")
+    table.add_column("dense", justify="right")
+    table.add_column("expert choice", justify="right")
+    table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['total']:,}")
+    table.add_row("active per token", f"{parameters['dense']:,}", f"{parameters['active']:,}")
+    ratio = flops["converted"] / flops["dense"]
+    table.add_row("FLOPs per token", f"{flops['dense']:.3g}", f"{flops['converted']:.3g} ({ratio:.2f} of dense)")
+    table.add_row("layers with experts", "", str(plan["sparse_layers"]))
+    table.add_row("output on disk", "", _gigabytes(plan["output_bytes"]))
+    for name, title in (("ddp", "DDP"), ("fsdp2", "FSDP2"), ("expert_parallel", "expert parallelism")):
+        table.add_row(f"to fine-tune on {gpus} GPUs, {title}", "", f"{_gigabytes(memory[name])} each")
+    table.add_row("all-to-all per GPU and step", "", _gigabytes(plan["all_to_all_bytes_per_step"]))
     console = Console()
     console.print(table)
-    same = "the same" if verification["greedy_same"] else "different"
-    console.print(f"Greedy text: {same}. The loss changed by {verification['loss_change']:+.1e}.", highlight=False)
-    console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
+    console.print(
+        "FLOPs: forward, without attention scores. Memory: float32 weights, gradients and AdamW moments; activations, "
+        f"and FSDP2's gathered layer, come on top. All-to-all: {plan['tokens_per_gpu']:,} tokens per GPU. "
+        "Nothing was written.",
+        highlight=False,
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
 
 
 if __name__ == "__main__":

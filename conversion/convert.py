@@ -1,12 +1,14 @@
 """The conversion from end to end: plan, write, calibrate, verify, and only then give the folder its name."""
 
+import hashlib
 import json
 import shutil
-import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import psutil
 import safetensors
 import torch
 import transformers
@@ -16,166 +18,290 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_ecmoe import calibrate_thresholds
 
+from .card import render_card
 from .errors import ConversionError
+from .estimate import estimate, parameters
+from .hub import check_hub, push
+from .measure import estimated_thresholds, measured_router
 from .plan import Plan, plan_conversion
-from .sample import load_tokenizer, read_documents, sample_windows
-from .source import SourceWeights, locate
-from .verify import compare
-from .writer import parse_size, rewrite_tensors, write_shards
+from .router import read_prompts
+from .sample import check_same_tokenizer, load_tokenizer, read_documents, sample_windows
+from .settings import Settings
+from .source import Digests, Source
+from .verify import TOLERANCE, check, compare
+from .workspace import Workspace
+from .writer import overwrite_tensors, parse_size, write_shards, write_whole
 
 RECORD_NAME = "ecmoe_conversion.json"
 CALIBRATION_TOKENS = 16_384
 VERIFICATION_TOKENS = 4_096
 WINDOW = 256  # tokens; shorter where the model's context is
 BATCH = 16  # windows; 4,096 tokens are one routing pool
-# Exact in float32 up to rounding; in 16 bits the two sums round differently.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+VERIFICATION_BATCH = 4  # windows whose logits of two models are held at once
 # What travels along as it is: tokenizer, chat template, generation defaults, licence.
 COMPANIONS = ["*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "additional_chat_templates/*"]
 COMPANIONS += ["generation_config.json", "LICENSE*", "NOTICE*"]
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """What the models are run on: token ids [W, L] of text to calibrate on and of other text to verify on."""
+
+    tokenizer: Any
+    calibration: Tensor
+    verification: Tensor
+
+
 def convert(
     source: str,
     destination: str,
-    num_experts: int = 8,
-    capacity_factor: float = 1,
+    num_experts: int | None = None,
+    capacity_factor: float | None = None,
     init: str = "blend",
+    ratio: float | None = None,
+    granularity: int | None = None,
+    layers: str = "all",
+    router: str = "normal",
+    router_prompts: str | None = None,
+    mix_with: list[str] | None = None,
+    mix_attention: str = "average",
     seed: int = 0,
     max_shard_size: str = "5GB",
     text: str | None = None,
     revision: str | None = None,
     device: str | None = None,
+    verify: bool = True,
+    push_to_hub: str | None = None,
+    dry_run: bool = False,
+    num_gpus: int = 8,
 ) -> dict[str, Any]:
     """Converts a dense checkpoint into an expert-choice one and returns what was measured on the way.
 
+    Killed at any moment, the same call goes on where it stopped, and the folder has the same bytes in the end.
+
     Args:
-        source: checkpoint folder or Hub id, of a family in `conversion.plan.FAMILIES`.
-        destination: folder to make; it must not exist. It appears when complete, or not at all.
-        num_experts: experts in each layer.
-        capacity_factor: mean experts per token.
+        source: checkpoint folder or Hub id (`name@revision` for a certain one) of a family in `plan.FAMILIES`.
+        destination: folder to make; it must not exist or be empty. It appears when complete, or not at all.
+        num_experts: experts in each layer; None is 8, and with init="mix" one for each checkpoint.
+        capacity_factor: mean experts per token; None is 1, and with init="granular" the shards of one FFN.
         init: how experts come from the dense FFN, a key of `conversion.initialisations.INITIALISATIONS`.
-        seed: of the router weights and of the order of the sample text.
-        max_shard_size: such as "5GB"; also the peak memory of writing.
+        ratio: of the initialisations noise, drop and split; None is their default.
+        granularity: shards per dense FFN of the initialisation granular; None is 2.
+        layers: "all", "every-second", "last-half", or a list such as "1,3,5"; the others stay dense.
+        router: "normal", "centroid", or "hidden" with router_prompts.
+        router_prompts: JSON file with one list of texts per expert.
+        mix_with: the other checkpoints of init="mix".
+        mix_attention: what is not an FFN in init="mix": the "average" of all checkpoints or that of the "first".
+        seed: of the router weights, of drawn expert weights and of the order of the sample text.
+        max_shard_size: such as "5GB".
         text: UTF-8 text file to calibrate the thresholds on; a little English of Python's own when None.
         revision: of a Hub id.
-        device: for calibration and verification; the first accelerator, or the CPU, when None.
+        device: for calibration and verification; None is the first accelerator, or the CPU. "auto" spreads the models
+            over all devices, memory and disk.
+        verify: run dense and converted model side by side. Without it no model is run at all, and the thresholds are
+            estimated from the router weights.
+        push_to_hub: repository to upload the finished folder to.
+        dry_run: return the plan's figures and touch neither weights nor disk.
+        num_gpus: of the dry run's estimates.
 
     Raises:
         ConversionError: for anything the user can put right, and when an exact initialisation is not exact.
     """
+    settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
     target = Path(destination).expanduser()
-    if target.exists():
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(f"destination={target} exists; name a folder that does not, or remove it")
     shard_size = parse_size(max_shard_size)
-    weights = SourceWeights(locate(source, revision))
-    plan = plan_conversion(weights, num_experts, capacity_factor, init, seed)
-    tokenizer = load_tokenizer(weights.folder)
-    calibration, verification = _windows(plan, tokenizer, text, seed)
+    if num_gpus < 1:
+        raise ConversionError(f"num_gpus={num_gpus} must be at least 1")
+    sources = [Source(name, revision if name == source else None, dry_run) for name in [source, *(mix_with or [])]]
+    plan = plan_conversion(sources, settings)
+    if dry_run:
+        return estimate(plan, num_gpus)
 
-    partial = _make_partial(target)
+    texts = _texts(plan, text, verify, seed)
+    prompts = _prompts(plan, router_prompts)
+    _check_room(plan, target, verify, device)
+    if push_to_hub:
+        check_hub(push_to_hub)
+    record = {
+        "source": source,
+        "revision": sources[0].commit,
+        "text": text or "pydoc_data.topics",
+        "calibration_tokens": texts.calibration.numel() if texts and verify else 0,
+        **asdict(plan.settings),
+        "parameters": parameters(plan),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, accelerate, safetensors)},
+    }
+    options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
+    purpose = record | options | {"files": _fingerprints(sources, text, router_prompts)}
     try:
-        _write(plan, weights, partial, shard_size, calibration, device)
-        measured = _verify(plan, weights, partial, tokenizer, verification, device)
-        record = {
-            "source": source,
-            "revision": revision,
-            "init": init,
-            "num_experts": num_experts,
-            "capacity_factor": capacity_factor,
-            "seed": seed,
-            "text": text or "pydoc_data.topics",
-            "calibration_tokens": calibration.numel(),
-            "parameters": _parameters(plan, weights),
-            "verification": measured,
-            "versions": {
-                module.__name__: module.__version__ for module in (torch, transformers, accelerate, safetensors)
-            },
-        }
-        (partial / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.rename(target)
+        with Workspace(target, purpose) as work:
+            _fill(plan, work, shard_size, texts, prompts, device, verify, record)
+            work.finish()
     except OSError as error:
         raise ConversionError(f"destination={target} cannot be written: {error}") from error
-    finally:  # after Ctrl-C as well: nothing half-written stays behind
-        shutil.rmtree(partial, ignore_errors=True)
+    if push_to_hub:
+        push(target, push_to_hub)
     return record
 
 
-def _make_partial(target: Path) -> Path:
-    """A folder of this run's own beside the target, which is renamed when it is complete."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        partial.chmod(0o755)
-    except OSError as error:
-        raise ConversionError(f"destination={target} cannot be made: {error}") from error
-    return partial
+def _fill(
+    plan: Plan,
+    work: Workspace,
+    shard_size: int,
+    texts: _Texts | None,
+    prompts: list[list[str]] | None,
+    device: str | None,
+    verify: bool,
+    record: dict[str, Any],
+) -> None:
+    """Every file of the checkpoint, config.json last; completes the record on the way."""
+    folder = work.checkpoint
+    digests = Digests(plan.sources)
+    digests.start()
+    measured = None
+    if plan.settings.router != "normal":
+        measured = work.recall("router")
+        if measured is None:
+            assert texts is not None
+            dense = _load(plan, plan.sources[0].folder, device)
+            measured = measured_router(plan, dense, texts.tokenizer, texts.calibration, prompts)
+            work.keep("router", measured)
+            del dense
+        plan.router_rows.update(measured)
+    config: Any = plan.config
+    write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
+    _write_companions(plan, folder)
+
+    thresholds = work.recall("thresholds")
+    if thresholds is None and not verify:
+        thresholds = estimated_thresholds(plan, measured)
+        work.keep("thresholds", thresholds)
+    if thresholds is not None:
+        overwrite_tensors(folder, thresholds)
+    record["verification"] = None
+    if verify:
+        assert texts is not None
+        converted = _load(plan, folder, device)
+        if thresholds is None:
+            thresholds = _calibrate(converted, texts.calibration)
+            work.keep("thresholds", thresholds)
+            overwrite_tensors(folder, thresholds)
+        dense = _load(plan, plan.sources[0].folder, device)
+        verification = compare(dense, converted, texts.tokenizer, texts.verification, VERIFICATION_BATCH)
+        check(verification, plan.settings.initialisation.exact, plan.dtype)
+        record["verification"] = verification | {"loss_tolerance": TOLERANCE[plan.dtype]}
+        # As a reader of the file will see it: JSON has text for keys.
+        record["verification"] = json.loads(json.dumps(record["verification"]))
+    record["sources"] = [
+        {"source": source.source, "revision": source.commit, "sha256": sha256}
+        for source, sha256 in zip(plan.sources, digests.result(), strict=True)
+    ]
+    write_whole(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
+    write_whole(folder / "README.md", render_card(plan, record, work.target.name))
+    plan.config.save_pretrained(work.folder)  # beside the checkpoint first: with it the folder would load
+    (work.folder / "config.json").rename(folder / "config.json")
 
 
-def _windows(plan: Plan, tokenizer: Any, text: str | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Windows for calibration and, from other text, for verification."""
-    length = min(WINDOW, plan.config.max_position_embeddings)
+def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> _Texts | None:
+    """Tokenizer and windows, where something is measured on text."""
+    for source in plan.sources[1:]:
+        check_same_tokenizer(plan.sources[0], source)
+    if not verify and plan.settings.router == "normal":
+        return None
+    tokenizer = load_tokenizer(plan.sources[0].folder)
+    config: Any = plan.config
+    length = min(WINDOW, config.max_position_embeddings)
     wanted = (CALIBRATION_TOKENS + VERIFICATION_TOKENS) // length
     documents = read_documents(Path(text).expanduser() if text else None)
     windows = sample_windows(tokenizer, documents, length, wanted, seed)
+    if int(windows.max()) >= config.vocab_size:
+        raise ConversionError(
+            f"the tokenizer of source={plan.sources[0].source} makes token {int(windows.max())}, beyond "
+            f"vocab_size={config.vocab_size}; they do not belong together"
+        )
     held_out = max(1, len(windows) * VERIFICATION_TOKENS // (CALIBRATION_TOKENS + VERIFICATION_TOKENS))
-    return windows[:-held_out], windows[-held_out:]
+    return _Texts(tokenizer, windows[:-held_out], windows[-held_out:])
 
 
-def _write(
-    plan: Plan, weights: SourceWeights, folder: Path, shard_size: int, calibration: Tensor, device: str | None
-) -> None:
-    """Weights, companions and code, then the thresholds, measured on the checkpoint as it will load."""
-    last_shard = write_shards(folder, plan.tensors, plan.dtype.itemsize, shard_size)
+def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:
+    settings = plan.settings
+    if (settings.router == "hidden") != (router_prompts is not None):
+        raise ConversionError(
+            f"router={settings.router} and router_prompts={router_prompts}: router=hidden needs a file of prompts, and "
+            "no other router reads one"
+        )
+    if router_prompts is None:
+        return None
+    config: Any = plan.config
+    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // (settings.granularity or 1))
+
+
+def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> None:
+    """Disk for the output, and memory for the models that will be run; before anything is written.
+
+    Raises:
+        ConversionError: with what is needed and what is there.
+    """
+    place = next(folder for folder in target.absolute().parents if folder.exists())
+    written = target.parent / f".{target.name}.partial"
+    there = sum(path.stat().st_size for path in written.rglob("*") if path.is_file()) if written.is_dir() else 0
+    free = shutil.disk_usage(place).free + there
+    if free < plan.nbytes:
+        raise ConversionError(
+            f"destination={target} needs {plan.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; "
+            "free some, or choose another disk"
+        )
+    runs_dense = verify or plan.settings.router != "normal"
+    dense_bytes = sum(path.stat().st_size for path in plan.sources[0].weight_files) if runs_dense else 0
+    needed = dense_bytes + plan.nbytes * verify
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if device == "auto" or on_gpu:
+        return
+    available = psutil.virtual_memory().available
+    if needed > available:
+        remedy = "verify=False (--no-verify)" if plan.settings.router == "normal" else "router=normal with --no-verify"
+        raise ConversionError(
+            f"verify={verify}, router={plan.settings.router}: the models that are run need {needed / 1e9:.1f} GB of "
+            f"memory and {available / 1e9:.1f} GB are free; say {remedy}, or device=auto to run them off the disk"
+        )
+
+
+def _fingerprints(sources: list[Source], *texts: str | None) -> dict[str, Any]:
+    """What tells one state of the input files from another, without reading the weights."""
+    stats = {str(path): path.stat() for source in sources for path in source.weight_files}
+    read = {name: hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest() for name in texts if name}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()} | read
+
+
+def _write_companions(plan: Plan, folder: Path) -> None:
+    """Tokenizer, templates and licence of the first source, byte for byte, and the family's code."""
+    source = plan.sources[0].folder
     for pattern in COMPANIONS:
-        for path in filter(Path.is_file, weights.folder.glob(pattern)):
-            copy = folder / path.relative_to(weights.folder)
+        for path in filter(Path.is_file, source.glob(pattern)):
+            copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
     custom_object_save(plan.model, folder)
-    plan.config.save_pretrained(folder)
-
-    model = _load(folder, device)
-    batches = [{"input_ids": batch} for batch in calibration.split(BATCH)]
-    calibrate_thresholds(model, batches)
-    buffers = {name: buffer.cpu() for name, buffer in model.state_dict().items() if ".mlp.gate.threshold" in name}
-    rewrite_tensors(last_shard, buffers)
 
 
-def _load(folder: Path, device: str | None) -> Any:
+def _load(plan: Plan, folder: Path, device: str | None) -> Any:
+    """The dense model of a source folder, or the converted one, whose folder has no config.json yet."""
+    is_dense = (folder / "config.json").is_file()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model_class = AutoModelForCausalLM if is_dense else type(plan.model)
+        kwargs: dict[str, Any] = {} if is_dense else {"config": plan.config}
+        if device == "auto":
+            return model_class.from_pretrained(folder, dtype=plan.dtype, device_map="auto", **kwargs).eval()
+        model: Any = model_class.from_pretrained(folder, dtype=plan.dtype, **kwargs)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConversionError(f"device={device} is unknown here or cannot hold the model: {reason}") from error
 
 
-def _verify(
-    plan: Plan, weights: SourceWeights, folder: Path, tokenizer: Any, windows: Tensor, device: str | None
-) -> dict[str, Any]:
-    """Measures dense against converted, and refuses an initialisation that promises exactness and misses it."""
-    measured = compare(_load(weights.folder, device), _load(folder, device), tokenizer, windows, BATCH)
-    tolerance = TOLERANCE[plan.dtype]
-    measured["loss_tolerance"] = tolerance
-    changed = abs(measured["loss_change"])
-    # In 16 bits a greedy choice between near ties may fall either way; in float32 it must not.
-    same_text = measured["greedy_same"] or plan.dtype != torch.float32
-    if plan.initialisation.exact and not (changed <= tolerance and same_text):
-        raise ConversionError(
-            f"the converted model does not compute what the dense one does: the loss changed by {changed:.2e} "
-            f"(at most {tolerance:.0e} is rounding), greedy text {'kept' if measured['greedy_same'] else 'changed'}; "
-            "nothing was written"
-        )
-    return measured
-
-
-def _parameters(plan: Plan, weights: SourceWeights) -> dict[str, int]:
-    """Parameters of the dense model, of the converted one, and those that the average token meets."""
-    named = [(t.name, torch.Size(t.shape).numel()) for t in plan.tensors if ".mlp.gate.threshold" not in t.name]
-    experts = sum(size for name, size in named if ".mlp.experts." in name)
-    total = sum(size for _, size in named)
-    idle = experts - round(experts * plan.config.capacity_factor / plan.config.num_experts)
-    tied = set(plan.model.all_tied_weights_keys) if plan.config.tie_word_embeddings else set()
-    dense = sum(torch.Size(weights.shape(name)).numel() for name in weights.names() - tied if "inv_freq" not in name)
-    return {"dense": dense, "total": total, "active": total - idle}
+def _calibrate(model: Any, windows: Tensor) -> dict[str, Tensor]:
+    """The thresholds and their counts, measured on the converted model."""
+    calibrate_thresholds(model, [{"input_ids": batch} for batch in windows.split(BATCH)])
+    return {name: buffer.cpu() for name, buffer in model.state_dict().items() if ".mlp.gate.threshold" in name}

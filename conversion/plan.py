@@ -1,8 +1,11 @@
-"""What will be written: the config and, for every tensor of the expert-choice model, where it comes from."""
+"""What will be written: the config and, for every tensor of the expert-choice model, where it comes from.
+
+A plan is made from configs and shard headers alone; no weights are read before its tensors are asked for.
+"""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,153 +16,272 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 import modeling_ecmoe
 
 from .errors import ConversionError
-from .initialisations import INITIALISATIONS, Initialisation
-from .source import SourceWeights, read_json
+from .initialisations import ExpertMatrix, config_fields, num_shared_neurons
+from .settings import Settings
+from .source import DTYPES, Source, read_json
 
 # The dense model_type of each family -> its expert-choice config class.
 FAMILIES = {config.model_type.removeprefix("ecmoe_"): config for config in modeling_ecmoe.MODEL_CLASSES}
 
 # Buffers that old checkpoints carry and no model reads.
 _IGNORED = ("rotary_emb.inv_freq",)
+# What may differ between the configs of checkpoints that are mixed.
+_FREE_FIELDS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
+# Verbatim tensors are copied in pieces of this size, so that an embedding of any size costs no more memory.
+_PIECE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output: its shape and how to make it when its turn comes."""
+    """One tensor of the output, made piece by piece; the pieces in turn are its bytes.
+
+    sources: the source tensors it is made of, with the shape that each must have.
+    """
 
     name: str
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterator[Tensor]]
+    sources: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Plan:
+    """model: on the meta device, for names, shapes and code. router_rows: measured ones by tensor name; the tensors
+    not in it are drawn. Filled before anything is written."""
+
+    settings: Settings
     config: PreTrainedConfig
     dtype: torch.dtype
-    model: PreTrainedModel  # on the meta device: names, shapes and code, no memory
+    model: PreTrainedModel
+    sources: list[Source]
     tensors: list[PlannedTensor]
-    initialisation: Initialisation
+    router_rows: dict[str, Tensor]
+
+    @property
+    def tied(self) -> set[str]:
+        """The names of tensors that are another one and not in the file."""
+        return set(self.model.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def plan_conversion(weights: SourceWeights, num_experts: int, capacity_factor: float, init: str, seed: int) -> Plan:
-    """Plans the conversion of a dense checkpoint from its config and headers; reads no weights.
+def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
+    """Plans a conversion; the first source gives config, tokenizer and dtype.
 
     Raises:
         ConversionError: for an unsupported family, a wrong option, or tensors that do not fit the config.
     """
-    if init not in INITIALISATIONS:
-        raise ConversionError(f"init={init} is unknown; choose one of {', '.join(INITIALISATIONS)}")
-    initialisation = INITIALISATIONS[init]
-    config = _config(weights, num_experts, capacity_factor, initialisation)
+    dense_configs = [read_dense_config(source) for source in sources]
+    for source, config in zip(sources[1:], dense_configs[1:], strict=True):
+        _check_same_architecture(sources[0], dense_configs[0], source, config)
+    for source in sources:
+        _check_dtypes(source)
+    settings = settings.complete(dense_configs[0], len(sources))
+    config = _config(dense_configs[0], sources[0].dtype, settings)
     with torch.device("meta"):
         model = modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"](config)
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    used: set[str] = set()
-    tensors = []
-    for name, like in model.state_dict().items():
-        if name in tied:
-            continue
-        sources, make = _maker(name, like, config, weights, seed)
-        for source in sources:
-            _check_source(source, like, name, weights, config)
-        used.update(sources)
-        tensors.append(PlannedTensor(name, tuple(like.shape), make))
-    unused = sorted(n for n in weights.names() - used - tied if not n.endswith(_IGNORED))
-    if unused:
-        raise ConversionError(
-            f"source={weights.folder} holds {unused[0]} ({len(unused)} such tensors), which a dense "
-            f"{config.model_type.removeprefix('ecmoe_')} language model does not have; convert a plain one"
-        )
-    return Plan(config, weights.dtype(), model, tensors, initialisation)
+    plan = Plan(settings, config, sources[0].dtype, model, sources, [], {})
+    maker = _Maker(plan)
+    plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
+    for source in sources:
+        _check_tensors(plan, source)
+    return plan
 
 
-def _config(
-    weights: SourceWeights, num_experts: int, capacity_factor: float, initialisation: Initialisation
-) -> PreTrainedConfig:
-    dense = read_dense_config(weights)
-    fields = dense.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
-        fields.pop(name, None)
-    fields |= initialisation.config | {"num_experts": num_experts, "capacity_factor": capacity_factor}
-    if initialisation.keeps_dense_ffn:
-        fields["shared_expert_intermediate_size"] = dense.intermediate_size
-    try:
-        config = FAMILIES[dense.model_type](**fields)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConversionError(str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")) from error
-    config.dtype = weights.dtype()
-    config.architectures = [modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"].__name__]
-    return config
-
-
-def read_dense_config(weights: SourceWeights) -> PreTrainedConfig:
-    """The source's config, if it is of a family that can be converted."""
-    path = weights.folder / "config.json"
+def read_dense_config(source: Source) -> PreTrainedConfig:
+    """A source's config, if it is of a family that can be converted."""
+    path = source.folder / "config.json"
     if not path.is_file():
-        raise ConversionError(f"source={weights.folder} is no checkpoint: config.json is missing")
+        raise ConversionError(f"source={source.folder} is no checkpoint: config.json is missing")
     raw = read_json(path)
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
-        raise ConversionError(f"source={weights.folder} is an expert-choice checkpoint already; give the dense one")
+        raise ConversionError(f"source={source.folder} is an expert-choice checkpoint already; give the dense one")
     if model_type not in FAMILIES:
         raise ConversionError(f"model_type={model_type} is not supported; supported are {', '.join(FAMILIES)}")
     if raw.get("quantization_config"):
         raise ConversionError(
-            f"source={weights.folder} is quantised (quantization_config); give the unquantised checkpoint"
+            f"source={source.folder} is quantised (quantization_config); give the unquantised checkpoint"
         )
+    for name in ("dtype", "torch_dtype"):
+        if raw.get(name) and not isinstance(getattr(torch, str(raw[name]), None), torch.dtype):
+            raise ConversionError(f"{path}: {name}={raw[name]} is no torch dtype; write float32, bfloat16 or float16")
     try:
-        return AutoConfig.from_pretrained(weights.folder)
+        return AutoConfig.from_pretrained(source.folder)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConversionError(
             f"{path} is no valid {model_type} config: {str(error).strip().splitlines()[-1].strip()}"
         ) from error
 
 
-def _maker(
-    name: str, like: Tensor, config: Any, weights: SourceWeights, seed: int
-) -> tuple[list[str], Callable[[], Tensor]]:
-    """Where a tensor of the expert-choice model comes from: the source tensors it reads, and the function."""
-    if ".mlp.gate." in name:
-        return [], lambda: _router_tensor(name, like, config, seed)
-    if name.endswith(".mlp.experts.gate_up_proj"):
-        base = name.removesuffix("experts.gate_up_proj")
-        parts = [f"{base}gate_proj.weight", f"{base}up_proj.weight"]
-        return parts, lambda: _copies(torch.cat([weights[part] for part in parts]), config.num_experts)
-    if name.endswith(".mlp.experts.down_proj"):
-        part = name.replace("experts.down_proj", "down_proj.weight")
-        return [part], lambda: _copies(weights[part], config.num_experts)
-    source = name.replace(".mlp.shared_expert.", ".mlp.")
-    return [source], lambda: weights[source]
+def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> PreTrainedConfig:
+    fields = dense.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    fields |= config_fields(
+        settings.initialisation, dense.intermediate_size, settings.ratio, settings.granularity or 1
+    ) | {
+        "num_experts": settings.num_experts,
+        "capacity_factor": settings.capacity_factor,
+        "mlp_layer_types": settings.mlp_layer_types(dense.num_hidden_layers),
+    }
+    try:
+        config = FAMILIES[dense.model_type](**fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ConversionError(str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")) from error
+    config.dtype = dtype
+    config.architectures = [modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"].__name__]
+    return config
 
 
-def _copies(ffn: Tensor, num_experts: int) -> Tensor:
-    return ffn.expand(num_experts, *ffn.shape).contiguous()
+class _Maker:
+    """Plans the tensors of the expert-choice model one by one."""
 
+    def __init__(self, plan: Plan) -> None:
+        self.plan_ = plan
+        self.config: Any = plan.config
+        self.settings = plan.settings
+        self.sources = plan.sources
 
-def _router_tensor(name: str, like: Tensor, config: Any, seed: int) -> Tensor:
-    """Router weights N(0, initializer_range), each tensor from a seed of its own, so that order does not matter.
-
-    Thresholds start at zero and are calibrated once the checkpoint can be loaded.
-    """
-    if not name.endswith("gate.weight"):
-        return torch.zeros(like.shape, dtype=like.dtype)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return (torch.randn(like.shape, generator=generator) * config.initializer_range).to(config.dtype)
-
-
-def _check_source(source: str, like: Tensor, name: str, weights: SourceWeights, config: Any) -> None:
-    """The source tensor is there and has the size that the config promises."""
-    if source not in weights.names():
-        raise ConversionError(
-            f"source={weights.folder} lacks the tensor {source}; is it a complete causal language model?"
+    def plan(self, name: str, like: Tensor) -> PlannedTensor:
+        """Where the tensor of that name comes from, and how."""
+        if ".mlp.gate." in name:
+            dtype = self.plan_.dtype if name.endswith("gate.weight") else like.dtype
+            return PlannedTensor(name, tuple(like.shape), dtype, lambda: iter([self._router(name, like)]))
+        if ".mlp.experts." in name:
+            prefix, _, stacked = name.partition("experts.")
+            parts = ["gate_proj", "up_proj"] if stacked == "gate_up_proj" else ["down_proj"]
+            return self._planned(name, like, {f"{prefix}{part}.weight": part for part in parts}, self._experts)
+        if ".mlp.shared_expert." in name:
+            source = name.replace(".shared_expert.", ".")
+            return self._planned(name, like, {source: source.split(".")[-2]}, self._shared)
+        rows = max(1, _PIECE_BYTES // max(1, like[0].numel() * self.plan_.dtype.itemsize)) if like.dim() else 1
+        return self._planned(
+            name, like, {name: ""}, lambda parts: self._verbatim(name, len(like) if like.dim() else 1, rows)
         )
-    shape = weights.shape(source)
-    expected = tuple(like.shape)
-    if ".mlp.experts." in name:
-        _, rows, columns = like.shape
-        expected = (rows // 2 if "gate_up_proj" in name else rows, columns)
-    if shape != expected:
+
+    def _planned(
+        self, name: str, like: Tensor, parts: dict[str, str], pieces: Callable[[dict[str, str]], Iterator[Tensor]]
+    ) -> PlannedTensor:
+        """parts: the dense tensors that are read -> which matrix of the FFN each one is, "" for none."""
+        width, hidden = self.config.intermediate_size, self.config.hidden_size
+        ffn_shape = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        shapes = {source: ffn_shape.get(part, tuple(like.shape)) for source, part in parts.items()}
+        header = self.sources[0].headers.get(next(iter(parts)))
+        dtype = DTYPES[header.dtype] if header else self.plan_.dtype
+        return PlannedTensor(name, tuple(like.shape), dtype, lambda: pieces(parts), shapes)
+
+    def _verbatim(self, name: str, num_rows: int, rows_at_once: int) -> Iterator[Tensor]:
+        """The tensor as it is, or the mean of all sources, in blocks of rows."""
+        sources = self.sources if self.settings.mix_attention == "average" else self.sources[:1]
+        for start in range(0, num_rows, rows_at_once):
+            blocks = [source.read(name, start, min(start + rows_at_once, num_rows)) for source in sources]
+            if len(blocks) == 1:
+                yield blocks[0]
+            else:
+                yield torch.stack([block.float() for block in blocks]).mean(0).to(blocks[0].dtype)
+
+    def _experts(self, parts: dict[str, str]) -> Iterator[Tensor]:
+        """Expert after expert: its gate_proj and up_proj, or its down_proj."""
+        dense = [{name: source.read(name) for name in parts} for source in self.sources]
+        for expert in range(self.config.num_experts):
+            for name, part in parts.items():
+                layer = name.removesuffix(f"{part}.weight")
+                wanted = ExpertMatrix(
+                    part,
+                    expert,
+                    lambda label, key=f"{layer}experts.{expert}": generator_of(self.settings.seed, f"{key}:{label}"),
+                    self.settings.ratio or 0,
+                    self.settings.granularity or 1,
+                )
+                matrix = dense[expert % len(dense)][name]
+                yield self.settings.initialisation.expert(wanted, matrix)
+
+    def _shared(self, parts: dict[str, str]) -> Iterator[Tensor]:
+        (name, part), dense = next(iter(parts.items())), self.sources[0]
+        width = self.config.intermediate_size
+        if self.settings.initialisation.shares == "ratio":
+            width = num_shared_neurons(width, self.settings.ratio or 0)
+        yield dense.read(name).narrow(1 if part == "down_proj" else 0, 0, width)
+
+    def _router(self, name: str, like: Tensor) -> Tensor:
+        """Measured rows, or rows from N(0, initializer_range), each tensor from a seed of its own; the shards of one
+        replica share a row. Threshold buffers start at zero and are set once the weights are known."""
+        if not name.endswith("gate.weight"):
+            return torch.zeros(like.shape, dtype=like.dtype)
+        granularity = self.settings.granularity or 1
+        if name in self.plan_.router_rows:
+            rows = self.plan_.router_rows[name]
+        else:
+            shape = (like.shape[0] // granularity, like.shape[1])
+            rows = torch.randn(shape, generator=generator_of(self.settings.seed, name)) * self.config.initializer_range
+        return rows.repeat_interleave(granularity, dim=0).to(self.plan_.dtype)
+
+
+def generator_of(seed: int, key: str) -> torch.Generator:
+    """A generator of one tensor's own, so that neither order nor interruption changes what is drawn."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _check_same_architecture(
+    first: Source, first_config: PreTrainedConfig, other: Source, other_config: PreTrainedConfig
+) -> None:
+    ours, theirs = first_config.to_dict(), other_config.to_dict()
+    for name in sorted((ours.keys() | theirs.keys()) - _FREE_FIELDS):
+        if ours.get(name) != theirs.get(name):
+            raise ConversionError(
+                f"init=mix needs checkpoints of one architecture: {name}={theirs.get(name)} in {other.source} and "
+                f"{ours.get(name)} in {first.source}"
+            )
+
+
+def _check_dtypes(source: Source) -> None:
+    for name, header in source.headers.items():
+        if header.dtype not in DTYPES and not name.endswith(_IGNORED):
+            raise ConversionError(
+                f"{name} of {source.source} has dtype {header.dtype}; only float32, bfloat16 and float16 can be "
+                "converted"
+            )
+
+
+def _check_tensors(plan: Plan, source: Source) -> None:
+    """Every tensor that the plan reads is there, in the size and dtype that it counts on, and there is no other."""
+    expected = {name: shape for tensor in plan.tensors for name, shape in tensor.sources.items()}
+    for name, shape in expected.items():
+        header = source.headers.get(name)
+        if header is None:
+            raise ConversionError(
+                f"source={source.folder} lacks the tensor {name}; is it a complete causal language model?"
+            )
+        if header.shape != shape:
+            raise ConversionError(
+                f"{name} has shape {list(header.shape)}, config.json promises {list(shape)}; they do not belong "
+                "together"
+            )
+        if header.dtype != plan.sources[0].headers[name].dtype:
+            raise ConversionError(
+                f"{name} has dtype {header.dtype} in {source.source} and {plan.sources[0].headers[name].dtype} in "
+                f"{plan.sources[0].source}; save both in one dtype"
+            )
+    for tensor in plan.tensors:
+        dtypes = {source.headers[name].dtype for name in tensor.sources}
+        if len(dtypes) > 1:
+            raise ConversionError(f"{' and '.join(tensor.sources)} have dtypes {' and '.join(sorted(dtypes))}; use one")
+    unused = sorted(n for n in source.headers.keys() - expected.keys() - plan.tied if not n.endswith(_IGNORED))
+    if unused:
         raise ConversionError(
-            f"{source} has shape {list(shape)}, config.json promises {list(expected)}; they do not belong together"
+            f"source={source.folder} holds {unused[0]} ({len(unused)} such tensors), which a dense "
+            f"{plan.config.model_type.removeprefix('ecmoe_')} language model does not have; convert a plain one"
         )

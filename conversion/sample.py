@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from .errors import ConversionError
+from .source import Source
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
@@ -42,6 +43,21 @@ def load_tokenizer(folder: Path) -> Any:
         raise ConversionError(
             f"source={folder} has no tokenizer that loads, and calibration needs one: {reason}"
         ) from error
+
+
+def check_same_tokenizer(first: Source, other: Source) -> None:
+    """Checkpoints that are mixed must mean the same by every token id.
+
+    Raises:
+        ConversionError: when their vocabularies differ.
+    """
+    ours, theirs = (load_tokenizer(source.folder).get_vocab() for source in (first, other))
+    if ours != theirs:
+        token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        raise ConversionError(
+            f"init=mix needs checkpoints of one tokenizer: token {token!r} is {ours.get(token)} in {first.source} and "
+            f"{theirs.get(token)} in {other.source}"
+        )
 
 
 def sample_windows(tokenizer: Any, documents: list[str], length: int, num_windows: int, seed: int) -> Tensor:

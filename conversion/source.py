@@ -1,12 +1,21 @@
-"""The dense checkpoint: where it is, whether it is whole, and its tensors, read one at a time."""
+"""A dense checkpoint: where it is, whether it is whole, and its tensors, read one at a time."""
 
+import hashlib
 import json
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,33 +23,49 @@ from .errors import ConversionError
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+# Mistral and Llama repositories carry the same weights a second time in another layout.
+_OTHER_LAYOUTS = ["consolidated*", "original/*"]
 
 
-def locate(source: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint given as a folder or a Hub id (downloaded, without pickled weights).
+def locate(source: str, revision: str | None = None, with_weights: bool = True) -> tuple[Path, str | None]:
+    """The folder of a checkpoint given as a folder or a Hub id, and the commit where it came from the Hub.
+
+    A Hub id may carry its revision: `Qwen/Qwen3-0.6B@main`. Pickled weights are never fetched.
 
     Raises:
         ConversionError: when it is neither, or the Hub does not have it.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder
+        return folder, None
     if folder.exists():
         raise ConversionError(f"source={source} is a file; give the checkpoint's folder")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    repository, _, named_revision = source.partition("@")
+    if source.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise ConversionError(
             f"source={source} does not exist; give a checkpoint folder or a Hub id such as Qwen/Qwen3-0.6B"
         )
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
     try:
-        # Mistral and Llama repositories carry the same weights a second time in another layout.
-        others = ["consolidated*", "original/*"]
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=others))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        snapshot = huggingface_hub.snapshot_download(
+            repository,
+            revision=named_revision or revision,
+            allow_patterns=_SMALL_FILES + ["*.safetensors"] * with_weights,
+            ignore_patterns=_OTHER_LAYOUTS,
+        )
+    except _HUB_ERRORS as error:
         raise ConversionError(
-            f"source={source} is no local folder and could not be fetched from the Hub: {reason}"
+            f"source={source} is no local folder and could not be fetched from the Hub: {_first_line(error)}"
         ) from error
+    return Path(snapshot), Path(snapshot).name
+
+
+_HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,23 +79,51 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-class SourceWeights:
-    """Tensors of a safetensors checkpoint by name, read when asked for; single file or sharded."""
+@dataclass(frozen=True)
+class Header:
+    """What a shard's header says of one tensor."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file_of = self._index()
+    file_name: str
+    dtype: str
+    shape: tuple[int, ...]
 
-    def _index(self) -> dict[str, Path]:
-        index_path, single_path = self.folder / INDEX_NAME, self.folder / WEIGHTS_NAME
-        if index_path.is_file():
-            weight_map = read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ConversionError(f"{index_path} holds no weight_map; fetch the checkpoint again")
-            file_of = {name: self._shard(file_name) for name, file_name in weight_map.items()}
-        elif single_path.is_file():
-            file_of = {}
+
+class Source:
+    """The tensors of a safetensors checkpoint by name, read when asked for; single file or sharded.
+
+    Args:
+        source: folder or Hub id, as the user gave it.
+        revision: of a Hub id.
+        headers_only: plan from configs and headers; of a Hub id only these are fetched.
+
+    Raises:
+        ConversionError: when the checkpoint is not there, not whole, or not in safetensors.
+    """
+
+    def __init__(self, source: str, revision: str | None = None, headers_only: bool = False) -> None:
+        self.source = source
+        self.folder, self.commit = locate(source, revision, with_weights=not headers_only)
+        if self.commit and headers_only:
+            self.headers = self._headers_on_hub(source.partition("@")[0])
         else:
+            self.headers = self._headers_of_files()
+
+    def _headers_on_hub(self, repository: str) -> dict[str, Header]:
+        try:
+            metadata = huggingface_hub.get_safetensors_metadata(repository, revision=self.commit)
+        except (*_HUB_ERRORS, NotASafetensorsRepoError) as error:
+            raise ConversionError(f"source={self.source} is no safetensors checkpoint: {_first_line(error)}") from error
+        return {
+            name: Header(file_name, str(info.dtype), tuple(info.shape))
+            for file_name, file in metadata.files_metadata.items()
+            for name, info in file.tensors.items()
+        }
+
+    def _headers_of_files(self) -> dict[str, Header]:
+        index_path, single_path = self.folder / INDEX_NAME, self.folder / WEIGHTS_NAME
+        if single_path.is_file() and not index_path.is_file():
+            return self._headers_of_file(single_path)
+        if not index_path.is_file():
             pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*"))
             remedy = (
                 "its weights are pickled, which is never loaded; save it with save_pretrained, which writes safetensors"
@@ -78,16 +131,17 @@ class SourceWeights:
                 else f"neither {WEIGHTS_NAME} nor {INDEX_NAME} is there"
             )
             raise ConversionError(f"source={self.folder} is no safetensors checkpoint: {remedy}")
-        # Opening a shard checks its header against its size, so a truncated one is found before any work is done.
-        for path in sorted(set(file_of.values()) or {single_path}):
-            with self._open(path) as shard:
-                names = set(shard.keys())
-            if not file_of:
-                return dict.fromkeys(sorted(names), path)
-            absent = sorted(name for name, at in file_of.items() if at == path and name not in names)
-            if absent:
-                raise ConversionError(f"{path} lacks {absent[0]}, which {INDEX_NAME} places there; fetch it again")
-        return file_of
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{index_path} holds no weight_map; fetch the checkpoint again")
+        shards = {self._shard(file_name) for file_name in weight_map.values()}
+        held = {path.name: self._headers_of_file(path) for path in sorted(shards)}
+        for name, file_name in weight_map.items():
+            if name not in held[file_name]:
+                raise ConversionError(
+                    f"{self.folder / file_name} lacks {name}, which {INDEX_NAME} places there; fetch it again"
+                )
+        return {name: held[file_name][name] for name, file_name in weight_map.items()}
 
     def _shard(self, file_name: object) -> Path:
         """The path of a shard named in the index: a plain file name, never a way out of the folder."""
@@ -104,28 +158,63 @@ class SourceWeights:
             raise ConversionError(f"shard {path} is missing; fetch the checkpoint again")
         return path
 
+    def _headers_of_file(self, path: Path) -> dict[str, Header]:
+        """Opening a shard checks its header against its size, so a truncated one is found before any work is done."""
+        with self._open(path) as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            return {name: Header(path.name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+
     def _open(self, path: Path) -> Any:
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"shard {path} is damaged or truncated ({error}); fetch it again") from error
 
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(self._file_of[name]) as shard:
-            return tuple(shard.get_slice(name).get_shape())
-
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the checkpoint, read off its embedding."""
-        return self[next((name for name in sorted(self._file_of) if "embed" in name), min(self._file_of))].dtype
+        name = next((name for name in sorted(self.headers) if "embed" in name), min(self.headers))
+        return DTYPES[self.headers[name].dtype]
 
-    def __getitem__(self, name: str) -> Tensor:
-        with self._open(self._file_of[name]) as shard:
-            tensor: Tensor = shard.get_tensor(name)
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ConversionError(
-                f"{name} has dtype {tensor.dtype}; only float32, bfloat16 and float16 can be converted"
-            )
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor, or its rows from start to stop. The file is mapped only as long as the tensor lives."""
+        with self._open(self.folder / self.headers[name].file_name) as shard:
+            tensor: Tensor = shard.get_tensor(name) if stop is None else shard.get_slice(name)[start:stop]
         return tensor
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted({self.folder / header.file_name for header in self.headers.values()})
+
+
+class Digests(threading.Thread):
+    """sha256 of every weight file of the sources, computed beside the writing: hashing holds no interpreter lock."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        super().__init__(daemon=True)
+        self.sources = sources
+        self.found: list[dict[str, str]] = []
+        self.error: OSError | None = None
+
+    def run(self) -> None:
+        try:
+            for source in self.sources:
+                self.found.append({path.name: file_digest(path) for path in source.weight_files})
+        except OSError as error:
+            self.error = error
+
+    def result(self) -> list[dict[str, str]]:
+        """One {file name: sha256} per source, once all are known."""
+        self.join()
+        if self.error:
+            raise self.error
+        return self.found
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,27 +1,82 @@
 """The converter's check of its own work: dense and converted model side by side on the same tokens."""
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from modeling_ecmoe import record_routing
+from modeling_ecmoe.block_ecmoe import EcMoeBlock
+
+from .errors import ConversionError
 
 NUM_GREEDY_TOKENS = 40
+# Exact in float32 up to rounding; in 16 bits the two sums round differently.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 @torch.no_grad()
-def causal_loss(model: Any, windows: Tensor, batch_size: int) -> float:
-    """Mean next-token cross-entropy over windows [W, L], in nats per token."""
-    total = 0.0
-    for batch in tqdm(windows.split(batch_size), desc=f"Loss of {model.config.model_type}", unit="batch"):
-        batch = batch.to(model.device)
-        total += model(input_ids=batch, labels=batch, use_cache=False).loss.double().item() * len(batch)
-    return total / len(windows)
+def compare(dense: Any, converted: Any, tokenizer: Any, windows: Tensor, batch_size: int) -> dict[str, Any]:
+    """Loss, divergence and greedy text of both models, and how the converted one routes, on windows [W, L] it was
+    not calibrated on. Losses and divergence are nats per token."""
+    batches = windows.split(batch_size)
+    totals = torch.zeros(3, dtype=torch.float64)
+    with record_routing(converted) as record:
+        for batch in tqdm(batches, desc="Verifying", unit="batch", disable=None):
+            totals += _losses(dense, converted, batch) * len(batch)
+    loss_dense, loss_converted, divergence = (totals / len(windows)).tolist()
+    measured: dict[str, Any] = {
+        "tokens": windows.numel(),
+        "loss_dense": loss_dense,
+        "loss_converted": loss_converted,
+        "loss_change": loss_converted - loss_dense,
+        "kl_divergence": divergence,
+        "layer_errors": layer_errors(dense, converted, batches[0]),
+    }
+    prompt = windows[:1, : min(32, windows.shape[1] // 2)]
+    dense_ids, converted_ids = greedy_ids(dense, prompt), greedy_ids(converted, prompt)
+    measured["greedy_same"] = dense_ids == converted_ids
+    measured["greedy_prompt"] = tokenizer.decode(prompt[0], skip_special_tokens=True)
+    measured["greedy_dense"] = tokenizer.decode(dense_ids, skip_special_tokens=True)
+    measured["greedy_converted"] = tokenizer.decode(converted_ids, skip_special_tokens=True)
+    return measured | record.summary()
 
 
-@torch.no_grad()
+def _losses(dense: Any, converted: Any, batch: Tensor) -> Tensor:
+    """[3] float64: both next-token losses of a batch [B, L], and the divergence KL(dense || converted)."""
+    logits = [model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1] for model in (dense, converted)]
+    log_p, log_q = (values.to(dense.device).float().log_softmax(-1).flatten(0, 1) for values in logits)
+    targets = batch[:, 1:].flatten().to(log_p.device)
+    divergence = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().mean()
+    losses = [nn.functional.nll_loss(values, targets, reduction="none").double().mean() for values in (log_p, log_q)]
+    return torch.stack([*losses, divergence]).cpu()
+
+
+def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[int, float]:
+    """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN on a batch."""
+    errors: dict[int, float] = {}
+    blocks = {
+        i: layer.mlp for i, layer in enumerate(converted.get_decoder().layers) if isinstance(layer.mlp, EcMoeBlock)
+    }
+
+    def hook_of(layer: int) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            found = blocks[layer](inputs[0].to(converted.device)).to(output.device)
+            errors[layer] = ((found.float() - output.float()).norm() / output.float().norm()).item()
+
+        return hook
+
+    handles = [dense.get_decoder().layers[i].mlp.register_forward_hook(hook_of(i)) for i in blocks]
+    try:
+        dense(input_ids=batch.to(dense.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return errors
+
+
 def greedy_ids(model: Any, prompt: Tensor) -> list[int]:
     """Greedy continuation of prompt [1, P] by a fixed number of tokens, without the prompt."""
     ids = model.generate(
@@ -34,17 +89,23 @@ def greedy_ids(model: Any, prompt: Tensor) -> list[int]:
     return ids[0, prompt.shape[1] :].tolist()
 
 
-def compare(dense: Any, converted: Any, tokenizer: Any, windows: Tensor, batch_size: int) -> dict[str, Any]:
-    """Loss and greedy text of both models, and how the converted one routes, on windows [W, L] it was not
-    calibrated on."""
-    prompt = windows[:1, : min(32, windows.shape[1] // 2)]
-    measured: dict[str, Any] = {"tokens": windows.numel(), "loss_dense": causal_loss(dense, windows, batch_size)}
-    with record_routing(converted) as record:
-        measured["loss_converted"] = causal_loss(converted, windows, batch_size)
-    measured["loss_change"] = measured["loss_converted"] - measured["loss_dense"]
-    dense_ids, converted_ids = greedy_ids(dense, prompt), greedy_ids(converted, prompt)
-    measured["greedy_same"] = dense_ids == converted_ids
-    measured["greedy_prompt"] = tokenizer.decode(prompt[0], skip_special_tokens=True)
-    measured["greedy_dense"] = tokenizer.decode(dense_ids, skip_special_tokens=True)
-    measured["greedy_converted"] = tokenizer.decode(converted_ids, skip_special_tokens=True)
-    return measured | record.summary()
+def check(measured: dict[str, Any], is_exact: bool, dtype: torch.dtype) -> None:
+    """Fails a conversion that is not finite, or one that promises to be exact and is not.
+
+    Raises:
+        ConversionError: with the figures.
+    """
+    if not math.isfinite(measured["loss_dense"]):
+        raise ConversionError(
+            f"the dense model's own loss is {measured['loss_dense']}: its weights are damaged; fetch them again"
+        )
+    tolerance = TOLERANCE[dtype]
+    changed, divergence = abs(measured["loss_change"]), measured["kl_divergence"]
+    # In 16 bits a greedy choice between near ties may fall either way; in float32 it must not.
+    same_text = measured["greedy_same"] or dtype != torch.float32
+    if not math.isfinite(changed) or (is_exact and not (max(changed, divergence) <= tolerance and same_text)):
+        raise ConversionError(
+            f"the converted model does not compute what the dense one does: the loss changed by {changed:.2e}, "
+            f"divergence {divergence:.2e} (at most {tolerance:.0e} is rounding), greedy text "
+            f"{'kept' if measured['greedy_same'] else 'changed'}; nothing was written"
+        )

@@ -1,11 +1,17 @@
-"""Safetensors shards, written one at a time; the thresholds come last, because they are known last."""
+"""Safetensors shards, written piece by piece: at no time is more than a piece of one tensor in memory.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes of header length, little endian, the header
+in JSON with each tensor's dtype, shape and place, and the tensors' bytes. The library writes a file from tensors that
+are all in memory, and the stacked experts of one layer of a large model alone are many gigabytes.
+"""
 
 import json
+import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,6 +20,7 @@ from .plan import PlannedTensor
 from .source import INDEX_NAME, WEIGHTS_NAME
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
 def parse_size(text: str) -> int:
@@ -24,56 +31,104 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def write_shards(folder: Path, tensors: list[PlannedTensor], itemsize: int, max_shard_size: int) -> Path:
-    """Writes the tensors in their order and returns the last shard, the one that holds every threshold.
+def write_shards(folder: Path, tensors: list[PlannedTensor], num_layers: int, max_shard_size: int) -> None:
+    """Writes the tensors in their order, and the index where there are several shards.
 
-    Peak memory is one shard. A tensor larger than a shard gets one of its own.
+    A shard gets its name when it is complete; one that has its name already is left as it is.
     """
-    shards = _shards(tensors, itemsize, max_shard_size)
+    shards = _shards(tensors, max_shard_size)
+    total_size = sum(tensor.nbytes for tensor in tensors)
     weight_map: dict[str, str] = {}
-    total_size = 0
-    with tqdm(total=len(tensors), desc="Writing tensors", unit="tensor") as progress:
+    with tqdm(total=total_size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
         for number, shard in enumerate(shards, start=1):
             file_name = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            content: dict[str, Tensor] = {}
-            for tensor in shard:
-                content[tensor.name] = tensor.make()
-                total_size += content[tensor.name].nbytes
-                progress.update()
-            save_file(content, folder / file_name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(content, file_name)
+            weight_map |= {tensor.name: file_name for tensor in shard}
+            if (folder / file_name).exists():
+                progress.update(sum(tensor.nbytes for tensor in shard))
+            else:
+                _write_shard(folder / file_name, shard, num_layers, progress)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return folder / file_name
+        write_whole(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
-def _shards(tensors: list[PlannedTensor], itemsize: int, max_shard_size: int) -> list[list[PlannedTensor]]:
-    """Fills shards in order; all router buffers go together at the end."""
-    late = [tensor for tensor in tensors if _is_router_buffer(tensor.name)]
+def _shards(tensors: list[PlannedTensor], max_shard_size: int) -> list[list[PlannedTensor]]:
+    """Fills shards in order; a tensor larger than a shard gets one of its own."""
     shards: list[list[PlannedTensor]] = [[]]
     filled = 0
-    for tensor in [tensor for tensor in tensors if not _is_router_buffer(tensor.name)]:
-        size = itemsize * torch.Size(tensor.shape).numel()
-        if shards[-1] and filled + size > max_shard_size:
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > max_shard_size:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
-        filled += size
-    if len(shards) == 1:
-        shards[0].extend(late)
-    elif late:
-        shards.append(late)
+        filled += tensor.nbytes
     return shards
 
 
-def _is_router_buffer(name: str) -> bool:
-    return ".mlp.gate.threshold" in name
+def _write_shard(path: Path, tensors: list[PlannedTensor], num_layers: int, progress: tqdm) -> None:
+    # Widest dtypes first, as the library orders them: then every tensor lies on a border of its own width.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(_header(ordered))
+        for tensor in ordered:
+            if layer := re.search(r"\.layers\.(\d+)\.", tensor.name):
+                progress.set_description(f"Layer {int(layer[1]) + 1} of {num_layers}")
+            before = file.tell()
+            for piece in tensor.pieces():
+                file.write(_bytes(piece))
+                progress.update(piece.nbytes)
+            if file.tell() - before != tensor.nbytes:
+                raise RuntimeError(f"{tensor.name} has {file.tell() - before} bytes, planned were {tensor.nbytes}")
+        _to_disk(file)
+    unfinished.rename(path)
 
 
-def rewrite_tensors(shard: Path, tensors: dict[str, Tensor]) -> None:
-    """Replaces tensors in a shard that is on disk already."""
-    content = load_file(shard)
-    save_file(
-        content | {name: tensors[name] for name in content.keys() & tensors.keys()}, shard, metadata={"format": "pt"}
-    )
+def _header(tensors: list[PlannedTensor]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _to_disk(file: BinaryIO) -> None:
+    """A file that has its name must have its bytes, also after a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is there complete or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        file.write(text.encode())
+        _to_disk(file)
+    unfinished.rename(path)
+
+
+def overwrite_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Replaces the values of tensors in the shards of a folder, in place: their sizes are known, nothing moves."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            for name in header.keys() & tensors.keys():
+                first, last = header[name]["data_offsets"]
+                content = _bytes(tensors[name])
+                if last - first != len(content):
+                    raise RuntimeError(f"{name} has {len(content)} bytes, its place in {path.name} {last - first}")
+                file.seek(8 + length + first)
+                file.write(content)
+            _to_disk(file)

@@ -1,0 +1,72 @@
+"""Router rows and thresholds of every sparse layer of a plan, by tensor name."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Plan, generator_of
+from .router import INPUT_TOKENS, centroid_rows, ffn_inputs, norm_inputs, rescaled_rows, thresholds_of
+
+_GATE = "model.layers.{}.mlp.gate."
+# What the FFN's input is normalised by, in every family that can be converted.
+_NORM = "model.layers.{}.post_attention_layernorm.weight"
+ESTIMATE_TOKENS = 4_096
+
+
+def sparse_layers(plan: Plan) -> list[int]:
+    config: Any = plan.config
+    return [layer for layer, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
+
+
+def measured_router(
+    plan: Plan, dense: Any, tokenizer: Any, windows: Tensor, prompts: list[list[str]] | None
+) -> dict[str, Tensor]:
+    """The router rows [R, D] that the dense model's FFN inputs suggest, R experts or replicas of granular ones, and
+    the thresholds [E] at which every expert takes its share of the same inputs."""
+    config, layers = plan.config, sparse_layers(plan)
+    granularity = plan.settings.granularity or 1
+    inputs = ffn_inputs(dense, list(windows[: max(1, INPUT_TOKENS // windows.shape[1])].split(4)), layers)
+    means = _prompt_means(dense, tokenizer, prompts, layers) if prompts else {}
+    measured = {}
+    for layer in layers:
+        name, std = _GATE.format(layer), config.initializer_range
+        if prompts:
+            rows_RD = rescaled_rows(means[layer], inputs[layer], std)
+        else:
+            generator = generator_of(plan.settings.seed, f"{name}centroid")
+            rows_RD = centroid_rows(inputs[layer], config.num_experts // granularity, std, generator)
+        measured[f"{name}weight"] = rows_RD
+        rows_ED = rows_RD.repeat_interleave(granularity, dim=0).to(plan.dtype)
+        measured[f"{name}threshold"] = thresholds_of(rows_ED, inputs[layer], config)
+    return measured
+
+
+def _prompt_means(dense: Any, tokenizer: Any, prompts: list[list[str]], layers: list[int]) -> dict[int, Tensor]:
+    """[R, D] for each layer: the mean FFN input over all tokens of each expert's prompts."""
+    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for texts in prompts:
+        batches = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+        for layer, inputs in ffn_inputs(dense, batches, layers).items():
+            rows[layer].append(inputs.float().mean(0))
+    return {layer: torch.stack(means) for layer, means in rows.items()}
+
+
+def estimated_thresholds(plan: Plan, measured: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Thresholds without a pass of any model: those measured with the router, or what Gaussian tokens after the
+    layer's norm would need. They count as one optimiser step, so that training soon replaces them."""
+    config = plan.config
+    rows_of = {tensor.name: tensor for tensor in plan.tensors if tensor.name.endswith(".mlp.gate.weight")}
+    found = {}
+    for layer in sparse_layers(plan):
+        name, norm = _GATE.format(layer), _NORM.format(layer)
+        if measured is not None:
+            threshold = measured[f"{name}threshold"]
+        else:
+            (rows_ED,) = rows_of[f"{name}weight"].pieces()
+            weight_D = plan.sources[0].read(norm) if norm in plan.sources[0].headers else torch.ones(rows_ED.shape[1])
+            generator = generator_of(plan.settings.seed, f"{name}estimate")
+            threshold = thresholds_of(rows_ED, norm_inputs(weight_D, ESTIMATE_TOKENS, generator), config)
+        found[f"{name}threshold"] = threshold.float()
+        found[f"{name}threshold_updates"] = torch.ones((), dtype=torch.int64)
+    return found
