@@ -11,8 +11,8 @@ from .plan import Plan
 from .source import Source
 
 
-def render_card(plan: Plan, record: dict[str, Any], model_name: str) -> str:
-    """The card's markdown. model_name: the output folder's name."""
+def render_card(plan: Plan, record: dict[str, Any]) -> str:
+    """The card's markdown; it does not depend on the name of the output folder."""
     initialisation = INITIALISATIONS[record["init"]]
     licence = _licence(plan.sources[0])
     hub_ids = [source.source.partition("@")[0] for source in plan.sources if source.commit]
@@ -27,7 +27,7 @@ def render_card(plan: Plan, record: dict[str, Any], model_name: str) -> str:
     card = ModelCard.from_template(
         card_data,
         template_str=(files("model_cards") / "template.md").read_text(encoding="utf-8"),
-        model_name=model_name,
+        model_name=_short(plan.sources[0]).rpartition("/")[2],
         source_names=" and ".join(f"`{_short(source)}`" for source in plan.sources),
         summary=initialisation.summary,
         paper=initialisation.source,

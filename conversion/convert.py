@@ -199,7 +199,7 @@ def _fill(
         for source, sha256 in zip(plan.sources, digests.result(), strict=True)
     ]
     write_whole(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
-    write_whole(folder / "README.md", render_card(plan, record, work.target.name))
+    write_whole(folder / "README.md", render_card(plan, record))
     plan.config.save_pretrained(work.folder)  # beside the checkpoint first: with it the folder would load
     (work.folder / "config.json").rename(folder / "config.json")
 

@@ -81,7 +81,7 @@ class EcMoePreTrainedMixin:
     """What every class of the family shares: how its own modules are initialised and which names they have."""
 
     base_model_prefix = "model"
-    _keep_in_fp32_modules_strict = ["gate.threshold"]
+    _keep_in_fp32_modules_strict = ["gate.threshold$"]  # a pattern: the count of updates stays an integer
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

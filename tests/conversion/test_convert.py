@@ -1,6 +1,7 @@
 """Conversion: exact at step 0, complete, repeatable, and never half done."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import conversion
 from conversion import convert
+from conversion.initialisations import INITIALISATIONS
 from modeling_ecmoe import sparse_blocks
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -61,7 +63,8 @@ def test_a_wrong_conversion_fails_and_leaves_nothing(
 ) -> None:
     """Negative control of the converter's own check: experts that are not the dense FFN."""
     write_dense(tmp_path / "dense", "Llama")
-    monkeypatch.setattr(conversion.plan, "_copies", lambda ffn, count: (ffn * 1.01).expand(count, *ffn.shape).clone())
+    blend = INITIALISATIONS["blend"]
+    monkeypatch.setitem(INITIALISATIONS, "blend", replace(blend, expert=lambda _wanted, dense: dense * 1.01))
     with pytest.raises(conversion.ConversionError, match="does not compute what the dense one does"):
         convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, text=str(text))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
@@ -119,11 +122,15 @@ def test_sixteen_bit_checkpoints_stay_sixteen_bit(tmp_path: Path, text: Path) ->
     for name, tensor in tensors.items():
         if name.endswith("gate.threshold"):
             assert tensor.dtype == torch.float32
-        elif not name.endswith("gate.threshold_updates"):
+        elif name.endswith("gate.threshold_updates"):
+            assert tensor.dtype == torch.int64
+        else:
             assert tensor.dtype == torch.bfloat16, name
 
 
-def test_interruption_leaves_nothing(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_leaves_what_the_same_call_goes_on_with(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_dense(tmp_path / "dense", "Llama")
 
     def interrupt(*_: object) -> None:
@@ -132,7 +139,13 @@ def test_interruption_leaves_nothing(tmp_path: Path, text: Path, monkeypatch: py
     monkeypatch.setitem(convert.__globals__, "compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "dense"]
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / ".out.partial" / "checkpoint")
+    monkeypatch.undo()
+    monkeypatch.setattr(conversion.writer, "_write_shard", interrupt)  # the shard that is there stays
+    convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
 
 
 def test_record_says_what_was_done(tmp_path: Path, text: Path) -> None:

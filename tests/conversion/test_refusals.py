@@ -71,7 +71,7 @@ OPTIONS = {
     "--num-experts=-2": "num_experts=-2 must be at least 1",
     "--capacity-factor=0": "capacity_factor=0.0 must be above 0",
     "--capacity-factor=9": "at most num_experts=8",
-    "--init=clone": "init=clone is unknown; choose one of blend, copy",
+    "--init=clone": "init=clone is unknown; choose one of blend, shared, copy, noise",
     "--max-shard-size=5": "max_shard_size=5 is no size",
     "--text=missing.txt": "text=missing.txt cannot be read",
     "--device=warp": "device=warp",
@@ -86,6 +86,7 @@ def test_wrong_option(tmp_path: Path, dense: Path, option: str, capsys: pytest.C
 def test_places(tmp_path: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where from and where to."""
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "something").touch()
     refuse([str(dense), str(tmp_path / "taken")], "exists; name a folder", tmp_path, capsys, left=["taken"])
     refuse([str(tmp_path / "no"), str(tmp_path / "out")], "does not exist", tmp_path, capsys, left=["taken"])
     refuse([str(tmp_path / "taken"), str(tmp_path / "out")], "no safetensors", tmp_path, capsys, left=["taken"])
