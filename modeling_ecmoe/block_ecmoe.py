@@ -166,8 +166,18 @@ class EcMoeBlock(nn.Module):
         weight_R, total_T = combine_weights(weight_R, index_R, num_tokens, self.config.normalize_combine_weights)
         slots = choice.token_index.shape[1]
         expert_R = torch.arange(num_experts, device=index_R.device).repeat_interleave(slots)
-        rows_RD = self.experts(tokens_TD[index_R], expert_R[:, None], weight_R[:, None], rows_per_expert=slots)
+        rows_RD = self._equal_rows(tokens_TD[index_R], expert_R, slots)
         return _combine(rows_RD, weight_R, index_R, num_tokens), total_T
+
+    def _equal_rows(self, rows_RD: Tensor, expert_R: Tensor, rows_per_expert: int) -> Tensor:
+        """The same number of rows for every expert, in the order of the experts; unweighted.
+
+        Under Transformers' expert parallelism `experts.forward` is a dispatcher with the contract's three arguments.
+        """
+        ones_R1 = torch.ones_like(rows_RD[:, :1])
+        if getattr(self.experts, "_is_expert_parallel", False):
+            return self.experts(rows_RD, expert_R[:, None], ones_R1)
+        return self.experts(rows_RD, expert_R[:, None], ones_R1, rows_per_expert=rows_per_expert)
 
     def _choose(self, scores_PNE: Tensor, mask_PN: Tensor | None, learning: bool) -> ExpertChoice:
         """Each expert's tokens in each pool: by its threshold, within bounds on the experts of a token, or plainly."""

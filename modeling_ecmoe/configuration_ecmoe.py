@@ -43,6 +43,13 @@ class EcMoeConfigMixin:
     output_router_logits: return the router logits of each sparse layer, [B * S, E].
     """
 
+    # Whole experts per rank; `DistributedConfig(ep_size=...)` picks how rows reach them.
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
     num_experts: int = 8
     moe_intermediate_size: int | None = None
     capacity_factor: float | int = 1.0
