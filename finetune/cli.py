@@ -11,8 +11,9 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from .folder import RESULTS_NAME
 from .recipe import RecipeError, load_recipe
-from .train import RESULTS_NAME, run
+from .train import dry_run, run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,20 +21,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ecmoe-finetune", description="Fine-tune an expert-choice or dense model.")
     parser.add_argument("recipe", help="YAML file; see recipes/")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replaces a field of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="one step on the longest sequences; report memory")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
-        results = run(recipe)
+        results = dry_run(recipe) if options.dry_run else run(recipe)
     except RecipeError as error:
         if options.debug:
             raise
         print(f"ecmoe-finetune: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ecmoe-finetune: interrupted; from a checkpoint, go on with resume_from_checkpoint=true", file=sys.stderr)
+        print("ecmoe-finetune: interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
-    if PartialState().is_main_process:
+    if not PartialState().is_main_process:
+        return
+    if options.dry_run:
+        Console().print(
+            f"One step of {results['tokens']:,} tokens, loss {results['loss']:.4f}: "
+            f"{results['peak_bytes'] / 1e9:.2f} GB in use on each device. Nothing was written.",
+            highlight=False,
+        )
+    else:
         _report(results, recipe.output_dir)
 
 
@@ -48,6 +58,7 @@ def _report(results: dict[str, Any], output_dir: str) -> None:
     table.add_row("causal loss after", f"{results['loss_after']:.4f}")
     if "routing" in results:
         table.add_row("  not causal (top-k)", f"{results['loss_after_top_k']:.4f}")
+        table.add_row("  gap", f"{results['loss_gap']:+.4f}")
     if results["tokens_per_second"]:
         table.add_row("tokens/s", f"{results['tokens_per_second']:,.0f}")
     if "routing" in results:

@@ -13,6 +13,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
+from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
+
 
 class RecipeError(ValueError):
     """Something the user can put right; the message names the field, the value and the remedy."""
@@ -24,44 +26,88 @@ class Recipe:
     """The fields of ours; everything else in a recipe goes to TrainingArguments under its own name.
 
     model: checkpoint folder or Hub id, expert-choice or dense.
-    output_dir: folder to make for the fine-tuned model, its checkpoints and `finetune_results.json`.
-    dataset: a .txt (documents separated by <|endoftext|>), .jsonl or .parquet file, or a Hub dataset id.
+    output_dir: folder to make for the fine-tuned model, its checkpoints, `finetune_results.json` and the curves.
+    dataset: a .txt (documents separated by <|endoftext|>), .jsonl or .parquet file, or a Hub dataset id; or a list of
+        mappings, each with `dataset` and, if wanted, `weight`, `dataset_config`, `dataset_split`: a mixture that
+        draws rows in proportion to the weights.
     dataset_config, dataset_split: of a Hub dataset.
-    text_column: the column that holds the text.
-    sequence_length: tokens per training sequence; documents are packed end to end.
+    validation_dataset: held-out rows, given as a dataset is; without it a part of the dataset is held out.
+    text_column: the column that holds plain text.
+    messages_column: the column that holds conversations, lists of {"role", "content"}; they go through the tokenizer's
+        chat template, and only the assistant's tokens are learned.
+    prompt_column, completion_column: columns of instructions and answers; only the answer is learned. They become a
+        user and an assistant message where the tokenizer has a chat template, and are joined as they are elsewhere.
+    chat_template: file with a Jinja chat template for a tokenizer that has none, or another one.
+    sequence_length: tokens per training sequence.
+    packing: fill each sequence with documents of plain text, which do not see each other.
     append_eos: end every document with the tokenizer's end-of-sequence token.
+    too_long: a row that is not packed and has more tokens than sequence_length is "refuse"d, or "truncate", "drop".
+    streaming: read the dataset while training, instead of before it; needs max_steps.
+    shuffle_buffer: rows that streaming shuffles among.
     validation_fraction: share of the documents held out, the same ones whatever the seed.
     max_eval_sequences: at most this many held-out sequences are evaluated.
     dtype: of the weights while training, "auto" as stored.
+    router_learning_rate, experts_learning_rate: of these weights, where it is not learning_rate; 0 freezes them.
+    lora: fields of peft.LoraConfig, to train adapters alone; {} takes attention, stacked experts and router.
+    distributed: fields of Transformers' DistributedConfig, such as {fsdp_size: 8, ep_size: 8}.
     training: arguments of TrainingArguments.
+    routing_fields: fields of the expert-choice config that do not change its weights, such as routing.
     """
 
     model: str
     output_dir: str
-    dataset: str
+    dataset: str | list[Any]
     dataset_config: str | None = None
     dataset_split: str = "train"
+    validation_dataset: str | None = None
     text_column: str = "text"
+    messages_column: str = "messages"
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    chat_template: str | None = None
     sequence_length: int = 512
+    packing: bool = True
     append_eos: bool = True
+    too_long: str = "refuse"
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
     validation_fraction: float | int = 0.05
     max_eval_sequences: int = 256
     dtype: str = "auto"
+    router_learning_rate: float | int | None = None
+    experts_learning_rate: float | int | None = None
+    lora: dict[str, Any] | None = None
+    distributed: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    routing_fields: dict[str, Any] = field(default_factory=dict)
 
     def validate_ranges(self) -> None:
         """Run by `@strict`."""
-        if self.sequence_length < 2:
-            raise ValueError(f"sequence_length={self.sequence_length} must be at least 2")
+        for name, lowest in (("sequence_length", 2), ("max_eval_sequences", 1), ("shuffle_buffer", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} must be above 0 and below 1")
-        if self.max_eval_sequences < 1:
-            raise ValueError(f"max_eval_sequences={self.max_eval_sequences} must be at least 1")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype} is unknown; choose auto, float32, bfloat16 or float16")
+        if self.too_long not in ("refuse", "truncate", "drop"):
+            raise ValueError(f"too_long={self.too_long} is unknown; choose refuse, truncate or drop")
+        if self.streaming and self.training.get("max_steps", 0) <= 0:
+            raise ValueError("streaming=true needs max_steps: a stream does not say how long it is")
+        for name in ("router_learning_rate", "experts_learning_rate"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 freezes")
 
 
-_OWN = {item.name for item in fields(Recipe)} - {"training"}
+# Fields of the expert-choice config that a run may change: none of them changes a weight's shape.
+_ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - {
+    "num_experts",
+    "moe_intermediate_size",
+    "mlp_layer_types",
+    "shared_expert_intermediate_size",
+    "output_router_logits",
+}
+_OWN = {item.name for item in fields(Recipe)} - {"training", "routing_fields"}
 _TRAINING = {item.name for item in fields(TrainingArguments) if item.init} - {"output_dir"}
 _HINTS = typing.get_type_hints(TrainingArguments)
 # YAML 1.1 reads 1e-3 as a string.
@@ -97,14 +143,17 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
     """A recipe from flat `field: value` pairs, ours and those of TrainingArguments together."""
     own: dict[str, Any] = {}
     training: dict[str, Any] = {}
+    routing: dict[str, Any] = {}
     for name, value in content.items():
         value = float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
         if name in _OWN:
             own[name] = value
         elif name in _TRAINING:
             training[name] = _checked(name, value)
+        elif name in _ROUTING:
+            routing[name] = value
         else:
-            nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING, n=1, cutoff=0.5)
+            nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING | _ROUTING, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else "see finetune/recipe.py and TrainingArguments"
             raise RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
     missing = [name for name in ("model", "output_dir", "dataset") if own.get(name) is None]
@@ -113,7 +162,7 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             f"{missing[0]} is missing from the recipe; add it there or as {missing[0]}=... on the command line"
         )
     try:
-        return Recipe(**own, training=training)
+        return Recipe(**own, training=training, routing_fields=routing)
     except StrictDataclassError as error:
         raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
 
@@ -132,8 +181,12 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The TrainingArguments of a recipe; ours only says that nothing is reported anywhere unless asked for."""
+    """The TrainingArguments of a recipe. Where it is silent, nothing is reported anywhere, and a loss that is no
+    number is not replaced by a better one in the log."""
+    silent: dict[str, Any] = {"report_to": "none", "logging_nan_inf_filter": False}
+    if recipe.distributed:
+        silent["save_only_model"] = True  # the optimiser's shards of a model sharded at load time cannot be saved
     try:
-        return TrainingArguments(**({"report_to": "none"} | recipe.training), output_dir=recipe.output_dir)
+        return TrainingArguments(**(silent | recipe.training), output_dir=recipe.output_dir)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise RecipeError(f"TrainingArguments refuses the recipe: {' '.join(str(error).split())}") from error

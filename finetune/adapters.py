@@ -1,0 +1,104 @@
+"""LoRA adapters on attention and on the stacked experts, with PEFT; what PEFT cannot do there is refused."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+import peft
+from torch import nn
+
+from modeling_ecmoe.block_ecmoe import EcMoeBlock
+
+from .recipe import RecipeError
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# PEFT adapts a stacked parameter by adding to it; nothing of these has a meaning there.
+_IMPOSSIBLE_ON_EXPERTS: dict[str, Any] = {"lora_dropout": 0, "use_dora": False, "bias": "none", "fan_in_fan_out": False}
+_FIELDS = {item.name for item in fields(peft.LoraConfig) if item.init}
+
+
+def add_lora(model: Any, lora: dict[str, Any]) -> Any:
+    """The model with LoRA adapters; everything else is frozen.
+
+    Where nothing is named, an expert-choice model gets adapters on attention and on the routed experts, and its
+    router is trained and saved with them, so that the thresholds are in the adapter's file; a dense model gets them
+    on every linear layer.
+
+    Raises:
+        RecipeError: for an unknown field, for what PEFT cannot do on stacked experts, and when the routed experts
+            were asked for and stay frozen.
+    """
+    for name in lora.keys() - _FIELDS:
+        nearest = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0)
+        raise RecipeError(f"lora.{name}={lora[name]!r} is no field of peft.LoraConfig; did you mean {nearest[0]}?")
+    has_experts = any(isinstance(module, EcMoeBlock) for module in model.modules())
+    names_nothing = not lora.keys() & {"target_modules", "target_parameters"}
+    defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
+    if names_nothing and has_experts:
+        defaults |= {"target_modules": _ATTENTION, "target_parameters": _EXPERTS}
+    elif names_nothing:
+        defaults["target_modules"] = "all-linear"
+    if has_experts:
+        defaults["modules_to_save"] = ["gate"]
+    settings = defaults | lora
+    wants_experts = any("experts" in name for name in settings.get("target_parameters") or [])
+    if wants_experts:
+        _refuse_impossible(settings)
+    _refuse_experts_as_modules(settings, has_experts)
+    try:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"lora={lora}: PEFT refuses it: {' '.join(str(error).split())}") from error
+    if wants_experts:
+        _check_experts_train(adapted)
+    return adapted
+
+
+def _refuse_impossible(settings: dict[str, Any]) -> None:
+    for name, possible in _IMPOSSIBLE_ON_EXPERTS.items():
+        if settings.get(name, possible) != possible:
+            raise RecipeError(
+                f"lora.{name}={settings[name]!r} is not possible on stacked experts: PEFT adds the adapter to the "
+                f"weights; set {name}={possible!r}, or leave the experts out of lora.target_parameters"
+            )
+
+
+def _refuse_experts_as_modules(settings: dict[str, Any], has_experts: bool) -> None:
+    """A stacked weight is no linear layer: named as a module it would stay frozen without a word."""
+    targets = settings.get("target_modules") or []
+    named = [targets] if isinstance(targets, str) else list(targets)
+    if has_experts and any(("expert" in name and "shared" not in name) or name == "gate_up_proj" for name in named):
+        raise RecipeError(
+            f"lora.target_modules={targets!r} names the stacked experts, which are no linear layers; put "
+            f"{_EXPERTS} into lora.target_parameters"
+        )
+
+
+def _check_experts_train(model: nn.Module) -> None:
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, EcMoeBlock)}
+    frozen = [name for name, block in blocks.items() if sum(p.requires_grad for p in block.experts.parameters()) < 4]
+    if frozen or not blocks:
+        raise RecipeError(
+            f"lora.target_parameters names the routed experts, and those of {frozen[0] if frozen else 'no layer'} stay "
+            f"frozen; name them as {_EXPERTS}"
+        )
+
+
+_GROUPS = {"router": ".mlp.gate.", "routed experts": ".mlp.experts.", "shared expert": ".mlp.shared_expert."}
+_GROUPS |= {"attention": ".self_attn.", "dense FFN": ".mlp.", "embedding": "embed_tokens", "head": "lm_head"}
+
+
+def group_of(name: str) -> str:
+    """The part of the model that a parameter belongs to."""
+    return next((group for group, mark in _GROUPS.items() if mark in name), "other")
+
+
+def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters of each part of the model: how many are trained, and how many there are with the adapters."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        trained, total = counts.get(group_of(name), (0, 0))
+        size = parameter.numel()
+        counts[group_of(name)] = (trained + size * parameter.requires_grad, total + size)
+    return counts

@@ -1,0 +1,149 @@
+"""Rows to tokens: packed documents, or one conversation or instruction per sequence with its prompt left unlearned.
+
+IGNORE marks a label that is not learned. The first token of a document is one: nothing before it predicts it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from .recipe import Recipe, RecipeError
+
+IGNORE = -100
+
+
+class Encoder:
+    """Turns batches of rows of one kind into batches of sequences; a picklable function for `datasets`.
+
+    vocab_size: of the model's embedding, which every token must have a row in.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, kind: str, vocab_size: int) -> None:
+        self.recipe, self.tokenizer, self.kind, self.vocab_size = recipe, tokenizer, kind, vocab_size
+        self.has_template = getattr(tokenizer, "chat_template", None) is not None
+        if kind == "messages" and not self.has_template:
+            raise RecipeError(
+                "the tokenizer has no chat template and the dataset holds conversations; name a Jinja file in "
+                "chat_template"
+            )
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The sequences of a batch of rows: input_ids and labels, and position_ids where they are packed."""
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        if self.kind == "text" and self.recipe.packing:
+            return pack((self._text(row) for row in rows), self.recipe.sequence_length)
+        encode = {"text": self._text, "messages": self._messages, "prompt": self._prompt}[self.kind]
+        sequences = [encode(row) for row in rows]
+        kept = [fitted for sequence in sequences if (fitted := self._fit(*sequence)) is not None]
+        return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+
+    def _text(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        ids = self._ids(row["text"])
+        if self.recipe.append_eos and self.tokenizer.eos_token_id is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return ids, [IGNORE, *ids[1:]]
+
+    def _prompt(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Prompt and completion; as one user and one assistant message where there is a template."""
+        if self.has_template:
+            messages = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+            return self._messages({"messages": messages})
+        prompt = self._ids(row["prompt"])
+        answer = self._ids(row["completion"], add_special_tokens=False)
+        if self.recipe.append_eos and self.tokenizer.eos_token_id is not None:
+            answer = [*answer, self.tokenizer.eos_token_id]
+        return prompt + answer, [IGNORE] * len(prompt) + answer
+
+    def _messages(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """A conversation through the chat template; only what the assistant says is learned.
+
+        The template's own {% generation %} marks are used where it has them; without, what an assistant's turn adds
+        to the text before it.
+        """
+        messages = row["messages"]
+        template = self.tokenizer.chat_template
+        if "{% generation" in template or "{%- generation" in template:
+            encoded = self._apply(messages, return_assistant_tokens_mask=True, return_dict=True)
+            ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+        else:
+            ids, mask = self._apply(messages), []
+            for turn, message in enumerate(messages):
+                if message["role"] != "assistant":
+                    continue
+                before = self._apply(messages[:turn], add_generation_prompt=True)
+                after = self._apply(messages[: turn + 1])
+                if ids[: len(before)] != before or ids[: len(after)] != after:
+                    raise RecipeError(
+                        "the chat template does not render a conversation turn by turn, so the assistant's tokens "
+                        "cannot be told apart; mark them in it with {% generation %}"
+                    )
+                mask += [0] * (len(before) - len(mask)) + [1] * (len(after) - len(before))
+            mask += [0] * (len(ids) - len(mask))
+        if not any(mask):
+            raise RecipeError(
+                f"a conversation has no token of the assistant to learn from: {str(messages)[:120]}; leave such rows "
+                "out, or check the roles and the chat template"
+            )
+        self._check(ids)
+        return ids, [token if learned else IGNORE for token, learned in zip(ids, mask, strict=True)]
+
+    def _apply(self, messages: list[dict[str, str]], **options: Any) -> Any:
+        options = {"tokenize": True, "return_dict": False} | options
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # Jinja's own errors, and those that a template raises
+            raise RecipeError(
+                f"the chat template refuses {str(messages)[:120]}: {' '.join(str(error).split())}"
+            ) from error
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        ids: list[int] = self.tokenizer(text, verbose=False, **options)["input_ids"]
+        self._check(ids)
+        return ids
+
+    def _check(self, ids: list[int]) -> None:
+        if ids and max(ids) >= self.vocab_size:
+            raise RecipeError(
+                f"the tokenizer makes token {max(ids)} and the model's vocabulary has {self.vocab_size}; they do not "
+                "belong together"
+            )
+
+    def _fit(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]] | None:
+        """A sequence that is not packed, within sequence_length; None when it is dropped."""
+        length = self.recipe.sequence_length
+        if len(ids) <= length:
+            return ids, labels
+        if self.recipe.too_long == "refuse":
+            raise RecipeError(
+                f"a row has {len(ids)} tokens, more than sequence_length={length}; raise it, or say too_long=truncate "
+                "or too_long=drop"
+            )
+        ids, labels = ids[:length], labels[:length]
+        is_learned = any(label != IGNORE for label in labels)
+        return (ids, labels) if self.recipe.too_long == "truncate" and is_learned else None
+
+
+def pack(documents: Iterable[tuple[list[int], list[int]]], length: int) -> dict[str, list[list[int]]]:
+    """Documents end to end, cut into sequences; what does not fill the last one is left out.
+
+    position_ids begin at 0 with each document, and again where a sequence cuts one; Transformers' attention masks
+    read documents off them, so that none sees another.
+    """
+    packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    for document, its_labels in documents:
+        while document:
+            part, document = document[: length - len(ids)], document[length - len(ids) :]
+            part_labels, its_labels = its_labels[: len(part)], its_labels[len(part) :]
+            ids += part
+            labels += [IGNORE, *part_labels[1:]]
+            positions += range(len(part))
+            if len(ids) == length:
+                for name, values in (("input_ids", ids), ("labels", labels), ("position_ids", positions)):
+                    packed[name].append(values)
+                ids, labels, positions = [], [], []
+    return packed

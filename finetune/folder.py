@@ -1,0 +1,99 @@
+"""The output folder of a run: whose it is, and where the run goes on after it was stopped at any moment."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .recipe import Recipe, RecipeError
+
+RESULTS_NAME = "finetune_results.json"
+RECIPE_NAME = "finetune_recipe.yaml"
+
+
+def last_whole_checkpoint(output: Path) -> Path | None:
+    """The latest checkpoint that was written to its end: Trainer writes its state last."""
+    numbered = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdigit()
+    ]
+    return next((path for step, path in sorted(numbered, reverse=True) if _step_of(path) == step), None)
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint's state says it is from; None when the state is missing or cut off."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    # Of several ranks each writes a random state of its own; a missing one was stopped before it.
+    ranks = list(checkpoint.glob("rng_state_*.pth"))
+    return state.get("global_step") if len(ranks) != 1 else None
+
+
+def resume_point(recipe: Recipe) -> Path | None:
+    """The checkpoint that a run goes on from; None to begin.
+
+    The same recipe in the folder of a run that was stopped goes on by itself. `resume_from_checkpoint` goes on with
+    another recipe, from the last checkpoint (true) or from a certain one.
+
+    Raises:
+        RecipeError: when the folder holds something else, or a run that is finished.
+    """
+    output = Path(recipe.output_dir).expanduser()
+    wanted = recipe.training.get("resume_from_checkpoint")
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"output_dir={output} is a file; name a folder")
+    if wanted:
+        return _wanted_checkpoint(recipe, output, wanted)
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    if (output / RECIPE_NAME).is_file() and (output / RECIPE_NAME).read_text(encoding="utf-8") == as_yaml(recipe):
+        if (output / RESULTS_NAME).exists():
+            raise RecipeError(f"output_dir={output} holds this run, and it is finished; name a new folder to repeat it")
+        return last_whole_checkpoint(output)
+    raise RecipeError(
+        f"output_dir={output} is not empty and holds another run; name a new folder, or go on there with "
+        "resume_from_checkpoint=true"
+    )
+
+
+def _wanted_checkpoint(recipe: Recipe, output: Path, wanted: object) -> Path:
+    if isinstance(wanted, str):
+        checkpoint = Path(wanted) if _step_of(Path(wanted)) is not None else None
+    else:
+        checkpoint = last_whole_checkpoint(output)
+    if checkpoint is None:
+        raise RecipeError(
+            f"resume_from_checkpoint={wanted} finds no checkpoint in output_dir={output}; leave it out to begin, with "
+            "save_strategy=steps to be able to resume"
+        )
+    step, last = _step_of(checkpoint) or 0, recipe.training.get("max_steps", 0)
+    if 0 < last <= step:
+        raise RecipeError(f"max_steps={last} was reached already, {checkpoint} is at step {step}; raise it to go on")
+    return checkpoint
+
+
+def begin(recipe: Recipe, resume: Path | None) -> None:
+    """Marks the folder as this run's, and clears away checkpoints that were stopped half-way."""
+    output = Path(recipe.output_dir).expanduser()
+    output.mkdir(parents=True, exist_ok=True)
+    for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path != resume and _step_of(path) is None:
+            shutil.rmtree(path)
+    unfinished = output / f"{RECIPE_NAME}.unfinished"
+    unfinished.write_text(as_yaml(recipe), encoding="utf-8")
+    unfinished.replace(output / RECIPE_NAME)
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe in full, as `ecmoe-finetune` reads it again."""
+    content = asdict(recipe)
+    content |= content.pop("training") | content.pop("routing_fields")
+    content.pop("resume_from_checkpoint", None)
+    return yaml.safe_dump({name: value for name, value in content.items() if value is not None}, sort_keys=True)

@@ -1,0 +1,158 @@
+"""Where rows come from: files, Hub datasets, mixtures of them, in memory or streamed; and of what kind they are."""
+
+import difflib
+import hashlib
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+from datasets import Dataset, IterableDataset
+
+from .recipe import Recipe, RecipeError
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+SPLIT_SEED = 0  # not the recipe's: every seed is judged on the same documents
+_FIELDS = {"dataset", "weight", "dataset_config", "dataset_split"}
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+def load_rows(recipe: Recipe) -> tuple[Rows, Rows, str]:
+    """Training rows, held-out rows, and their kind: "text", "messages" or "prompt".
+
+    The columns are named after the kind: text; messages; prompt and completion. Empty rows are left out.
+
+    Raises:
+        RecipeError: when a dataset cannot be found or read, is empty, or lacks the columns.
+    """
+    entries = recipe.dataset if isinstance(recipe.dataset, list) else [{"dataset": recipe.dataset}]
+    parts = [_entry(entry, recipe) for entry in entries]
+    kinds = {kind for _, kind, _ in parts}
+    if len(kinds) > 1:
+        raise RecipeError(f"dataset mixes rows of {' and '.join(sorted(kinds))}; give one kind in all of its parts")
+    kind = kinds.pop()
+    if recipe.validation_dataset is not None:
+        held_out, other, _ = _entry({"dataset": recipe.validation_dataset}, recipe)
+        if other != kind:
+            raise RecipeError(f"validation_dataset={recipe.validation_dataset} holds {other} and dataset {kind} rows")
+        splits = [(rows, held_out) for rows, _, _ in parts]
+    else:
+        splits = [_split(rows, recipe, name["dataset"]) for (rows, _, _), name in zip(parts, entries, strict=True)]
+    weights = [weight for _, _, weight in parts]
+    train = _mix([rows for rows, _ in splits], weights)
+    held_out = splits[0][1] if recipe.validation_dataset else _mix([rows for _, rows in splits], weights)
+    return train, held_out, kind
+
+
+def _entry(entry: Any, recipe: Recipe) -> tuple[Rows, str, float]:
+    """Rows, kind and weight of one part of a mixture."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
+        raise RecipeError(f"dataset={entry!r} must be a path or Hub id, or a mapping with `dataset` and `weight`")
+    for name in entry.keys() - _FIELDS:
+        nearest = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0)
+        raise RecipeError(f"{name}={entry[name]!r} is no field of a dataset; did you mean {nearest[0]}?")
+    weight = entry.get("weight", 1)
+    if not isinstance(weight, (int, float)) or weight <= 0:
+        raise RecipeError(f"weight={weight} of dataset={entry['dataset']} must be a number above 0")
+    rows = _read(entry, recipe)
+    rows, kind = _as_kind(rows, recipe, entry["dataset"])
+    return rows, kind, float(weight)
+
+
+def _read(entry: dict[str, Any], recipe: Recipe) -> Rows:
+    name = entry["dataset"]
+    path = Path(name).expanduser()
+    if (path.is_absolute() or name.startswith((".", "~"))) and not path.exists():
+        raise RecipeError(f"dataset={name} does not exist")
+    try:
+        if path.suffix == ".txt":
+            parts = (part.strip() for part in path.read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR))
+            documents = Dataset.from_dict({recipe.text_column: [part for part in parts if part]})
+            return documents.to_iterable_dataset() if recipe.streaming else documents
+        if path.suffix in (".json", ".jsonl", ".parquet"):
+            if not path.is_file():
+                raise FileNotFoundError("no such file")
+            kind = "parquet" if path.suffix == ".parquet" else "json"
+            return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=recipe.streaming)
+        if path.exists():
+            raise RecipeError(f"dataset={name} must be a .txt, .jsonl or .parquet file or a Hub dataset id")
+        config = entry.get("dataset_config", recipe.dataset_config)
+        split = entry.get("dataset_split", recipe.dataset_split)
+        return datasets.load_dataset(name, config, split=split, streaming=recipe.streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"dataset={name} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:
+    """The rows with the columns of their kind alone, empty ones left out."""
+    resolved = rows._resolve_features() if isinstance(rows, IterableDataset) else rows
+    features: dict[str, Any] = dict(resolved.features or {})
+    columns = list(features)
+    if recipe.messages_column in columns:
+        kind, found = "messages", {recipe.messages_column: "messages"}
+    elif {recipe.prompt_column, recipe.completion_column} <= set(columns):
+        kind = "prompt"
+        found = {recipe.prompt_column: "prompt", recipe.completion_column: "completion"}
+    else:
+        kind, found = "text", {recipe.text_column: "text"}
+        _check_column(recipe.text_column, recipe, columns, name)
+    for column in found if kind != "messages" else ():
+        if features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
+            raise RecipeError(
+                f"{kind}_column={column} holds {features[column]}, not text; name the column that holds text"
+            )
+    rows = rows.select_columns(list(found))
+    for old, new in found.items():
+        rows = rows.rename_column(old, new) if old != new else rows
+    options: dict[str, Any] = {} if isinstance(rows, IterableDataset) else {"desc": "Leaving out empty rows"}
+    return rows.filter(lambda row: all(map(_is_filled, row.values())), **options), kind
+
+
+def _check_column(column: str, recipe: Recipe, columns: list[str], name: str) -> None:
+    if column in columns:
+        return
+    if not columns:
+        raise RecipeError(f"dataset={name} is empty")
+    nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.0)
+    raise RecipeError(
+        f"text_column={column} is not in dataset={name}, which has {', '.join(columns)}; did you mean {nearest[0]}? "
+        f"Conversations are read from messages_column={recipe.messages_column}, instructions from "
+        f"prompt_column={recipe.prompt_column} with completion_column={recipe.completion_column}"
+    )
+
+
+def _is_filled(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
+
+
+def _split(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, Rows]:
+    """Rows to learn from and rows held out: the same ones whatever the seed, the model and the mixture."""
+    if isinstance(rows, IterableDataset):
+        share = recipe.validation_fraction
+        return rows.filter(lambda row: _draw(row) >= share), rows.filter(lambda row: _draw(row) < share)
+    if len(rows) < 2:
+        raise RecipeError(f"dataset={name} holds {len(rows)} rows; at least two are needed, one of them held out")
+    try:
+        split = rows.train_test_split(test_size=recipe.validation_fraction, seed=SPLIT_SEED)
+    except ValueError as error:
+        raise RecipeError(
+            f"validation_fraction={recipe.validation_fraction} leaves nothing to learn from or nothing to hold out of "
+            f"{len(rows)} rows"
+        ) from error
+    return split["train"], split["test"]
+
+
+def _draw(row: dict[str, Any]) -> float:
+    """A number in [0, 1) that depends on the row alone: a stream has no length to split."""
+    digest = hashlib.sha256(repr(sorted(row.items())).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _mix(parts: list[Rows], weights: list[float]) -> Rows:
+    """Rows of all parts, drawn in proportion to the weights until every part was read once."""
+    if len(parts) == 1:
+        return parts[0]
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    return datasets.interleave_datasets(parts, shares, seed=SPLIT_SEED, stopping_strategy="all_exhausted")

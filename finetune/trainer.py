@@ -1,0 +1,177 @@
+"""transformers.Trainer with what expert choice adds: learning rates by part, routing metrics, safe checkpoints."""
+
+import math
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from modeling_ecmoe import record_routing, sparse_blocks, use_inference_routing
+
+from .adapters import group_of
+from .folder import last_whole_checkpoint
+from .recipe import Recipe, RecipeError
+
+
+def is_expert_choice(model: Any) -> bool:
+    """Whether a model of the family, not its token-choice baseline."""
+    config = model.config
+    return str(config.model_type).startswith("ecmoe_") and config.routing != "token_choice"
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimiser step, evaluation and logging left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+
+
+class LogBeforeSaving(TrainerCallback):
+    """A checkpoint never splits the steps that one line of the log averages: a resumed log has the same lines."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or control.should_save
+        return control
+
+
+class EcMoeTrainer(Trainer):
+    """Trainer, for expert-choice and dense models.
+
+    Nothing in it is needed to train: the model keeps its thresholds itself.
+    """
+
+    model: Any
+
+    def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
+        self.recipe = recipe
+        self.timer = StepTimer()
+        super().__init__(*args, **kwargs, callbacks=[self.timer, LogBeforeSaving()])
+        self.routes = is_expert_choice(self.model)
+        self._logged_thresholds: Tensor | None = None
+        self._timed_steps = 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As Trainer's, with the router's and the experts' parameters in groups of their own learning rate."""
+        optimizer = super().create_optimizer(model)
+        rates = {"router": self.recipe.router_learning_rate, "routed experts": self.recipe.experts_learning_rate}
+        if not any(rates.values()):
+            return optimizer
+        parts = {id(parameter): group_of(name) for name, parameter in self.model.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for part in ("router", "routed experts", "rest"):
+                chosen = [p for p in group["params"] if _part(parts.get(id(p)), rates) == part]
+                if chosen:
+                    groups.append(group | {"params": chosen, "lr": rates.get(part) or group["lr"]})
+        optimizer.param_groups = groups
+        return optimizer
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future."""
+        if not self.routes or self.args.torch_compile:  # a compiled model runs past the hooks that count routes
+            return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with record_routing(self.model) as record:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with use_inference_routing(self.model, "expert_choice"):
+            top_k = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        first, *others = gather_object([record])  # each rank evaluated its share of the held-out rows
+        for other in others:
+            first.merge(other)
+        metrics, metrics_top_k = output.metrics or {}, top_k.metrics or {}
+        loss, loss_top_k = (found[f"{metric_key_prefix}_loss"] for found in (metrics, metrics_top_k))
+        metrics[f"{metric_key_prefix}_loss_top_k"] = loss_top_k
+        metrics[f"{metric_key_prefix}_loss_gap"] = loss - loss_top_k
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in first.summary().items()}
+        return output._replace(metrics=metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens per second and how far the thresholds moved; a loss that is no number ends the run."""
+        for name in ("loss", "eval_loss"):
+            if name in logs and not math.isfinite(logs[name]):
+                self._stop_at_nan(name, logs[name])
+        if "loss" in logs:
+            logs = logs | self._training_metrics()
+        super().log(logs, start_time)
+
+    def _training_metrics(self) -> dict[str, float]:
+        metrics = {}
+        seconds = self.timer.seconds[self._timed_steps :]
+        self._timed_steps = len(self.timer.seconds)
+        if seconds:
+            metrics["train_tokens_per_second"] = self.tokens_per_step / statistics.median(seconds)
+        if self.routes:
+            gates = [block.gate for block in sparse_blocks(self.model).values()]
+            thresholds = torch.stack([gate.threshold.detach().float().cpu() for gate in gates])
+            if self._logged_thresholds is not None:
+                metrics["threshold_change"] = (thresholds - self._logged_thresholds).abs().mean().item()
+            self._logged_thresholds = thresholds
+        return metrics
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step on all ranks, padding included."""
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return rows * self.recipe.sequence_length
+
+    def _stop_at_nan(self, name: str, value: float) -> None:
+        checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
+        kept = f"the last checkpoint, {checkpoint}, is from before" if checkpoint else "no checkpoint was written"
+        raise RecipeError(
+            f"{name}={value} at step {self.state.global_step}: training has diverged; lower learning_rate, or set "
+            f"max_grad_norm or warmup_steps; {kept}"
+        )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint that cannot be written leaves no half of itself, and the earlier ones alone."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.is_world_process_zero():
+                shutil.rmtree(folder, ignore_errors=True)
+            kept = last_whole_checkpoint(Path(str(self.args.output_dir)))
+            raise RecipeError(
+                f"output_dir={self.args.output_dir}: checkpoint {folder.name} cannot be written: "
+                f"{' '.join(str(error).split())[:200]}; {kept or 'no earlier one'} is whole. Free some space and give "
+                "the same command again"
+            ) from error
+
+
+def _part(group: str | None, rates: dict[str, float | int | None]) -> str:
+    return group if group is not None and rates.get(group) is not None else "rest"
+
+
+def freeze(model: Any, recipe: Recipe) -> None:
+    """Freezes the router or the experts where the recipe gives them a learning rate of 0.
+
+    Raises:
+        RecipeError: when the model has no such part.
+    """
+    for field, part in (("router_learning_rate", "router"), ("experts_learning_rate", "routed experts")):
+        rate = getattr(recipe, field)
+        if rate is None:
+            continue
+        chosen = [p for name, p in model.named_parameters() if group_of(name) == part]
+        if not chosen:
+            raise RecipeError(f"{field}={rate}: {model.config.model_type} has no {part}; leave it out")
+        if rate == 0:
+            for parameter in chosen:
+                parameter.requires_grad_(False)
