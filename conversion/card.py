@@ -4,6 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from .initialisations import INITIALISATIONS
@@ -52,7 +53,7 @@ def _licence(source: Source) -> dict[str, Any]:
         return {}
     try:
         data = ModelCard.load(path).data.to_dict()
-    except (ValueError, OSError):  # a card without or with broken front matter
+    except (ValueError, OSError, yaml.YAMLError):  # a card without or with broken front matter
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
 
-from modeling_ecmoe import calibrate_thresholds
+from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 from .card import render_card
 from .errors import ConversionError
 from .estimate import estimate, parameters
 from .hub import check_hub, push
-from .measure import estimated_thresholds, measured_router
+from .measure import estimated_thresholds, measured_router, one_per_replica
 from .plan import Plan, plan_conversion
 from .router import read_prompts
 from .sample import check_same_tokenizer, load_tokenizer, read_documents, sample_windows
@@ -108,9 +109,11 @@ def convert(
         ConversionError: for anything the user can put right, and when an exact initialisation is not exact.
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
-    target = Path(destination).expanduser()
+    target = Path(destination).expanduser().resolve()  # a link to an empty folder could not be renamed over
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(f"destination={target} exists; name a folder that does not, or remove it")
+    if target.is_mount():
+        raise ConversionError(f"destination={target} is a mount point and cannot be replaced; name a folder in it")
     shard_size = parse_size(max_shard_size)
     if num_gpus < 1:
         raise ConversionError(f"num_gpus={num_gpus} must be at least 1")
@@ -185,7 +188,7 @@ def _fill(
         assert texts is not None
         converted = _load(plan, folder, device)
         if thresholds is None:
-            thresholds = _calibrate(converted, texts.calibration)
+            thresholds = _calibrate(converted, texts.calibration, plan.settings.granularity or 1)
             work.keep("thresholds", thresholds)
             overwrite_tensors(folder, thresholds)
         dense = _load(plan, plan.sources[0].folder, device)
@@ -200,8 +203,9 @@ def _fill(
     ]
     write_whole(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
     write_whole(folder / "README.md", render_card(plan, record))
-    plan.config.save_pretrained(work.folder)  # beside the checkpoint first: with it the folder would load
-    (work.folder / "config.json").rename(folder / "config.json")
+    with tempfile.TemporaryDirectory() as scratch:  # with config.json a folder loads, so it comes last and at once
+        plan.config.save_pretrained(scratch)
+        write_whole(folder / "config.json", (Path(scratch) / "config.json").read_text(encoding="utf-8"))
 
 
 def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> _Texts | None:
@@ -213,6 +217,8 @@ def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> _Texts | No
     tokenizer = load_tokenizer(plan.sources[0].folder)
     config: Any = plan.config
     length = min(WINDOW, config.max_position_embeddings)
+    if length < 2:
+        raise ConversionError(f"max_position_embeddings={length} in config.json is too short to run the model on text")
     wanted = (CALIBRATION_TOKENS + VERIFICATION_TOKENS) // length
     documents = read_documents(Path(text).expanduser() if text else None)
     windows = sample_windows(tokenizer, documents, length, wanted, seed)
@@ -270,7 +276,7 @@ def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> N
 
 def _fingerprints(sources: list[Source], *texts: str | None) -> dict[str, Any]:
     """What tells one state of the input files from another, without reading the weights."""
-    stats = {str(path): path.stat() for source in sources for path in source.weight_files}
+    stats = {str(path): path.stat() for source in sources for path in source.folder.glob("*") if path.is_file()}
     read = {name: hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest() for name in texts if name}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()} | read
 
@@ -301,7 +307,9 @@ def _load(plan: Plan, folder: Path, device: str | None) -> Any:
         raise ConversionError(f"device={device} is unknown here or cannot hold the model: {reason}") from error
 
 
-def _calibrate(model: Any, windows: Tensor) -> dict[str, Tensor]:
+def _calibrate(model: Any, windows: Tensor, granularity: int) -> dict[str, Tensor]:
     """The thresholds and their counts, measured on the converted model."""
     calibrate_thresholds(model, [{"input_ids": batch} for batch in windows.split(BATCH)])
+    for block in sparse_blocks(model).values():
+        block.gate.threshold.copy_(one_per_replica(block.gate.threshold, granularity))
     return {name: buffer.cpu() for name, buffer in model.state_dict().items() if ".mlp.gate.threshold" in name}

@@ -38,7 +38,7 @@ def measured_router(
             rows_RD = centroid_rows(inputs[layer], config.num_experts // granularity, std, generator)
         measured[f"{name}weight"] = rows_RD
         rows_ED = rows_RD.repeat_interleave(granularity, dim=0).to(plan.dtype)
-        measured[f"{name}threshold"] = thresholds_of(rows_ED, inputs[layer], config)
+        measured[f"{name}threshold"] = one_per_replica(thresholds_of(rows_ED, inputs[layer], config), granularity)
     return measured
 
 
@@ -50,6 +50,12 @@ def _prompt_means(dense: Any, tokenizer: Any, prompts: list[list[str]], layers: 
         for layer, inputs in ffn_inputs(dense, batches, layers).items():
             rows[layer].append(inputs.float().mean(0))
     return {layer: torch.stack(means) for layer, means in rows.items()}
+
+
+def one_per_replica(threshold_E: Tensor, granularity: int) -> Tensor:
+    """The shards of one replica have one threshold, as they have one router row; what is measured of each differs by
+    rounding, which would send a token to some of them alone."""
+    return threshold_E.view(-1, granularity)[:, :1].expand(-1, granularity).flatten()
 
 
 def estimated_thresholds(plan: Plan, measured: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -66,7 +72,8 @@ def estimated_thresholds(plan: Plan, measured: dict[str, Tensor] | None) -> dict
             (rows_ED,) = rows_of[f"{name}weight"].pieces()
             weight_D = plan.sources[0].read(norm) if norm in plan.sources[0].headers else torch.ones(rows_ED.shape[1])
             generator = generator_of(plan.settings.seed, f"{name}estimate")
-            threshold = thresholds_of(rows_ED, norm_inputs(weight_D, ESTIMATE_TOKENS, generator), config)
+            inputs_TD = norm_inputs(weight_D, ESTIMATE_TOKENS, generator)
+            threshold = one_per_replica(thresholds_of(rows_ED, inputs_TD, config), plan.settings.granularity or 1)
         found[f"{name}threshold"] = threshold.float()
         found[f"{name}threshold_updates"] = torch.ones((), dtype=torch.int64)
     return found

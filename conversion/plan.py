@@ -89,8 +89,13 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
         _check_dtypes(source)
     settings = settings.complete(dense_configs[0], len(sources))
     config = _config(dense_configs[0], sources[0].dtype, settings)
-    with torch.device("meta"):
-        model = modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"](config)
+    try:
+        with torch.device("meta"):
+            model = modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"](config)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        raise ConversionError(
+            f"{sources[0].folder / 'config.json'} describes no model that can be built: {_last_line(error)}"
+        ) from error
     plan = Plan(settings, config, sources[0].dtype, model, sources, [], {})
     maker = _Maker(plan)
     plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
@@ -108,7 +113,7 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.folder} is an expert-choice checkpoint already; give the dense one")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConversionError(f"model_type={model_type} is not supported; supported are {', '.join(FAMILIES)}")
     if raw.get("quantization_config"):
         raise ConversionError(
@@ -119,10 +124,12 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
             raise ConversionError(f"{path}: {name}={raw[name]} is no torch dtype; write float32, bfloat16 or float16")
     try:
         return AutoConfig.from_pretrained(source.folder)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConversionError(
-            f"{path} is no valid {model_type} config: {str(error).strip().splitlines()[-1].strip()}"
-        ) from error
+    except (StrictDataclassError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise ConversionError(f"{path} is no valid {model_type} config: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> PreTrainedConfig:
@@ -139,7 +146,7 @@ def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> 
     try:
         config = FAMILIES[dense.model_type](**fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConversionError(str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")) from error
+        raise ConversionError(_last_line(error).removeprefix("ValueError: ")) from error
     config.dtype = dtype
     config.architectures = [modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"].__name__]
     return config
@@ -166,7 +173,8 @@ class _Maker:
         if ".mlp.shared_expert." in name:
             source = name.replace(".shared_expert.", ".")
             return self._planned(name, like, {source: source.split(".")[-2]}, self._shared)
-        rows = max(1, _PIECE_BYTES // max(1, like[0].numel() * self.plan_.dtype.itemsize)) if like.dim() else 1
+        row_bytes = like.numel() // max(1, len(like)) * self.plan_.dtype.itemsize if like.dim() else 0
+        rows = max(1, _PIECE_BYTES // max(1, row_bytes))
         return self._planned(
             name, like, {name: ""}, lambda parts: self._verbatim(name, len(like) if like.dim() else 1, rows)
         )

@@ -41,6 +41,12 @@ def ffn_inputs(model: Any, batches: list[Tensor], layers: list[int]) -> dict[int
 
     batches: token ids [B, S], without padding.
     """
+    vocab_size = model.get_input_embeddings().num_embeddings
+    for batch in batches:
+        if not batch.numel() or int(batch.max()) >= vocab_size:
+            raise ConversionError(
+                f"a text of router_prompts makes no token, or one beyond vocab_size={vocab_size}; leave it out"
+            )
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def hook_of(layer: int) -> Any:
@@ -96,6 +102,8 @@ def rescaled_rows(directions_RD: Tensor, inputs_TD: Tensor, std: float) -> Tenso
     inputs_TD = inputs_TD.float()
     wanted = std * inputs_TD.square().sum(1).mean().sqrt()
     found = (inputs_TD @ rows_RD.T).std(0).mean()
+    if not (found.isfinite() and wanted.isfinite()):
+        raise ConversionError("the FFN inputs of the dense model are not finite: its weights are damaged")
     if not found > 0:
         raise ConversionError("the measured router rows are all the same; give texts that differ, or router=normal")
     return rows_RD * (wanted / found)

@@ -1,5 +1,6 @@
 """The options that decide what a conversion writes, with their defaults and their checks."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,7 +92,7 @@ class Settings:
                 raise ConversionError(f"ratio={self.ratio} means nothing to init={self.init}; leave it out")
             return default
         highest = 1 if self.init != "noise" else float("inf")
-        if not 0 <= self.ratio <= highest:
+        if not 0 <= self.ratio <= highest or math.isinf(self.ratio):
             raise ConversionError(f"ratio={self.ratio} must be between 0 and {highest}: {self.initialisation.ratio}")
         if self.init == "split" and not 1 <= round(self.ratio * width) < width:
             raise ConversionError(f"ratio={self.ratio} leaves one part of the {width} neurons empty; choose another")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
     OfflineModeIsEnabled,
 )
 from safetensors import SafetensorError, safe_open
@@ -111,8 +111,10 @@ class Source:
     def _headers_on_hub(self, repository: str) -> dict[str, Header]:
         try:
             metadata = huggingface_hub.get_safetensors_metadata(repository, revision=self.commit)
-        except (*_HUB_ERRORS, NotASafetensorsRepoError) as error:
-            raise ConversionError(f"source={self.source} is no safetensors checkpoint: {_first_line(error)}") from error
+        except Exception as error:  # the HTTP library has errors of its own
+            raise ConversionError(
+                f"source={self.source}: no safetensors headers could be read from the Hub: {_first_line(error)}"
+            ) from error
         return {
             name: Header(file_name, str(info.dtype), tuple(info.shape))
             for file_name, file in metadata.files_metadata.items()
@@ -121,7 +123,7 @@ class Source:
 
     def _headers_of_files(self) -> dict[str, Header]:
         index_path, single_path = self.folder / INDEX_NAME, self.folder / WEIGHTS_NAME
-        if single_path.is_file() and not index_path.is_file():
+        if single_path.is_file():  # also beside an index, as Transformers reads it
             return self._headers_of_file(single_path)
         if not index_path.is_file():
             pickled = any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*"))
@@ -177,9 +179,15 @@ class Source:
         return DTYPES[self.headers[name].dtype]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor, or its rows from start to stop. The file is mapped only as long as the tensor lives."""
+        """A tensor, or its rows from start to stop. The file is mapped only as long as the tensor lives.
+
+        Raises:
+            ConversionError: when a value is NaN or infinite.
+        """
         with self._open(self.folder / self.headers[name].file_name) as shard:
             tensor: Tensor = shard.get_tensor(name) if stop is None else shard.get_slice(name)[start:stop]
+        if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
+            raise ConversionError(f"{name} of {self.source} holds NaN or infinity: it is damaged; fetch it again")
         return tensor
 
     @property

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .errors import ConversionError
@@ -47,6 +47,8 @@ class Workspace:
                 f"destination={self.target} is being written by another process; wait for it"
             ) from error
         except OSError as error:
+            if self._lock.is_locked:
+                self.__exit__(type(error), error, None)
             raise ConversionError(f"destination={self.target} cannot be made: {error}") from error
         return self
 
@@ -64,9 +66,8 @@ class Workspace:
         return load_file(path) if path.is_file() else None
 
     def keep(self, name: str, tensors: dict[str, Tensor]) -> None:
-        unfinished = self.folder / f"{name}.unfinished"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished)
-        unfinished.rename(self.folder / f"{name}.safetensors")
+        content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        write_whole(self.folder / f"{name}.safetensors", content)
 
     def finish(self) -> None:
         """The checkpoint takes its name; an empty folder of that name gives way."""

@@ -109,11 +109,11 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is there complete or not at all."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file that is there complete or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
-        file.write(text.encode())
+        file.write(content.encode() if isinstance(content, str) else content)
         _to_disk(file)
     unfinished.rename(path)
 

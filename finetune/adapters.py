@@ -1,6 +1,5 @@
 """LoRA adapters on attention and on the stacked experts, with PEFT; what PEFT cannot do there is refused."""
 
-import difflib
 from dataclasses import fields
 from typing import Any
 
@@ -9,13 +8,13 @@ from torch import nn
 
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
-from .recipe import RecipeError
+from .recipe import RecipeError, refuse_unknown
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # PEFT adapts a stacked parameter by adding to it; nothing of these has a meaning there.
 _IMPOSSIBLE_ON_EXPERTS: dict[str, Any] = {"lora_dropout": 0, "use_dora": False, "bias": "none", "fan_in_fan_out": False}
-_FIELDS = {item.name for item in fields(peft.LoraConfig) if item.init}
+_FIELDS = [item.name for item in fields(peft.LoraConfig) if item.init]
 
 
 def add_lora(model: Any, lora: dict[str, Any]) -> Any:
@@ -29,9 +28,7 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
         RecipeError: for an unknown field, for what PEFT cannot do on stacked experts, and when the routed experts
             were asked for and stay frozen.
     """
-    for name in lora.keys() - _FIELDS:
-        nearest = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0)
-        raise RecipeError(f"lora.{name}={lora[name]!r} is no field of peft.LoraConfig; did you mean {nearest[0]}?")
+    refuse_unknown(lora, _FIELDS, "lora (peft.LoraConfig)")
     has_experts = any(isinstance(module, EcMoeBlock) for module in model.modules())
     names_nothing = not lora.keys() & {"target_modules", "target_parameters"}
     defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
@@ -94,11 +91,16 @@ def group_of(name: str) -> str:
     return next((group for group, mark in _GROUPS.items() if mark in name), "other")
 
 
+def size_of(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter has, also where DeepSpeed ZeRO-3 has taken them away for the moment."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Parameters of each part of the model: how many are trained, and how many there are with the adapters."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         trained, total = counts.get(group_of(name), (0, 0))
-        size = parameter.numel()
+        size = size_of(parameter)
         counts[group_of(name)] = (trained + size * parameter.requires_grad, total + size)
     return counts

@@ -54,7 +54,8 @@ def _report(results: dict[str, Any], output_dir: str) -> None:
     table.add_row("parameters", f"{results['parameters']:,}")
     table.add_row("active per token", f"{results['active_parameters']:,}")
     table.add_row("tokens trained on", f"{results['tokens']:,}")
-    table.add_row("causal loss before", f"{results['loss_before']:.4f}")
+    if results["loss_before"] is not None:
+        table.add_row("causal loss before", f"{results['loss_before']:.4f}")
     table.add_row("causal loss after", f"{results['loss_after']:.4f}")
     if "routing" in results:
         table.add_row("  not causal (top-k)", f"{results['loss_after_top_k']:.4f}")

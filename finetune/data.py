@@ -1,5 +1,7 @@
 """From rows to training and held-out sequences, and from sequences to batches."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -13,9 +15,24 @@ from .sources import Rows, load_rows
 PART = 10_000  # rows tokenized at a time
 
 
+class Endless(torch.utils.data.IterableDataset):
+    """A stream that begins again where it ends, in another order each time.
+
+    So a resumed run finds its place by counting batches alone, however often the rows were read.
+    """
+
+    def __init__(self, rows: IterableDataset) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            yield from self.rows
+
+
 def prepare(
     recipe: Recipe, tokenizer: Any, vocab_size: int, train_sequences: int | None = None
-) -> tuple[Rows, Dataset]:
+) -> tuple[Dataset | Endless, Dataset]:
     """Training and held-out sequences: input_ids, labels, and position_ids where documents are packed.
 
     train_sequences: as many as the run will use, when that is known; the rest of the text is not tokenized.
@@ -25,36 +42,40 @@ def prepare(
     """
     train_rows, held_out_rows, kind = load_rows(recipe)
     encoder = Encoder(recipe, tokenizer, kind, vocab_size)
-    held_out = _encode(held_out_rows, encoder, "held-out", recipe.max_eval_sequences)
-    if isinstance(train_rows, IterableDataset):
-        seed = recipe.training.get("data_seed") or recipe.training.get("seed", 42)
-        shuffled = train_rows.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer)
-        return shuffled.map(encoder, batched=True, remove_columns=list(shuffled.column_names)), held_out
-    return _encode(train_rows, encoder, "training", train_sequences), held_out
+    held_out = _encode(held_out_rows, encoder, recipe, "held-out", recipe.max_eval_sequences)
+    if not isinstance(train_rows, IterableDataset):
+        return _encode(train_rows, encoder, recipe, "training", train_sequences), held_out
+    _encode(train_rows, encoder, recipe, "training", 1)  # an endless stream must hold something
+    seeds = (recipe.training.get(name) for name in ("data_seed", "seed"))
+    seed = next((seed for seed in seeds if seed is not None), 42)
+    return Endless(_mapped(train_rows.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer), encoder)), held_out
 
 
-def _encode(rows: Rows, encoder: Encoder, part: str, wanted: int | None) -> Dataset:
+def _encode(rows: Rows, encoder: Encoder, recipe: Recipe, part: str, wanted: int | None) -> Dataset:
     """The sequences of these rows, at most `wanted`."""
     if isinstance(rows, IterableDataset):
-        stream = rows.map(encoder, batched=True, remove_columns=list(rows.column_names))
-        sequences = Dataset.from_list(list(stream.take(wanted)))
+        sequences = Dataset.from_list(list(_mapped(rows, encoder).take(wanted)))
     else:
         parts: list[Dataset] = []
         for start in range(0, len(rows), PART):
             block = rows.select(range(start, min(start + PART, len(rows))))
-            parts.append(
-                block.map(encoder, batched=True, remove_columns=block.column_names, desc=f"Tokenizing ({part})")
-            )
+            parts.append(_mapped(block, encoder, desc=f"Tokenizing ({part})"))
             if wanted is not None and sum(map(len, parts)) >= wanted:
                 break
         sequences = datasets.concatenate_datasets(parts) if parts else Dataset.from_list([])
     if not len(sequences):
         raise RecipeError(
-            f"dataset={encoder.recipe.dataset} gives no {part} sequence of "
-            f"sequence_length={encoder.recipe.sequence_length} tokens; give more text, shorter sequences, or another "
-            "validation_fraction"
+            f"dataset={recipe.dataset} gives no {part} sequence of sequence_length={recipe.sequence_length} tokens; "
+            "give more text, shorter sequences, or another validation_fraction"
         )
     return sequences if wanted is None else sequences.select(range(min(len(sequences), wanted)))
+
+
+def _mapped(rows: Any, encoder: Encoder, **options: Any) -> Any:
+    names = ["input_ids", "labels", *(["position_ids"] if encoder.is_packed else [])]
+    # Said aloud, because a part without a single sequence has no types to read off.
+    features = datasets.Features({name: datasets.List(datasets.Value("int64")) for name in names})
+    return rows.map(encoder, batched=True, remove_columns=list(rows.column_names), features=features, **options)
 
 
 class Collator:

@@ -3,22 +3,29 @@
 IGNORE marks a label that is not learned. The first token of a document is one: nothing before it predicts it.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from .recipe import Recipe, RecipeError
 
 IGNORE = -100
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class Encoder:
     """Turns batches of rows of one kind into batches of sequences; a picklable function for `datasets`.
 
+    It holds what it depends on and nothing else of the recipe, so that `datasets` finds its cached sequences again.
+
     vocab_size: of the model's embedding, which every token must have a row in.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any, kind: str, vocab_size: int) -> None:
-        self.recipe, self.tokenizer, self.kind, self.vocab_size = recipe, tokenizer, kind, vocab_size
+        self.tokenizer, self.kind, self.vocab_size = tokenizer, kind, vocab_size
+        self.sequence_length, self.too_long = recipe.sequence_length, recipe.too_long
+        self.append_eos = recipe.append_eos and tokenizer.eos_token_id is not None
+        self.is_packed = kind == "text" and recipe.packing
         self.has_template = getattr(tokenizer, "chat_template", None) is not None
         if kind == "messages" and not self.has_template:
             raise RecipeError(
@@ -29,8 +36,8 @@ class Encoder:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The sequences of a batch of rows: input_ids and labels, and position_ids where they are packed."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        if self.kind == "text" and self.recipe.packing:
-            return pack((self._text(row) for row in rows), self.recipe.sequence_length)
+        if self.is_packed:
+            return pack((self._text(row) for row in rows), self.sequence_length)
         encode = {"text": self._text, "messages": self._messages, "prompt": self._prompt}[self.kind]
         sequences = [encode(row) for row in rows]
         kept = [fitted for sequence in sequences if (fitted := self._fit(*sequence)) is not None]
@@ -38,7 +45,7 @@ class Encoder:
 
     def _text(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         ids = self._ids(row["text"])
-        if self.recipe.append_eos and self.tokenizer.eos_token_id is not None:
+        if self.append_eos:
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids, [IGNORE, *ids[1:]]
 
@@ -52,7 +59,7 @@ class Encoder:
             return self._messages({"messages": messages})
         prompt = self._ids(row["prompt"])
         answer = self._ids(row["completion"], add_special_tokens=False)
-        if self.recipe.append_eos and self.tokenizer.eos_token_id is not None:
+        if self.append_eos:
             answer = [*answer, self.tokenizer.eos_token_id]
         return prompt + answer, [IGNORE] * len(prompt) + answer
 
@@ -64,13 +71,13 @@ class Encoder:
         """
         messages = row["messages"]
         template = self.tokenizer.chat_template
-        if "{% generation" in template or "{%- generation" in template:
+        if _GENERATION.search(template if isinstance(template, str) else ""):
             encoded = self._apply(messages, return_assistant_tokens_mask=True, return_dict=True)
             ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
         else:
             ids, mask = self._apply(messages), []
             for turn, message in enumerate(messages):
-                if message["role"] != "assistant":
+                if message.get("role") != "assistant":
                     continue
                 before = self._apply(messages[:turn], add_generation_prompt=True)
                 after = self._apply(messages[: turn + 1])
@@ -111,18 +118,18 @@ class Encoder:
             )
 
     def _fit(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]] | None:
-        """A sequence that is not packed, within sequence_length; None when it is dropped."""
-        length = self.recipe.sequence_length
-        if len(ids) <= length:
-            return ids, labels
-        if self.recipe.too_long == "refuse":
-            raise RecipeError(
-                f"a row has {len(ids)} tokens, more than sequence_length={length}; raise it, or say too_long=truncate "
-                "or too_long=drop"
-            )
-        ids, labels = ids[:length], labels[:length]
-        is_learned = any(label != IGNORE for label in labels)
-        return (ids, labels) if self.recipe.too_long == "truncate" and is_learned else None
+        """A sequence that is not packed, within sequence_length; None when it is dropped or holds nothing to learn."""
+        length = self.sequence_length
+        if len(ids) > length:
+            if self.too_long == "refuse":
+                raise RecipeError(
+                    f"a row has {len(ids)} tokens, more than sequence_length={length}; raise it, or say "
+                    "too_long=truncate or too_long=drop"
+                )
+            if self.too_long == "drop":
+                return None
+            ids, labels = ids[:length], labels[:length]
+        return (ids, labels) if any(label != IGNORE for label in labels) else None
 
 
 def pack(documents: Iterable[tuple[list[int], list[int]]], length: int) -> dict[str, list[list[int]]]:

@@ -13,27 +13,38 @@ from .recipe import Recipe, RecipeError
 
 RESULTS_NAME = "finetune_results.json"
 RECIPE_NAME = "finetune_recipe.yaml"
+UNFINISHED = ".unfinished"  # of a file that is being written
+# What a checkpoint needs, by the names of Trainer, FSDP and DeepSpeed.
+_PARTS = (("*.safetensors", "pytorch_model_fsdp*"), ("optimizer*", "global_step*"), ("rng_state*.pth",))
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:
-    """The latest checkpoint that was written to its end: Trainer writes its state last."""
+    """The latest checkpoint that a run can go on from."""
     numbered = [
         (int(path.name.rpartition("-")[2]), path)
         for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.rpartition("-")[2].isdigit()
     ]
-    return next((path for step, path in sorted(numbered, reverse=True) if _step_of(path) == step), None)
+    found = (path for step, path in sorted(numbered, reverse=True) if step_of(path) == step and _can_resume(path))
+    return next(found, None)
 
 
-def _step_of(checkpoint: Path) -> int | None:
-    """The step that a checkpoint's state says it is from; None when the state is missing or cut off."""
+def step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint's state says it is from; None when the checkpoint was not written to its end.
+
+    Trainer writes the state last, and EcMoeTrainer not before every rank has written its part.
+    """
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    # Of several ranks each writes a random state of its own; a missing one was stopped before it.
-    ranks = list(checkpoint.glob("rng_state_*.pth"))
-    return state.get("global_step") if len(ranks) != 1 else None
+    step: int | None = state.get("global_step")
+    return step
+
+
+def _can_resume(checkpoint: Path) -> bool:
+    """Not when it holds the model alone (save_only_model), or was deleted half-way."""
+    return all(any(any(checkpoint.glob(name)) for name in names) for names in _PARTS)
 
 
 def resume_point(recipe: Recipe) -> Path | None:
@@ -51,7 +62,7 @@ def resume_point(recipe: Recipe) -> Path | None:
         raise RecipeError(f"output_dir={output} is a file; name a folder")
     if wanted:
         return _wanted_checkpoint(recipe, output, wanted)
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists() or all(path.name.endswith(UNFINISHED) for path in output.iterdir()):
         return None
     if (output / RECIPE_NAME).is_file() and (output / RECIPE_NAME).read_text(encoding="utf-8") == as_yaml(recipe):
         if (output / RESULTS_NAME).exists():
@@ -65,15 +76,16 @@ def resume_point(recipe: Recipe) -> Path | None:
 
 def _wanted_checkpoint(recipe: Recipe, output: Path, wanted: object) -> Path:
     if isinstance(wanted, str):
-        checkpoint = Path(wanted) if _step_of(Path(wanted)) is not None else None
+        named = Path(wanted).expanduser()
+        checkpoint = named if step_of(named) is not None and _can_resume(named) else None
     else:
         checkpoint = last_whole_checkpoint(output)
     if checkpoint is None:
         raise RecipeError(
             f"resume_from_checkpoint={wanted} finds no checkpoint in output_dir={output}; leave it out to begin, with "
-            "save_strategy=steps to be able to resume"
+            "save_strategy=steps and without save_only_model to be able to resume"
         )
-    step, last = _step_of(checkpoint) or 0, recipe.training.get("max_steps", 0)
+    step, last = step_of(checkpoint) or 0, recipe.training.get("max_steps") or 0
     if 0 < last <= step:
         raise RecipeError(f"max_steps={last} was reached already, {checkpoint} is at step {step}; raise it to go on")
     return checkpoint
@@ -84,11 +96,16 @@ def begin(recipe: Recipe, resume: Path | None) -> None:
     output = Path(recipe.output_dir).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if path != resume and _step_of(path) is None:
+        if path != resume and step_of(path) is None:
             shutil.rmtree(path)
-    unfinished = output / f"{RECIPE_NAME}.unfinished"
-    unfinished.write_text(as_yaml(recipe), encoding="utf-8")
-    unfinished.replace(output / RECIPE_NAME)
+    write_whole(output / RECIPE_NAME, as_yaml(recipe))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is there with all of the text, or not at all."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def as_yaml(recipe: Recipe) -> str:

@@ -3,7 +3,7 @@
 import difflib
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,15 @@ class Recipe:
             raise ValueError(f"dtype={self.dtype} is unknown; choose auto, float32, bfloat16 or float16")
         if self.too_long not in ("refuse", "truncate", "drop"):
             raise ValueError(f"too_long={self.too_long} is unknown; choose refuse, truncate or drop")
-        if self.streaming and self.training.get("max_steps", 0) <= 0:
+        if self.streaming and (self.training.get("max_steps") or 0) <= 0:
             raise ValueError("streaming=true needs max_steps: a stream does not say how long it is")
         for name in ("router_learning_rate", "experts_learning_rate"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 freezes")
+        for name, lowest in (("learning_rate", 0), *((name, 1) for name in _COUNTS)):
+            value = self.training.get(name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name}={value} must be at least {lowest}")
 
 
 # Fields of the expert-choice config that a run may change: none of them changes a weight's shape.
@@ -110,8 +114,22 @@ _ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - {
 _OWN = {item.name for item in fields(Recipe)} - {"training", "routing_fields"}
 _TRAINING = {item.name for item in fields(TrainingArguments) if item.init} - {"output_dir"}
 _HINTS = typing.get_type_hints(TrainingArguments)
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # YAML 1.1 reads 1e-3 as a string.
 _FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def refuse_unknown(content: dict[str, Any], known: Iterable[str], what: str) -> None:
+    """Refuses a field that is not known, with the nearest name.
+
+    Raises:
+        RecipeError: for the first unknown one.
+    """
+    known = list(known)
+    for name, value in content.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
+            raise RecipeError(f"{name}={value!r} is no field of {what}; did you mean {nearest[0]}?")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

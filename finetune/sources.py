@@ -2,17 +2,18 @@
 
 import difflib
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 from datasets import Dataset, IterableDataset
 
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe, RecipeError, refuse_unknown
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 SPLIT_SEED = 0  # not the recipe's: every seed is judged on the same documents
-_FIELDS = {"dataset", "weight", "dataset_config", "dataset_split"}
+_FIELDS = ("dataset", "weight", "dataset_config", "dataset_split")
 Rows: TypeAlias = Dataset | IterableDataset
 
 
@@ -47,11 +48,9 @@ def _entry(entry: Any, recipe: Recipe) -> tuple[Rows, str, float]:
     """Rows, kind and weight of one part of a mixture."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
         raise RecipeError(f"dataset={entry!r} must be a path or Hub id, or a mapping with `dataset` and `weight`")
-    for name in entry.keys() - _FIELDS:
-        nearest = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0)
-        raise RecipeError(f"{name}={entry[name]!r} is no field of a dataset; did you mean {nearest[0]}?")
+    refuse_unknown(entry, _FIELDS, "a dataset")
     weight = entry.get("weight", 1)
-    if not isinstance(weight, (int, float)) or weight <= 0:
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < math.inf:
         raise RecipeError(f"weight={weight} of dataset={entry['dataset']} must be a number above 0")
     rows = _read(entry, recipe)
     rows, kind = _as_kind(rows, recipe, entry["dataset"])
@@ -100,7 +99,7 @@ def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:
     for column in found if kind != "messages" else ():
         if features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
             raise RecipeError(
-                f"{kind}_column={column} holds {features[column]}, not text; name the column that holds text"
+                f"{found[column]}_column={column} holds {features[column]}, not text; name the column that holds text"
             )
     rows = rows.select_columns(list(found))
     for old, new in found.items():

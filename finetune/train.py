@@ -1,33 +1,46 @@
 """Fine-tuning from end to end: data, Trainer, thresholds, and the causal loss before and after."""
 
+import contextlib
+import errno
 import json
 import statistics
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
-from datasets import IterableDataset
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
-from .adapters import add_lora, trained_parameters
+from .adapters import add_lora, size_of, trained_parameters
 from .curves import draw_curves
-from .data import Collator, prepare
-from .folder import RESULTS_NAME, begin, last_whole_checkpoint, resume_point
-from .recipe import Recipe, RecipeError, training_arguments
-from .sources import Rows
+from .data import Collator, Endless, prepare
+from .folder import RESULTS_NAME, begin, last_whole_checkpoint, resume_point, write_whole
+from .recipe import Recipe, RecipeError, refuse_unknown, training_arguments
 from .trainer import EcMoeTrainer, freeze, is_expert_choice
 
 CALIBRATION_TOKENS = 131_072  # a quarter of them leaves the load of single experts 11 % off, by sampling alone
 CALIBRATION_POOL = 4_096  # tokens of one forward pass, the pool among which experts choose meanwhile
+_ONE_STEP: dict[str, Any] = {
+    "max_steps": 1,
+    "num_train_epochs": 1,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "report_to": "none",
+    "push_to_hub": False,
+}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -41,24 +54,25 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     output = Path(recipe.output_dir).expanduser()
     resume = resume_point(recipe)
-    trainer = make_trainer(recipe)
-    # No rank looks at the folder any more, and everything that can be refused before training was.
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        begin(recipe, resume)
-    print_trained(trainer.model)
-    try:
-        results = describe(trainer.model, recipe) | {"loss_before": trainer.evaluate()["eval_loss"]}
+    with _refusals_in_one_line(recipe):
+        trainer = make_trainer(recipe)
+        # No rank looks at the folder any more, and everything that can be refused before training was.
+        trainer.accelerator.wait_for_everyone()
+        print_trained(trainer.model)
+        if trainer.is_world_process_zero():
+            begin(recipe, resume)
+        results = describe(trainer.model, recipe)
+        # Not trainer.evaluate() before train(): a model that accelerate has prepared to evaluate it does not prepare
+        # again, and DDP would train every rank by itself (accelerate 1.15).
+        trainer.args.eval_on_start = resume is None
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         results |= _progress(trainer)
         results |= _evaluate(trainer)
         trainer.save_model()
         trainer.save_state()
-    except (OSError, RuntimeError) as error:
-        raise _in_one_line(error, output, trainer.args.world_size) from error
-    if trainer.is_world_process_zero():
-        draw_curves(trainer.state.log_history, output / "curves.png")
-        (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if trainer.is_world_process_zero():
+            draw_curves(trainer.state.log_history, output / "curves.png")
+            write_whole(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -70,10 +84,8 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         loss: of that step; trained: by part of the model, [trained, all] parameters.
     """
     resume_point(recipe)
-    with tempfile.TemporaryDirectory() as scratch:
-        once = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "push_to_hub": False}
-        training = recipe.training | once | {"num_train_epochs": 1}
-        trainer = make_trainer(replace(recipe, output_dir=scratch, training=training), longest_first=True)
+    with tempfile.TemporaryDirectory() as scratch, _refusals_in_one_line(recipe):
+        trainer = make_trainer(recipe, scratch)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         loss = trainer.train().training_loss
@@ -81,26 +93,29 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     print_trained(trainer.model)
     return {
         "peak_bytes": peak,
-        "tokens": trainer.tokens_per_step,
+        "tokens": trainer.state.num_input_tokens_seen,
         "loss": loss,
         "trained": trained_parameters(trainer.model),
     }
 
 
-def make_trainer(recipe: Recipe, longest_first: bool = False) -> EcMoeTrainer:
+def make_trainer(recipe: Recipe, scratch: str | None = None) -> EcMoeTrainer:
     """Model, data and Trainer of a recipe.
 
-    longest_first: train on the longest sequences alone, as many as one step takes.
+    scratch: folder of a dry run, one step on the longest of the sequences that the recipe's run would use.
     """
     arguments = training_arguments(recipe)
+    sequences_used = _sequences_used(arguments)
+    if scratch is not None:
+        recipe = replace(recipe, output_dir=scratch, training=recipe.training | _ONE_STEP)
+        arguments = training_arguments(recipe)
     model, tokenizer = load(recipe)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = model.get_input_embeddings().num_embeddings
     with arguments.main_process_first(desc="preparing the dataset"):  # the other ranks read its cache
-        train, held_out = prepare(recipe, tokenizer, vocab_size, _sequences_used(arguments))
-    if longest_first and not isinstance(train, IterableDataset):
+        train, held_out = prepare(recipe, tokenizer, vocab_size, sequences_used)
+    if scratch is not None and isinstance(train, Dataset):
         lengths = torch.tensor([len(ids) for ids in train["input_ids"]])
-        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        train = train.select(lengths.argsort(descending=True, stable=True)[:step].tolist())
+        train = train.select(lengths.argsort(descending=True, stable=True)[: _sequences_used(arguments)].tolist())
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
     freeze(model, recipe)
@@ -119,17 +134,37 @@ def make_trainer(recipe: Recipe, longest_first: bool = False) -> EcMoeTrainer:
         raise RecipeError(f"Trainer refuses the recipe: {' '.join(str(error).split())}") from error
 
 
-def _in_one_line(error: OSError | RuntimeError, output: Path, world_size: int) -> Exception:
-    """What a stopped run says: a disk that is full, or a rank that is gone; other errors as they are."""
+@contextlib.contextmanager
+def _refusals_in_one_line(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        refusal = _refusal(error, recipe)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _refusal(error: Exception, recipe: Recipe) -> RecipeError | None:
+    """What a stopped run says: the disk is full, memory is, or a rank is gone; None of anything else."""
+    output = Path(recipe.output_dir).expanduser()
     checkpoint = last_whole_checkpoint(output)
     goes_on = f"the same command goes on from {checkpoint}" if checkpoint else "no checkpoint was written yet"
     reason = " ".join(str(error).split())[:200]
-    if isinstance(error, OSError):
-        return RecipeError(f"output_dir={output} cannot be written: {reason}; {goes_on}")
+    if isinstance(error, torch.OutOfMemoryError):
+        size = recipe.training.get("per_device_train_batch_size", "default")
+        return RecipeError(
+            f"per_device_train_batch_size={size} does not fit into memory; lower it and raise "
+            f"gradient_accumulation_steps, or set gradient_checkpointing=true; {goes_on}"
+        )
+    if getattr(error, "errno", None) in _DISK or isinstance(error, SafetensorError) or "PytorchStreamWriter" in reason:
+        return RecipeError(f"output_dir={output} cannot be written: {reason}; free some space; {goes_on}")
+    if isinstance(error, OSError):  # such as a dataset that is streamed from a server
+        return RecipeError(f"dataset={recipe.dataset} cannot be read any more: {reason}; {goes_on}")
     lost = isinstance(error, torch.distributed.DistError) or "gloo" in reason.lower() or "connection" in reason.lower()
-    if world_size > 1 and lost:
+    if PartialState().num_processes > 1 and lost:
         return RecipeError(f"another process of this run has ended: {reason}; {goes_on}")
-    return error
+    return None
 
 
 def _sequences_used(arguments: TrainingArguments) -> int | None:
@@ -146,15 +181,19 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
     if (path.is_absolute() or recipe.model.startswith((".", "~"))) and not path.is_dir():
         raise RecipeError(f"model={recipe.model} does not exist; give a checkpoint folder or a Hub id")
     options: dict[str, Any] = dict(recipe.routing_fields)
+    if recipe.distributed:
+        options["distributed_config"] = _distributed_config(recipe.distributed)
     try:
-        if recipe.distributed:
-            options["distributed_config"] = DistributedConfig(**recipe.distributed)
+        model_type = str(AutoConfig.from_pretrained(recipe.model).model_type)
+        if recipe.routing_fields and not model_type.startswith("ecmoe_"):
+            name, value = next(iter(recipe.routing_fields.items()))
+            raise RecipeError(f"{name}={value} is for expert-choice models, and model={recipe.model} is {model_type}")
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
+    except RecipeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
-    if recipe.routing_fields and not str(model.config.model_type).startswith("ecmoe_"):
-        raise RecipeError(f"{next(iter(recipe.routing_fields))} is for expert-choice models, not {recipe.model}")
     if recipe.chat_template:
         tokenizer.chat_template = _read_template(recipe.chat_template)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -163,6 +202,21 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
             f"sequence_length={recipe.sequence_length} is more than the model's {longest} positions; shorten it"
         )
     return model, tokenizer
+
+
+def _distributed_config(content: dict[str, Any]) -> DistributedConfig:
+    refuse_unknown(content, [item.name for item in fields(DistributedConfig)], "distributed (DistributedConfig)")
+    try:
+        config: Any = DistributedConfig(**content)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"distributed={content} is refused: {' '.join(str(error).split())}") from error
+    wanted, started = config.dp_size * config.tp_size * config.pp_size, PartialState().num_processes
+    if wanted != started:
+        raise RecipeError(
+            f"distributed={content} is for {wanted} processes and {started} run; start it with accelerate launch "
+            f"--num_processes {wanted}"
+        )
+    return config
 
 
 def _read_template(name: str) -> str:
@@ -174,18 +228,18 @@ def _read_template(name: str) -> str:
 
 def describe(model: Any, recipe: Recipe) -> dict[str, Any]:
     """Name, parameters, and the parameters that the average token meets."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(size_of, model.parameters()))
     idle = 0
     if str(model.config.model_type).startswith("ecmoe_"):
         for block in sparse_blocks(model).values():
-            experts = sum(parameter.numel() for parameter in block.experts.parameters())
+            experts = sum(map(size_of, block.experts.parameters()))
             idle += experts - round(experts * block.config.capacity_factor / block.config.num_experts)
     return {
         "model": recipe.model,
         "model_type": model.config.model_type,
         "parameters": total,
         "active_parameters": total - idle,
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trained_parameters": sum(size_of(p) for p in model.parameters() if p.requires_grad),
     }
 
 
@@ -203,11 +257,13 @@ def print_trained(model: Any) -> None:
 
 
 def _progress(trainer: EcMoeTrainer) -> dict[str, Any]:
-    seconds, tokens = trainer.timer.seconds, trainer.tokens_per_step
+    seconds, steps, tokens = trainer.timer.seconds, trainer.state.global_step, trainer.state.num_input_tokens_seen
+    first = next((row for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row), {})
     return {
-        "steps": trainer.state.global_step,
-        "tokens": tokens * trainer.state.global_step,
-        "tokens_per_second": tokens / statistics.median(seconds) if seconds else None,
+        "loss_before": first.get("eval_loss"),  # not in the log of a checkpoint from elsewhere
+        "steps": steps,
+        "tokens": tokens,
+        "tokens_per_second": tokens / steps / statistics.median(seconds) if seconds else None,
         "seed": trainer.args.seed,
     }
 
@@ -246,9 +302,9 @@ def _calibrate(trainer: EcMoeTrainer) -> None:
         calibrate_thresholds(trainer.model, inputs)
 
 
-def _calibration_rows(train: Rows, ranks: int) -> list[dict[str, Any]]:
+def _calibration_rows(train: Dataset | Endless, ranks: int) -> list[dict[str, Any]]:
     """Training sequences worth CALIBRATION_TOKENS, as many for every rank."""
-    shuffled = iter(train if isinstance(train, IterableDataset) else train.shuffle(seed=0))
+    shuffled = iter(train.shuffle(seed=0) if isinstance(train, Dataset) else train)
     rows, tokens = [], 0
     for row in shuffled:
         rows.append(row)

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from modeling_ecmoe import record_routing, sparse_blocks, use_inference_routing
 
 from .adapters import group_of
-from .folder import last_whole_checkpoint
+from .folder import last_whole_checkpoint, step_of
 from .recipe import Recipe, RecipeError
 
 
@@ -28,11 +28,16 @@ def is_expert_choice(model: Any) -> bool:
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimiser step, evaluation and logging left out."""
+    """Seconds of each optimiser step, evaluation and logging left out; and the thresholds at the last log."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.thresholds: Tensor | None = None
         self._begin = 0.0
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        # A checkpoint has been loaded by now, and thresholds were logged when it was saved.
+        self.thresholds = _thresholds(model) if is_expert_choice(model) else None
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._begin = time.perf_counter()
@@ -50,6 +55,8 @@ class LogBeforeSaving(TrainerCallback):
         control.should_log = control.should_log or control.should_save
         return control
 
+    on_epoch_end = on_step_end
+
 
 class EcMoeTrainer(Trainer):
     """Trainer, for expert-choice and dense models.
@@ -64,7 +71,7 @@ class EcMoeTrainer(Trainer):
         self.timer = StepTimer()
         super().__init__(*args, **kwargs, callbacks=[self.timer, LogBeforeSaving()])
         self.routes = is_expert_choice(self.model)
-        self._logged_thresholds: Tensor | None = None
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
         self._timed_steps = 0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -86,11 +93,14 @@ class EcMoeTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future."""
         if not self.routes or self.args.torch_compile:  # a compiled model runs past the hooks that count routes
-            return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            _reshard(self.model)
+            return output
         with record_routing(self.model) as record:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         with use_inference_routing(self.model, "expert_choice"):
             top_k = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        _reshard(self.model)
         first, *others = gather_object([record])  # each rank evaluated its share of the held-out rows
         for other in others:
             first.merge(other)
@@ -101,37 +111,52 @@ class EcMoeTrainer(Trainer):
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in first.summary().items()}
         return output._replace(metrics=metrics)
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; counts the tokens that are no padding."""
+        mask = inputs.get("attention_mask")
+        self._tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second and how far the thresholds moved; a loss that is no number ends the run."""
-        for name in ("loss", "eval_loss"):
+        # Under a gradient scaler a step whose gradient is no number is left out, and nothing is lost.
+        for name in ("loss", "eval_loss", *(() if self.args.fp16 else ("grad_norm",))):
             if name in logs and not math.isfinite(logs[name]):
                 self._stop_at_nan(name, logs[name])
+        tokens = int(self.accelerator.gather(self._tokens).sum())
+        self._tokens.zero_()
+        self.state.num_input_tokens_seen += tokens  # goes into checkpoints
         if "loss" in logs:
-            logs = logs | self._training_metrics()
+            logs = logs | self._training_metrics(tokens)
+        if "train_loss" in logs:
+            logs = logs | {"train_loss": self._mean_loss()}
         super().log(logs, start_time)
 
-    def _training_metrics(self) -> dict[str, float]:
+    def _training_metrics(self, tokens: int) -> dict[str, float]:
         metrics = {}
         seconds = self.timer.seconds[self._timed_steps :]
         self._timed_steps = len(self.timer.seconds)
         if seconds:
-            metrics["train_tokens_per_second"] = self.tokens_per_step / statistics.median(seconds)
-        if self.routes:
-            gates = [block.gate for block in sparse_blocks(self.model).values()]
-            thresholds = torch.stack([gate.threshold.detach().float().cpu() for gate in gates])
-            if self._logged_thresholds is not None:
-                metrics["threshold_change"] = (thresholds - self._logged_thresholds).abs().mean().item()
-            self._logged_thresholds = thresholds
+            metrics["train_tokens_per_second"] = tokens / len(seconds) / statistics.median(seconds)
+        if self.timer.thresholds is not None:
+            thresholds = _thresholds(self.model)
+            metrics["threshold_change"] = (thresholds - self.timer.thresholds).abs().mean().item()
+            self.timer.thresholds = thresholds
         return metrics
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimiser step on all ranks, padding included."""
-        args = self.args
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return rows * self.recipe.sequence_length
+    def _mean_loss(self) -> float:
+        """Of the whole run, also of one that was stopped and resumed; Trainer's own begins where it was resumed."""
+        total, last = float(self._tr_loss), 0.0
+        for row in self.state.log_history:
+            if "loss" in row:
+                total += row["loss"] * (row["step"] - last)
+                last = row["step"]
+        return total / max(self.state.global_step, 1)
 
     def _stop_at_nan(self, name: str, value: float) -> None:
+        if self.state.global_step == 0:
+            raise RecipeError(f"{name}={value} before any training; check model={self.recipe.model} and its dtype")
         checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
         kept = f"the last checkpoint, {checkpoint}, is from before" if checkpoint else "no checkpoint was written"
         raise RecipeError(
@@ -139,20 +164,37 @@ class EcMoeTrainer(Trainer):
             f"max_grad_norm or warmup_steps; {kept}"
         )
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last part that every rank writes; the state that marks a checkpoint as whole comes after it."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """A checkpoint that cannot be written leaves no half of itself, and the earlier ones alone."""
         try:
             super()._save_checkpoint(*args, **kwargs)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except Exception:
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.is_world_process_zero():
+            if self.is_world_process_zero() and step_of(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
-            kept = last_whole_checkpoint(Path(str(self.args.output_dir)))
-            raise RecipeError(
-                f"output_dir={self.args.output_dir}: checkpoint {folder.name} cannot be written: "
-                f"{' '.join(str(error).split())[:200]}; {kept or 'no earlier one'} is whole. Free some space and give "
-                "the same command again"
-            ) from error
+            raise
+
+
+def _reshard(model: Any) -> None:
+    """Gives the gathered weights of FSDP2 back.
+
+    A forward pass without a backward one leaves those of the last modules gathered, and the gradients of the next
+    training step are lost on them (torch 2.13).
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _thresholds(model: Any) -> Tensor:
+    """Of all layers, [L, E] on the CPU."""
+    gates = [block.gate for block in sparse_blocks(model).values()]
+    return torch.stack([gate.threshold.detach().float().cpu() for gate in gates])
 
 
 def _part(group: str | None, rates: dict[str, float | int | None]) -> str:

@@ -166,7 +166,7 @@ class EcMoeBlock(nn.Module):
         weight_R, total_T = combine_weights(weight_R, index_R, num_tokens, self.config.normalize_combine_weights)
         slots = choice.token_index.shape[1]
         expert_R = torch.arange(num_experts, device=index_R.device).repeat_interleave(slots)
-        rows_RD = self._equal_rows(tokens_TD[index_R], expert_R, slots)
+        rows_RD = self._equal_rows(tokens_TD.index_select(0, index_R), expert_R, slots)
         return _combine(rows_RD, weight_R, index_R, num_tokens), total_T
 
     def _equal_rows(self, rows_RD: Tensor, expert_R: Tensor, rows_per_expert: int) -> Tensor:
@@ -225,7 +225,7 @@ class EcMoeBlock(nn.Module):
         weight_R = (scores_TE * routes_TE)[index_R, expert_R]
         weight_R, total_T = combine_weights(weight_R, index_R, len(scores_TE), self.config.normalize_combine_weights)
         ones_R1 = torch.ones_like(weight_R)[:, None]  # weighted below, in the router's precision
-        rows_RD = self.experts(tokens_TD[index_R], expert_R[:, None], ones_R1)
+        rows_RD = self.experts(tokens_TD.index_select(0, index_R), expert_R[:, None], ones_R1)
         return _combine(rows_RD, weight_R, index_R, len(scores_TE)), total_T
 
     def _thresholds_in_slots(self, tokens_TD: Tensor, scores_TE: Tensor, threshold_E: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,11 @@ class EcMoePreTrainedMixin:
         """Transformers looks for `@use_experts_implementation` in this file's text; it stands in block_ecmoe.py."""
         return True
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As Transformers', which looks for the code to copy where the class is: not torch's class under FSDP2."""
+        self.__module__ = next(c.__module__ for c in type(self).__mro__ if not c.__module__.startswith("torch."))
+        super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

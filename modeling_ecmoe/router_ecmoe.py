@@ -37,7 +37,8 @@ class EcMoeRouter(nn.Module):
         self.score_function = config.router_score_function
         self.threshold_decay = config.threshold_decay
         self.jitter = config.router_jitter_noise
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.num_experts, self.hidden_size = config.num_experts, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
         self.register_buffer("threshold", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
         # Of this step's micro-batches: the token-weighted sum of their thresholds [E] and, last, their tokens. No
@@ -144,7 +145,7 @@ class EcMoeRouter(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.weight.shape[0]}, hidden_size={self.weight.shape[1]}, score={self.score_function}"
+        return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, score={self.score_function}"
 
 
 def _update_thresholds(*_: Any) -> None:

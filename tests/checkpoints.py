@@ -6,7 +6,9 @@ from pydoc_data.topics import topics
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Real checkpoints and text; the folder beside the repository unless the variable says otherwise.
@@ -41,7 +43,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_dense(folder: Path, family: str, max_shard_size: str = "5GB", **fields: object) -> PreTrainedModel:
+def write_dense(
+    folder: Path, family: str, max_shard_size: str = "5GB", seed: int = 0, **fields: object
+) -> PreTrainedModel:
     """Writes a random dense checkpoint whose layers all matter, and returns the model in eval mode."""
     config = getattr(transformers, f"{family}Config")(
         **{
@@ -60,10 +64,20 @@ def write_dense(folder: Path, family: str, max_shard_size: str = "5GB", **fields
         }
         | fields
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer().save_pretrained(folder)
     return model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder and its subfolders, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, of one shard or many."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}

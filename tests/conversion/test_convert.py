@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CHAT_TEMPLATE, write_dense, write_text
+from checkpoints import CHAT_TEMPLATE, write_dense
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,11 +16,6 @@ from conversion.initialisations import INITIALISATIONS
 from modeling_ecmoe import sparse_blocks
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
 
 
 @pytest.mark.parametrize("init", ["blend", "copy"])

@@ -1,0 +1,42 @@
+"""Shared by the conversion tests: a text, calibration on little of it, and what a refusal looks like."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import write_text
+
+import conversion
+from conversion import convert
+from conversion.cli import main
+
+Refuse = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "topics.txt")
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration and verification on few tokens, where it is not their figures that count."""
+    monkeypatch.setitem(convert.__globals__, "CALIBRATION_TOKENS", 512)
+    monkeypatch.setitem(convert.__globals__, "VERIFICATION_TOKENS", 256)
+    monkeypatch.setattr(conversion.verify, "NUM_GREEDY_TOKENS", 4)
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Checks that the command fails with one line that holds the message, and leaves nothing in `tmp_path` but that."""
+
+    def check(arguments: list[str], message: str, left: list[str]) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("ecmoe-convert: error:")
+        assert message in line
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+    return check

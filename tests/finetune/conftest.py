@@ -1,0 +1,57 @@
+"""Shared by the fine-tuning tests: a folder with checkpoints, text and a recipe, made once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import STORIES_MODEL, STORIES_TEXT, write_dense, write_text
+
+from conversion import convert
+from finetune import Recipe, load_recipe
+
+RECIPE = """
+sequence_length: 64
+validation_fraction: 0.2
+max_eval_sequences: 16
+per_device_train_batch_size: 8
+max_steps: 12
+learning_rate: 3e-3
+save_strategy: "no"
+disable_tqdm: true
+use_cpu: true
+"""
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense checkpoint, its expert-choice conversion, text and a recipe."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_dense(folder / "dense", "Llama", initializer_range=0.02)
+    text = write_text(folder / "text.txt", documents=12)
+    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, text=str(text))
+    (folder / "recipe.yaml").write_text(RECIPE + f"dataset: {text}\n")
+    return folder
+
+
+@pytest.fixture
+def recipe_of(place: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """The recipe of `place` with other fields; the expert-choice model and tmp_path/out unless they are given."""
+
+    def make(**fields: Any) -> Recipe:
+        fields = {"model": place / "ecmoe", "output_dir": tmp_path / "out"} | fields
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+        return load_recipe(place / "recipe.yaml", [f"{name}={json.dumps(value)}" for name, value in values.items()])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K, converted."""
+    if not (STORIES_MODEL.is_dir() and STORIES_TEXT.is_file()):
+        pytest.skip("stories260K and its text are not beside the repository (ECMOE_TEST_DATA)")
+    folder = tmp_path_factory.mktemp("stories") / "ecmoe"
+    convert(str(STORIES_MODEL), str(folder), text=str(STORIES_TEXT), verify=False)
+    return folder

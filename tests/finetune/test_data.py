@@ -1,0 +1,263 @@
+"""Rows to sequences: packing, mixtures, streams, what is held out, and the cache."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from checkpoints import write_text
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune import RecipeError, load_recipe
+from finetune.data import Collator, prepare
+from finetune.encode import IGNORE, pack
+
+DOCUMENTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=DOCUMENTS, length=st.integers(2, 12))
+def test_packing_loses_nothing_but_the_tail(documents: list[list[int]], length: int) -> None:
+    packed = pack([(ids, [IGNORE, *ids[1:]]) for ids in documents], length)
+    tokens = [token for ids in documents for token in ids]
+    flat = {name: [value for row in rows for value in row] for name, rows in packed.items()}
+    assert {len(row) for rows in packed.values() for row in rows} <= {length}
+    assert flat["input_ids"] == tokens[: len(tokens) // length * length]
+    starts = {sum(map(len, documents[:number])) for number in range(len(documents))}
+    position = 0
+    for place, (token, label) in enumerate(zip(flat["input_ids"], flat["labels"], strict=True)):
+        begins = place in starts or place % length == 0
+        position = 0 if begins else position + 1
+        assert flat["position_ids"][place] == position
+        assert label == (IGNORE if begins else token)
+
+
+@pytest.mark.parametrize("name", ["dense", "ecmoe"])
+@torch.no_grad()
+def test_a_packed_batch_gives_each_document_its_own_loss(place: Path, name: str) -> None:
+    """In eval mode, for documents that begin and end anywhere in a batch of two rows."""
+    model = AutoModelForCausalLM.from_pretrained(place / name).eval()
+    sizes = (23, 9, 31, 14, 19)
+    documents = [torch.randint(3, 300, (size,)).tolist() for size in sizes]
+    packed = pack([(ids, [IGNORE, *ids[1:]]) for ids in documents], 48)
+    rows = [dict(zip(packed, values, strict=True)) for values in zip(*packed.values(), strict=True)]
+    batch = Collator(0)(rows)
+    assert batch["input_ids"].shape == (2, 48)
+
+    def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+        )
+
+    found = losses(model(**batch, use_cache=False).logits, batch["labels"])
+    parts = [ids for row in rows for ids in split_at_zero(row)]
+    alone = torch.cat([losses(model(ids[None]).logits, ids[None]) for ids in parts])
+    torch.testing.assert_close(found[found > 0], alone, atol=1e-5, rtol=0)
+    # Where documents see each other they get another loss, so the comparison can fail.
+    batch.pop("position_ids")
+    assert (losses(model(**batch, use_cache=False).logits, batch["labels"])[found > 0] - alone).abs().max() > 1e-3
+
+
+def split_at_zero(row: dict[str, list[int]]) -> list[torch.Tensor]:
+    """The documents of a packed row, by their positions."""
+    starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
+    ids = torch.tensor(row["input_ids"])
+    return [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+@torch.no_grad()
+def test_padding_changes_no_loss(place: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "ecmoe").eval()
+    rows = []
+    for size in (5, 17, 40):
+        ids = torch.randint(3, 300, (size,)).tolist()
+        rows.append({"input_ids": ids, "labels": [IGNORE] * 3 + ids[3:]})
+    batch = Collator(pad_token_id=0)(rows)
+    assert batch["input_ids"].shape == (3, 40)
+    assert (batch["input_ids"][0, 5:] == 0).all() and (batch["labels"][0, 5:] == IGNORE).all()
+    assert batch["attention_mask"].sum(1).tolist() == [5, 17, 40]
+    counts = (batch["labels"][:, 1:] != IGNORE).sum(1)
+    alone = torch.stack([model(**Collator(0)([row])).loss for row in rows])
+    assert model(**batch).loss.item() == pytest.approx(((alone * counts).sum() / counts.sum()).item(), abs=1e-5)
+
+
+def test_the_same_rows_for_every_model_and_seed(place: Path, recipe_of: Callable) -> None:
+    """Held-out documents are the same, and none of them is trained on; dense and expert choice read the same text."""
+    packed = [
+        prepare(recipe_of(model=place / name, seed=seed, append_eos=False), tokenizer_of(place), 300)
+        for name, seed in (("dense", 1), ("ecmoe", 2))
+    ]
+    for mine, other in zip(*packed, strict=True):
+        assert mine["input_ids"] == other["input_ids"]
+    train, held_out = packed[0]
+    seen = {tuple(row) for row in train["input_ids"]}
+    assert len(held_out) and not seen.intersection(map(tuple, held_out["input_ids"]))
+
+
+def tokenizer_of(place: Path):
+    return AutoTokenizer.from_pretrained(place / "dense")
+
+
+def write_rows(path: Path, name: str, count: int) -> Path:
+    """Short documents, one number each, which the first token of a row tells apart."""
+    texts = [f"{name}{number:04d} " + "abcdefg " * 3 for number in range(count)]
+    if path.suffix == ".parquet":
+        Dataset.from_dict({"text": texts}).to_parquet(str(path))
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def names_of(rows, place: Path) -> list[str]:
+    tokenizer = tokenizer_of(place)
+    return [tokenizer.decode(row["input_ids"])[:5] for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_mixture(
+    recipe_of: Callable,
+    place: Path,
+    tmp_path: Path,
+    streaming: bool,
+    suffix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows come in proportion to the weights, and what is held out is never among them, however long training is."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # after each Parquet stream
+    parts = [write_rows(tmp_path / f"{name}.{suffix}", name, 400) for name in "xy"]
+    fields = {
+        "dataset": [{"dataset": str(parts[0]), "weight": 3}, {"dataset": str(parts[1]), "weight": 1}],
+        "packing": False,
+        "streaming": streaming,
+        "shuffle_buffer": 50,
+        "max_eval_sequences": 1000,
+    }
+    train, held_out = prepare(recipe_of(**fields), tokenizer_of(place), 300)
+    drawn = names_of(islice(train, 1500), place)
+    counts = Counter(name[0] for name in drawn)
+    assert 0.70 < counts["x"] / len(drawn) < 0.80
+    assert 0.65 < Counter(name[0] for name in names_of(held_out, place))["x"] / len(held_out) < 0.85
+    kept = set(names_of(held_out, place))
+    assert len(kept) > 100 and not kept.intersection(drawn)
+    assert len(kept) + len(set(drawn)) > 600  # the rows of both parts are read
+    train, held_out = prepare(recipe_of(**fields, seed=7), tokenizer_of(place), 300)
+    assert set(names_of(held_out, place)) == kept
+    if streaming:
+        assert names_of(islice(train, 50), place) != drawn[:50]  # another seed, another order
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_validation_dataset(recipe_of: Callable, place: Path, tmp_path: Path, streaming: bool) -> None:
+    train_file, validation_file = (write_rows(tmp_path / f"{name}.jsonl", name, 30) for name in "tv")
+    recipe = recipe_of(
+        dataset=train_file,
+        validation_dataset=validation_file,
+        packing=False,
+        streaming=streaming,
+        max_eval_sequences=99,
+    )
+    train, held_out = prepare(recipe, tokenizer_of(place), 300)
+    assert sorted(names_of(held_out, place)) == [f"v{number:04d}" for number in range(30)]
+    assert set(names_of(islice(train, 90), place)) == {f"t{number:04d}" for number in range(30)}
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_stream_never_ends(recipe_of: Callable, place: Path, tmp_path: Path, suffix: str) -> None:
+    """So that a resumed run counts batches alone: however often the rows were read, in another order each time."""
+    rows = write_rows(tmp_path / "rows.jsonl", "n", 40)
+    if suffix == "txt":
+        texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+        rows = tmp_path / "rows.txt"
+        rows.write_text("<|endoftext|>".join(texts))
+    train, held_out = prepare(recipe_of(dataset=rows, streaming=True, packing=False), tokenizer_of(place), 300)
+    count = 40 - len(held_out)
+    names = names_of(islice(train, 3 * count), place)
+    passes = [names[start : start + count] for start in range(0, 3 * count, count)]
+    assert all(len(set(each)) == count for each in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert names == names_of(islice(train, 3 * count), place)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_the_second_time_nothing_is_tokenized(
+    recipe_of: Callable, place: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else differs between two recipes; another sequence length is tokenized anew."""
+    rows = write_rows(tmp_path / f"rows.{suffix}", "n", 60)
+    calls: list[str] = []
+
+    def count(tokenizer) -> object:
+        original = type(tokenizer).__call__
+        monkeypatch.setattr(
+            type(tokenizer),
+            "__call__",
+            lambda self, text, **options: (calls.append(text), original(self, text, **options))[1],
+        )
+        return tokenizer
+
+    tokenizer = count(tokenizer_of(place))
+    first = prepare(recipe_of(dataset=rows), tokenizer, 300)
+    assert len(calls) == 60
+    second = prepare(recipe_of(dataset=rows, output_dir="elsewhere", learning_rate=1e-4), tokenizer_of(place), 300)
+    assert len(calls) == 60
+    assert first[0]["input_ids"] == second[0]["input_ids"]
+    prepare(recipe_of(dataset=rows, sequence_length=48), tokenizer, 300)
+    assert len(calls) == 120
+
+
+def test_only_what_a_run_uses_is_tokenized(recipe_of: Callable, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.data.PART", 2)
+    whole, _ = prepare(recipe_of(), tokenizer_of(place), 300)
+    part, _ = prepare(recipe_of(), tokenizer_of(place), 300, 5)
+    assert len(part) == 5 < len(whole)
+    assert part["input_ids"] == whole["input_ids"][:5]
+
+
+def test_parts_without_a_sequence(
+    recipe_of: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of the rows that gives none, dropped or too short, is no trouble for the others."""
+    monkeypatch.setattr("finetune.data.PART", 3)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "a" if n < 25 else "word " * 20}) + "\n" for n in range(30)))
+    for fields in ({"sequence_length": 32}, {"packing": False, "too_long": "drop", "append_eos": False}):
+        train, _ = prepare(
+            recipe_of(dataset=rows, validation_dataset=rows, **{"sequence_length": 120} | fields),
+            tokenizer_of(place),
+            300,
+        )
+        assert len(train) >= 3
+
+
+def test_text_columns(place: Path, tmp_path: Path) -> None:
+    """A named column is read, its empty rows left out, and a wrong name gets the nearest one."""
+    path = tmp_path / "rows.jsonl"
+    stories = (f"Once upon a time {number} ran. " * 30 for number in range(20))
+    path.write_text(
+        "".join(json.dumps({"number": number, "story": text}) + "\n" for number, text in enumerate(stories))
+        + "".join(json.dumps({"number": 0, "story": empty}) + "\n" for empty in (None, "", "  "))
+    )
+    fixed = [f"model={place / 'dense'}", f"output_dir={tmp_path}", f"dataset={path}", "append_eos=false"]
+
+    def prepared(*fields: str):
+        return prepare(load_recipe(place / "recipe.yaml", [*fixed, *fields]), tokenizer_of(place), 300)
+
+    with pytest.raises(RecipeError, match=r"text_column=stori is not in .* did you mean story"):
+        prepared("text_column=stori")
+    with pytest.raises(RecipeError, match=r"text_column=number holds Value.*int64.*, not text"):
+        prepared("text_column=number")
+    train, held_out = prepared("text_column=story", "packing=false", "too_long=truncate")
+    assert len(train) + len(held_out) == 20
+
+
+def test_write_text_is_long_enough(tmp_path: Path) -> None:
+    """The other tests' text fills more sequences than their runs use."""
+    assert write_text(tmp_path / "text.txt", documents=12).stat().st_size > 40_000
