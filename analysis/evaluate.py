@@ -1,0 +1,159 @@
+"""Losses, speed and routes of a checkpoint on text, and its choices between minimal pairs."""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modeling_ecmoe import record_routing, use_inference_routing
+
+from .errors import AnalysisError
+from .loading import load_expert_choice, padding_id
+from .text import batches, pad, read_documents, windows
+
+WINDOW = 512  # tokens; shorter where the model's context is
+POOL = 4_096  # tokens of a batch, among which experts choose for the top-k loss
+MAX_TOKENS = 262_144
+
+
+def evaluate(
+    checkpoint: str,
+    data: str | None = None,
+    pairs: list[str] | None = None,
+    text_column: str = "text",
+    max_tokens: int | None = MAX_TOKENS,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Evaluates an expert-choice checkpoint.
+
+    Args:
+        checkpoint: folder or Hub id.
+        data: text file or folder of text files; see `text.read_documents`.
+        pairs: files of minimal pairs, rows of JSON with sentence_good and sentence_bad (as BLiMP,
+            arXiv 1912.00582), or folders of such files.
+        text_column: of .jsonl and .parquet files.
+        max_tokens: read at most about so many tokens of text; None reads all.
+        device: the first accelerator, or the CPU, when None.
+
+    Returns:
+        Of text: loss (causal, nats per token), perplexity, loss_top_k (experts choose among the batch, which looks at
+        the future), loss_gap, tokens, tokens_per_second, and the routes: summary and layers as
+        `modeling_ecmoe.routing_report`. Of pairs: the share of pairs whose good sentence is more likely, for each file
+        and over all.
+
+    Raises:
+        AnalysisError: for anything the user can put right.
+    """
+    if data is None and not pairs:
+        raise AnalysisError("there is nothing to evaluate on; give data, pairs, or both")
+    model, tokenizer = load_expert_choice(checkpoint, device)
+    result: dict[str, Any] = {"checkpoint": checkpoint, "model_type": model.config.model_type}
+    if data is not None:
+        sequences = windows(tokenizer, read_documents(data, text_column), min(WINDOW, _context(model)))
+        result |= _losses(model, batches(sequences, POOL, max_tokens, padding_id(tokenizer)), data)
+    if pairs:
+        result["pairs"] = _pairs(model, tokenizer, pairs)
+    return result
+
+
+def _context(model: Any) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or WINDOW
+
+
+@torch.no_grad()
+def _losses(model: Any, stream: Iterator[dict[str, Tensor]], data: str) -> dict[str, Any]:
+    """Both losses and the routes, batch by batch, so that the text is gone through once."""
+    causal = top_k = seconds = 0.0
+    predicted = tokens = 0
+    with record_routing(model) as record:
+        for batch in tqdm(stream, desc="Evaluating", unit="batch", disable=None):
+            begin = time.perf_counter()
+            causal += -log_likelihoods(model, batch).sum().item()  # .item() waits for the device
+            seconds += time.perf_counter() - begin
+            routes = dict(record.layers)
+            with use_inference_routing(model, "expert_choice"):
+                top_k += -log_likelihoods(model, batch).sum().item()
+            record.layers = routes  # those of the causal pass alone
+            real = int(batch["attention_mask"].sum())
+            tokens += real
+            predicted += real - len(batch["input_ids"])
+    if not predicted:
+        raise AnalysisError(f"data={data} holds no text; every document is empty or a single token")
+    loss, loss_top_k = causal / predicted, top_k / predicted
+    return {
+        "tokens": tokens,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "loss_top_k": loss_top_k,
+        "loss_gap": loss - loss_top_k,
+        "tokens_per_second": tokens / seconds,
+        "routes": record.report(),
+    }
+
+
+def log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """[B] float64: the log-likelihood of each row's tokens after its first, in nats; padding counts nothing."""
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    logits = model(**batch, use_cache=False).logits[:, :-1].float()
+    targets, is_real = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return -(losses.double() * is_real).sum(1).cpu()
+
+
+@torch.no_grad()
+def _pairs(model: Any, tokenizer: Any, names: list[str]) -> dict[str, Any]:
+    """For each file the share of pairs whose good sentence has the higher likelihood."""
+    accuracy: dict[str, float] = {}
+    right = total = 0
+    for path in tqdm(_pair_files(names), desc="Minimal pairs", unit="file", disable=None):
+        correct = []
+        for chunk in _chunks(_read_pairs(path), 32):
+            rows = [tokenizer(text, verbose=False)["input_ids"] for pair in chunk for text in pair]
+            longest = max(map(len, rows))
+            if longest > _context(model):
+                raise AnalysisError(
+                    f"pairs={path}: a sentence has {longest} tokens, the model's context {_context(model)}"
+                )
+            scores = log_likelihoods(model, pad(rows, padding_id(tokenizer))).view(-1, 2)
+            correct += (scores[:, 0] > scores[:, 1]).tolist()
+        if not correct:
+            raise AnalysisError(f"pairs={path} is empty")
+        accuracy[path.stem] = sum(correct) / len(correct)
+        right, total = right + sum(correct), total + len(correct)
+    return {"accuracy": right / total, "pairs": total, "files": accuracy}
+
+
+def _pair_files(names: list[str]) -> list[Path]:
+    files = []
+    for name in names:
+        path = Path(name).expanduser()
+        found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        if not found or not found[0].is_file():
+            raise AnalysisError(f"pairs={name} is no .jsonl file and no folder of them")
+        files += found
+    return files
+
+
+def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                row = json.loads(line)
+                pair = (row.get("sentence_good"), row.get("sentence_bad")) if isinstance(row, dict) else (None, None)
+                if not all(isinstance(sentence, str) and sentence for sentence in pair):
+                    raise AnalysisError(f"pairs={path}, line {number}: sentence_good and sentence_bad must be text")
+                yield pair  # type: ignore[misc]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AnalysisError(f"pairs={path} cannot be read ({error})") from error
+
+
+def _chunks(pairs: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+    while chunk := list(itertools.islice(pairs, size)):
+        yield chunk

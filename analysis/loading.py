@@ -1,0 +1,51 @@
+"""Checkpoints as the analysis commands want them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_ecmoe  # noqa: F401  registers the family
+
+from .errors import AnalysisError
+
+
+def load(checkpoint: str, device: str | None = None) -> tuple[Any, Any]:
+    """Model in eval mode, and tokenizer, of a checkpoint folder or Hub id.
+
+    Raises:
+        AnalysisError: when it cannot be loaded.
+    """
+    path = Path(checkpoint).expanduser()
+    if (path.is_absolute() or checkpoint.startswith((".", "~"))) and not path.is_dir():
+        raise AnalysisError(f"checkpoint={checkpoint} does not exist; give a checkpoint folder or a Hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise AnalysisError(
+            f"checkpoint={checkpoint} cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def load_expert_choice(checkpoint: str, device: str | None = None) -> tuple[Any, Any]:
+    """As `load`, and refuses a model without experts.
+
+    Raises:
+        AnalysisError: naming the command that makes experts of it.
+    """
+    model, tokenizer = load(checkpoint, device)
+    if not str(model.config.model_type).startswith("ecmoe_"):
+        raise AnalysisError(
+            f"checkpoint={checkpoint} is a {model.config.model_type} model without experts, so there are no routes to "
+            "look at; convert it with ecmoe-convert"
+        )
+    return model, tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """A token to fill batches with; it is masked, so any will do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -1,0 +1,128 @@
+"""Text of any size as a stream of documents, and documents as batches of tokens; memory stays flat."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from .errors import AnalysisError
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_PIECE = 1 << 20  # characters read at once; a longer document is handed out in pieces of this size
+
+
+def read_documents(data: str, text_column: str = "text") -> Iterator[str]:
+    """The documents of a file, or of every text file below a folder, in the order of their names.
+
+    .txt and .md hold documents separated by <|endoftext|>, .jsonl and .parquet one in each row's text_column.
+
+    Raises:
+        AnalysisError: while iterating: nothing there, an empty file, no UTF-8 text, no such column.
+    """
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise AnalysisError(f"data={data} does not exist; name a text file, or a folder of them")
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise AnalysisError(f"data={data} must be a folder or end in one of {', '.join(SUFFIXES)}")
+    found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
+    if not found:
+        raise AnalysisError(f"data={data} holds no file that ends in one of {', '.join(SUFFIXES)}")
+    for file in found:
+        yield from _documents_of(file, text_column)
+
+
+def _documents_of(path: Path, text_column: str) -> Iterator[str]:
+    if path.stat().st_size == 0:
+        raise AnalysisError(f"data={path} is empty; leave it out, or give text")
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet(path, text_column)
+        elif path.suffix == ".jsonl":
+            yield from _jsonl(path, text_column)
+        else:
+            yield from _plain(path)
+    except (UnicodeDecodeError, pyarrow.ArrowException, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise AnalysisError(f"data={path} is no {path.suffix[1:]} text ({reason})") from error
+
+
+def _plain(path: Path) -> Iterator[str]:
+    rest = ""
+    with path.open(encoding="utf-8") as file:
+        while piece := file.read(_PIECE):
+            if "\0" in piece:
+                raise AnalysisError(f"data={path} holds NUL bytes: it is no text")
+            *whole, rest = (rest + piece).split(DOCUMENT_SEPARATOR)
+            yield from filter(None, map(str.strip, whole))
+            if len(rest) >= _PIECE:
+                # Cut at white space, and never inside what might be the separator.
+                cut = max(rest.rfind(" "), rest.rfind("\n"), 0) or len(rest)
+                yield rest[:cut]
+                rest = rest[cut:]
+    if rest.strip():
+        yield rest.strip()
+
+
+def _jsonl(path: Path, text_column: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+                raise AnalysisError(f"data={path}, line {number}: no text in the field text_column={text_column}")
+            if row[text_column].strip():
+                yield row[text_column]
+
+
+def _parquet(path: Path, text_column: str) -> Iterator[str]:
+    file = pyarrow.parquet.ParquetFile(path)
+    if text_column not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)
+        raise AnalysisError(f"data={path} has no column text_column={text_column}; it has {names}")
+    for batch in file.iter_batches(columns=[text_column], batch_size=64):
+        yield from (text for text in batch.column(0).to_pylist() if text and text.strip())
+
+
+def windows(tokenizer: Any, documents: Iterator[str], length: int) -> Iterator[list[int]]:
+    """The tokens of each document by itself, cut into windows of at most `length`; a lone token is left out."""
+    for document in documents:
+        ids = tokenizer(document, verbose=False)["input_ids"]
+        for start in range(0, len(ids), length):
+            window = ids[start : start + length]
+            if len(window) > 1:
+                yield window
+
+
+def batches(
+    sequences: Iterator[list[int]], pool: int, max_tokens: int | None, padding: int
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of some `pool` tokens, padded on the right, until `max_tokens` were handed out."""
+    rows: list[list[int]] = []
+    tokens = handed_out = 0
+    for row in sequences:
+        rows.append(row)
+        tokens += len(row)
+        if tokens >= pool:
+            yield pad(rows, padding)
+            handed_out += tokens
+            rows, tokens = [], 0
+            if max_tokens is not None and handed_out >= max_tokens:
+                return
+    if rows:
+        yield pad(rows, padding)
+
+
+def pad(rows: list[list[int]], padding: int) -> dict[str, Tensor]:
+    """input_ids and attention_mask [B, S], 0 where a row is over."""
+    longest = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([row + [padding] * (longest - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+    }
