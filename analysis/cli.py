@@ -1,11 +1,13 @@
-"""ecmoe-inspect {evaluate}: what an expert-choice checkpoint does with text.
+"""ecmoe-inspect {evaluate,draw}: what an expert-choice checkpoint does with text, and how expert choice works.
 
 ecmoe-inspect evaluate qwen3-8x-tuned --data text.jsonl
+ecmoe-inspect draw --experts 3 --top 2 --output walk.svg
 """
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars
@@ -13,8 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from .draw import as_text, draw
 from .errors import AnalysisError
 from .evaluate import MAX_TOKENS, evaluate
+from .walkthrough import read_matrices, walk_through
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,20 +35,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--device", help="default: an accelerator if there is one")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command = commands.add_parser("draw", help="expert choice step by step on small numbers, as picture and text")
+    command.add_argument("--experts", type=int, default=3, help="number of experts (default: 3)")
+    command.add_argument("--top", type=int, default=2, help="tokens that each expert takes (default: 2)")
+    command.add_argument("--seed", type=int, default=0, help="of the numbers (default: 0)")
+    command.add_argument("--matrices", metavar="FILE", help="JSON with tokens, experts, w1 and w2 instead of a seed")
+    command.add_argument("--output", metavar="FILE", help="picture to write, .svg or .png; the text is printed anyway")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = vars(_parser().parse_args(argv))
-    debug, as_json = options.pop("debug"), options.pop("json")
-    options.pop("command")
+    debug, command = options.pop("debug"), options.pop("command")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         disable_progress_bars()
-    options["max_tokens"] = options["max_tokens"] or None
     try:
-        result = evaluate(**options)
+        {"evaluate": _evaluate, "draw": _draw}[command](options)
     except AnalysisError as error:
         if debug:
             raise
@@ -53,6 +61,20 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("ecmoe-inspect: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _draw(options: dict[str, Any]) -> None:
+    matrices = read_matrices(Path(options["matrices"]).expanduser()) if options["matrices"] else None
+    walk = walk_through(options["experts"], options["top"], options["seed"], matrices)
+    if options["output"]:
+        draw(walk, Path(options["output"]).expanduser())
+    print(as_text(walk))
+
+
+def _evaluate(options: dict[str, Any]) -> None:
+    as_json = options.pop("json")
+    options["max_tokens"] = options["max_tokens"] or None
+    result = evaluate(**options)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
