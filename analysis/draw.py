@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from .errors import AnalysisError
@@ -133,7 +134,7 @@ def _table(
         cellColours=colours,
         cellLoc="center",
         loc="center",
-        bbox=[0.2, 0, 0.8, 1],
+        bbox=Bbox.from_bounds(0.2, 0, 0.8, 1),
     )
     table.auto_set_font_size(False)
     table.set_fontsize(8)

@@ -64,10 +64,12 @@ def walk_through(
     num_tokens, num_experts = len(tokens_TD), len(experts_ED)
     if not 1 <= top <= num_tokens:
         raise AnalysisError(f"top={top} must be between 1 and the number of tokens, {num_tokens}")
-    block = _block(experts_ED, w1_EID, w2_EDI, capacity_factor=top * num_experts / num_tokens)
+    # The capacity is rounded up; half a token less gives `top` whatever the division rounds to.
+    capacity_factor = (top - 0.5) * num_experts / num_tokens
+    block = _block(experts_ED, w1_EID, w2_EDI, capacity_factor)
     inputs_TF = _with_one(tokens_TD)
     logits_TE, scores_TE, _ = block.gate(inputs_TF)
-    choice = choose_tokens(scores_TE[None], top * num_experts / num_tokens)
+    choice = choose_tokens(scores_TE[None], capacity_factor)
     gates_EC, index_EC = choice.scores, choice.token_index
     hidden_ECI = torch.einsum("ecd,eid->eci", tokens_TD[index_EC], w1_EID).relu()
     nothing = torch.empty(0)

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures: dict[str, Any] = {"sizes": {name: SIZES[name] for name in options.sizes}, "rounds": options.rounds}
     for size in options.sizes:
         for dtype in options.dtypes:
-            steps = candidates(*SIZES[size], getattr(torch, dtype), device, options.compile)
+            steps: dict[str, Callable[[], object]] = candidates(*SIZES[size], getattr(torch, dtype), device, options.compile)
             rows = summarize(interleaved(steps, options.rounds), "matrix products")
             figures[f"{size} {dtype}"] = rows
             print(f"\n{size} {dtype}: D, I, E, T, c = {SIZES[size]}\n\n{table(rows, 'matrix products')}", flush=True)
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def candidates(
     hidden: int, width: int, experts: int, tokens: int, capacity: int, dtype: torch.dtype, device: str, compiles: bool
-) -> dict[str, Callable[[], None]]:
+) -> dict[str, Callable[[], object]]:
     """One training step, forward and backward, of each block; the same shapes and FLOPs in all of them."""
     torch.manual_seed(0)
     inputs = torch.randn(1, tokens, hidden, dtype=dtype, device=device)
@@ -72,7 +72,7 @@ def candidates(
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.02)
         block.to(device, dtype).train()
-    steps = {
+    steps: dict[str, Callable[[], object]] = {
         name: _step(
             torch.compile(block) if compiles and name in ("expert choice", "dense FFN") else block,
             *((rows, row_grad) if block is dense else (inputs, grad)),
@@ -83,7 +83,8 @@ def candidates(
     def products(hidden_states: Tensor) -> Tensor:
         return ours.experts._equal_rows(hidden_states[0], capacity * tokens // experts)[None]
 
-    return {"matrix products": _step(products, rows, row_grad, list(ours.experts.parameters()))} | steps
+    steps["matrix products"] = _step(products, rows, row_grad, list(ours.experts.parameters()))
+    return steps
 
 
 def _step(
