@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     figures: dict[str, Any] = {"sizes": {name: SIZES[name] for name in options.sizes}, "rounds": options.rounds}
     for size in options.sizes:
         for dtype in options.dtypes:
-            steps: dict[str, Callable[[], object]] = candidates(*SIZES[size], getattr(torch, dtype), device, options.compile)
+            steps = candidates(*SIZES[size], getattr(torch, dtype), device, options.compile)
             rows = summarize(interleaved(steps, options.rounds), "matrix products")
             figures[f"{size} {dtype}"] = rows
             print(f"\n{size} {dtype}: D, I, E, T, c = {SIZES[size]}\n\n{table(rows, 'matrix products')}", flush=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from .initialisations import INITIALISATIONS
 from .plan import Plan
@@ -52,8 +52,8 @@ def _licence(source: Source) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = ModelCard.load(path).data.to_dict()
-    except (ValueError, OSError, yaml.YAMLError):  # a card without or with broken front matter
+        data = metadata_load(path) or {}
+    except (ValueError, OSError, yaml.YAMLError):  # a card with broken front matter
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
 

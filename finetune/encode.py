@@ -143,12 +143,13 @@ def pack(documents: Iterable[tuple[list[int], list[int]]], length: int) -> dict[
     labels: list[int] = []
     positions: list[int] = []
     for document, its_labels in documents:
-        while document:
-            part, document = document[: length - len(ids)], document[length - len(ids) :]
-            part_labels, its_labels = its_labels[: len(part)], its_labels[len(part) :]
-            ids += part
-            labels += [IGNORE, *part_labels[1:]]
-            positions += range(len(part))
+        start = 0
+        while start < len(document):
+            end = min(len(document), start + length - len(ids))
+            ids += document[start:end]
+            labels += [IGNORE, *its_labels[start + 1 : end]]
+            positions += range(end - start)
+            start = end
             if len(ids) == length:
                 for name, values in (("input_ids", ids), ("labels", labels), ("position_ids", positions)):
                     packed[name].append(values)

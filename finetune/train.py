@@ -116,6 +116,9 @@ def make_trainer(recipe: Recipe, scratch: str | None = None) -> EcMoeTrainer:
     if scratch is not None and isinstance(train, Dataset):
         lengths = torch.tensor([len(ids) for ids in train["input_ids"]])
         train = train.select(lengths.argsort(descending=True, stable=True)[: _sequences_used(arguments)].tolist())
+    if isinstance(train, Endless):
+        # Every rank reads the stream and takes its part: batches of unequal length cannot be handed out by one.
+        arguments.accelerator_config.dispatch_batches = False
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
     freeze(model, recipe)

@@ -111,6 +111,13 @@ class EcMoeTrainer(Trainer):
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in first.summary().items()}
         return output._replace(metrics=metrics)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer takes one step too many when it resumes from a checkpoint of the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's; counts the tokens that are no padding."""
         mask = inputs.get("attention_mask")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import write_text
 
 import conversion
@@ -11,6 +12,12 @@ from conversion import convert
 from conversion.cli import main
 
 Refuse = Callable[..., None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """For what the modules' own fixtures convert: they run before those of a test."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

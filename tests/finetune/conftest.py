@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from checkpoints import STORIES_MODEL, STORIES_TEXT, write_dense, write_text
+from runs import QUICK_END
 
 from conversion import convert
 from finetune import Recipe, load_recipe
+from finetune.sources import DOCUMENT_SEPARATOR
 
 RECIPE = """
 sequence_length: 64
@@ -29,7 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dense checkpoint, its expert-choice conversion, text and a recipe."""
     folder = tmp_path_factory.mktemp("finetune")
     write_dense(folder / "dense", "Llama", initializer_range=0.02)
-    text = write_text(folder / "text.txt", documents=12)
+    documents = write_text(folder / "text.txt").read_text().split(DOCUMENT_SEPARATOR)
+    (folder / "text.txt").write_text(DOCUMENT_SEPARATOR.join(document[:2500] for document in documents))
+    text = folder / "text.txt"
     convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, text=str(text))
     (folder / "recipe.yaml").write_text(RECIPE + f"dataset: {text}\n")
     return folder
@@ -45,6 +49,13 @@ def recipe_of(place: Path, tmp_path: Path) -> Callable[..., Recipe]:
         return load_recipe(place / "recipe.yaml", [f"{name}={json.dumps(value)}" for name, value in values.items()])
 
     return make
+
+
+@pytest.fixture
+def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's end without its picture and with little calibration, for tests that look at something else."""
+    for name, value in QUICK_END.items():
+        monkeypatch.setattr(f"finetune.train.{name}", value)
 
 
 @pytest.fixture(scope="session")

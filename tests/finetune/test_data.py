@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from checkpoints import write_text
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -256,8 +255,3 @@ def test_text_columns(place: Path, tmp_path: Path) -> None:
         prepared("text_column=number")
     train, held_out = prepared("text_column=story", "packing=false", "too_long=truncate")
     assert len(train) + len(held_out) == 20
-
-
-def test_write_text_is_long_enough(tmp_path: Path) -> None:
-    """The other tests' text fills more sequences than their runs use."""
-    assert write_text(tmp_path / "text.txt", documents=12).stat().st_size > 40_000

@@ -39,7 +39,7 @@ def test_learns_and_the_result_loads(place: Path, recipe_of: Callable, name: str
     assert loss_of(place / "dense", held_out) == pytest.approx(results["loss_before"], abs=1e-5)
     if name == "ecmoe":
         assert results["active_parameters"] < results["parameters"]
-        assert 0.4 < results["routing"]["load_min"] <= results["routing"]["load_max"] < 1.8
+        assert 0.3 < results["routing"]["load_min"] <= results["routing"]["load_max"] < 2  # uncalibrated: 4
         assert {path.name for path in out.iterdir()} >= CODE
     else:
         assert results["active_parameters"] == results["parameters"]

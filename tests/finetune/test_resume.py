@@ -1,5 +1,6 @@
 """Stopped at any moment, the same command goes on and ends with the bits of a run that was not stopped."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -14,10 +15,12 @@ import torch
 from runs import assert_same_run, comparable, start
 from safetensors.torch import load_file
 
-from finetune import RecipeError, load_recipe, run
+from finetune import Recipe, RecipeError, load_recipe, run
 from finetune.folder import as_yaml, last_whole_checkpoint
 
-# Logging does not divide saving, epochs end between checkpoints, and evaluation falls between both.
+pytestmark = pytest.mark.usefixtures("quick_end")
+
+# Logging does not divide saving, and evaluation falls between both.
 STEPS = {
     "save_strategy": "steps",
     "save_steps": 4,
@@ -26,93 +29,120 @@ STEPS = {
     "eval_steps": 5,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
-    "save_total_limit": 2,
+    "max_steps": 14,
+    "max_eval_sequences": 4,
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "plain": {"max_steps": 22, "router_learning_rate": 1e-3},
-    "streamed": {"max_steps": 22, "streaming": True, "shuffle_buffer": 7},
-    "epochs": {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch"},
-    "lora": {"max_steps": 22, "lora": {"r": 4}, "sequence_length": 32},
+    "plain": {"router_learning_rate": 1e-3},
+    "streamed": {"streaming": True, "shuffle_buffer": 7},
+    "epochs": {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "gradient_accumulation_steps": 8},
+    "a part of an epoch": {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 3},
+    "lora": {"lora": {"r": 4}, "sequence_length": 32},
 }
+FEW_SEQUENCES = {"validation_fraction": 0.9}  # about a hundred, so that epochs are short
+
+
+def fields_of(way: str) -> dict[str, Any]:
+    return STEPS | (FEW_SEQUENCES if "epoch" in way else {}) | WAYS[way]
 
 
 def write_recipe(place: Path, path: Path, output: Path, **fields: Any) -> Path:
     """A recipe file of its own for a command line."""
-    overrides = [f"{name}={value}" for name, value in STEPS.items() | fields.items()]
+    overrides = [f"{name}={json.dumps(value)}" for name, value in fields.items()]
     recipe = load_recipe(place / "recipe.yaml", [f"model={place / 'ecmoe'}", f"output_dir={output}", *overrides])
     path.write_text(as_yaml(recipe))
     return path
 
 
-def test_killed_and_run_again(recipe_of: Callable, place: Path, tmp_path: Path) -> None:
-    """kill -9 at a random moment after the first checkpoint, in the fast suite once."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(recipe_of(**STEPS | WAYS["plain"] | {"output_dir": whole}))
-    recipe = recipe_of(**STEPS | WAYS["plain"] | {"output_dir": killed})
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run that was not stopped, made once for each way."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    def make(way: str) -> Path:
+        if not (folder / way).exists():  # within a test, with its `quick_end`
+            run(load_recipe(write_recipe(place, folder / f"{way}.yaml", folder / way, **fields_of(way))))
+        return folder / way
+
+    return make
+
+
+def stopped_after(checkpoints: list[Path], recipe: Recipe) -> Path:
+    """The output folder of a run that had written these checkpoints when it was stopped."""
+    folder = Path(recipe.output_dir)
+    for checkpoint in checkpoints:
+        shutil.copytree(checkpoint, folder / checkpoint.name)
+    (folder / "finetune_recipe.yaml").write_text(as_yaml(recipe))
+    return folder
+
+
+def test_killed_and_run_again(recipe_of: Callable, whole: Callable, tmp_path: Path) -> None:
+    """kill -9 at a random moment after the second checkpoint is begun; the slow test does it five times."""
+    recipe = recipe_of(**fields_of("plain"), save_total_limit=1)
     (tmp_path / "recipe.yaml").write_text(as_yaml(recipe))
     process = start([str(tmp_path / "recipe.yaml")], tmp_path / "log")
-    kill_later(process, killed / "checkpoint-8", random.uniform(0, 0.3))
+    out = Path(recipe.output_dir)
+    wait_for(out / "checkpoint-8", lambda: process.exitcode is not None)
+    time.sleep(random.uniform(0, 0.2))
+    process.kill()
+    process.join()
     assert process.exitcode == -9
-    assert not (killed / "finetune_results.json").exists()
-    assert last_whole_checkpoint(killed) is not None
+    assert not (out / "finetune_results.json").exists()
+    assert last_whole_checkpoint(out) in (out / "checkpoint-4", out / "checkpoint-8", out / "checkpoint-12")
     run(recipe)
-    assert_same_run(whole, killed)
+    assert_same_run(whole("plain"), out)
     with pytest.raises(RecipeError, match="is finished; name a new folder"):
         run(recipe)
 
 
-def kill_later(process: Any, folder: Path, seconds: float) -> None:
-    """kill -9 so long after the folder appears; 0 is while the checkpoint is being written."""
-    for _ in range(60_000):
-        if folder.exists() or process.exitcode is not None:
-            break
+def wait_for(folder: Path, has_ended: Callable[[], bool]) -> None:
+    while not folder.exists() and not has_ended():
         time.sleep(0.001)
-    time.sleep(seconds)
-    process.kill()
-    process.join()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_from_any_checkpoint(recipe_of: Callable, tmp_path: Path, way: str) -> None:
-    """In a folder that holds the recipe and an early checkpoint the run ends as if it had not been stopped."""
-    fields = STEPS | WAYS[way] | {"save_total_limit": None}
-    whole = recipe_of(**fields | {"output_dir": tmp_path / "whole"})
-    run(whole)
-    checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+def test_from_any_checkpoint(recipe_of: Callable, whole: Callable, tmp_path: Path, way: str) -> None:
+    """In a folder with the recipe and a checkpoint the run ends as if it had not been stopped.
+
+    Also from the checkpoint of the last step, from which nothing is left to train.
+    """
+    checkpoints = sorted(whole(way).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     assert len(checkpoints) >= 3
-    for number in (0, len(checkpoints) - 1):  # from the last one nothing is left to train
-        stopped = recipe_of(**fields | {"output_dir": tmp_path / f"stopped{number}"})
-        folder = Path(stopped.output_dir)
-        shutil.copytree(checkpoints[number], folder / checkpoints[number].name)
-        (folder / "finetune_recipe.yaml").write_text(as_yaml(stopped))
-        run(stopped)
-        assert_same_run(tmp_path / "whole", folder)
+    for checkpoint in (checkpoints[0], checkpoints[-1]):
+        recipe = recipe_of(**fields_of(way), output_dir=tmp_path / checkpoint.name)
+        folder = stopped_after([checkpoint], recipe)
+        run(recipe)
+        assert_same_run(whole(way), folder)
+        # It did not begin again.
+        left = [path.name for path in checkpoints if checkpoints.index(path) >= checkpoints.index(checkpoint)]
+        assert sorted(path.name for path in folder.glob("checkpoint-*")) == sorted(left)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "weights", "optimiser", "model only"])
-def test_a_checkpoint_cut_off_is_not_resumed_from(recipe_of: Callable, tmp_path: Path, harm: str) -> None:
+HARMS = {
+    "truncated": "trainer_state.json",
+    "empty": "trainer_state.json",
+    "no state": "trainer_state.json",
+    "no weights": "model.safetensors",
+    "no optimiser": "optimizer.pt",
+    "save_only_model": "rng_state.pth",
+}
+
+
+def test_a_checkpoint_cut_off_is_not_resumed_from(recipe_of: Callable, whole: Callable, tmp_path: Path) -> None:
     """The one before it is, and what was cut off is cleared away."""
-    fields = STEPS | WAYS["plain"] | {"max_steps": 8, "eval_strategy": "no"}
-    whole = recipe_of(**fields | {"output_dir": tmp_path / "whole"})
-    run(whole)
-    stopped = recipe_of(**fields | {"output_dir": tmp_path / "stopped"})
-    folder = Path(stopped.output_dir)
-    for step in (4, 8):
-        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-    (folder / "finetune_recipe.yaml").write_text(as_yaml(stopped))
-    assert last_whole_checkpoint(folder) == folder / "checkpoint-8"
-    state = folder / "checkpoint-8" / "trainer_state.json"
-    if harm == "truncated":
-        state.write_text(state.read_text()[:-20])
-    elif harm == "empty":
-        state.write_text("")
-    else:
-        gone = {"missing": "trainer_state.json", "weights": "model.safetensors", "optimiser": "optimizer.pt"}
-        (folder / "checkpoint-8" / gone.get(harm, "rng_state.pth")).unlink()
-    assert last_whole_checkpoint(folder) == folder / "checkpoint-4"
-    run(stopped)
-    assert_same_run(tmp_path / "whole", folder)
-    assert last_whole_checkpoint(folder) == folder / "checkpoint-8"
+    both = [whole("plain") / f"checkpoint-{step}" for step in (4, 8)]
+    for harm, name in HARMS.items():
+        folder = stopped_after(both, recipe_of(**fields_of("plain"), output_dir=tmp_path / harm))
+        assert last_whole_checkpoint(folder) == folder / "checkpoint-8"
+        path = folder / "checkpoint-8" / name
+        kept = {"truncated": path.read_bytes()[:-20], "empty": b""}.get(harm)
+        path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
+        assert last_whole_checkpoint(folder) == folder / "checkpoint-4", harm
+    run(recipe_of(**fields_of("plain"), output_dir=tmp_path / "truncated"))
+    assert_same_run(whole("plain"), tmp_path / "truncated")
+    assert last_whole_checkpoint(tmp_path / "truncated") == tmp_path / "truncated" / "checkpoint-14"
 
 
 def test_folders(recipe_of: Callable, tmp_path: Path) -> None:
@@ -151,35 +181,25 @@ def test_runs_differ_by_their_seed(recipe_of: Callable, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "kills"), [("plain", 3), ("streamed", 2)])
 def test_five_kills(place: Path, tmp_path: Path, way: str, kills: int) -> None:
-    """`python -m finetune` killed again and again, while it writes a checkpoint and at random moments."""
-    recipes = {
-        name: write_recipe(place, tmp_path / f"{name}.yaml", tmp_path / name, **WAYS[way] | {"max_steps": 60})
-        for name in ("whole", "killed")
-    }
-
-    def command(name: str) -> Any:
-        return subprocess.Popen([sys.executable, "-m", "finetune", str(recipes[name])], **QUIET)
-
-    assert command("whole").wait() == 0
+    """`python -m finetune` killed again and again, first while it writes a checkpoint, then at random moments."""
+    commands = {}
+    for name in ("whole", "killed"):
+        fields = fields_of(way) | {"max_steps": 70, "save_total_limit": 2}
+        recipe = write_recipe(place, tmp_path / f"{name}.yaml", tmp_path / name, **fields)
+        commands[name] = [sys.executable, "-m", "finetune", str(recipe)]
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": Path(__file__).parents[2]}
+    subprocess.run(commands["whole"], check=True, **quiet)
     moments = []
     for number in range(kills):
-        process = command("killed")
-        step = 4 * random.randint(4 * number + 1, 4 * number + 4)
+        process = subprocess.Popen(commands["killed"], **quiet)
+        step = 4 * random.randint(5 * number + 1, 5 * number + 5)
+        wait_for(tmp_path / "killed" / f"checkpoint-{step}", lambda process=process: process.poll() is not None)
         seconds = 0 if number == 0 else random.uniform(0, 0.5)
-        wait_and_kill(process, tmp_path / "killed" / f"checkpoint-{step}", seconds)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
         assert process.returncode == -9
-        moments.append((step, round(seconds, 3), last_whole_checkpoint(tmp_path / "killed")))
-    print(way, "killed after", [(step, seconds, path and path.name) for step, seconds, path in moments])
-    assert command("killed").wait() == 0
+        moments.append((f"{seconds:.3f} s after checkpoint-{step}", last_whole_checkpoint(tmp_path / "killed")))
+    subprocess.run(commands["killed"], check=True, **quiet)
+    print(way, [(moment, path and path.name) for moment, path in moments])
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-
-
-QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": Path(__file__).parents[2]}
-
-
-def wait_and_kill(process: subprocess.Popen, folder: Path, seconds: float) -> None:
-    while not folder.exists() and process.poll() is None:
-        time.sleep(0.001)
-    time.sleep(seconds)
-    process.kill()
-    process.wait()
