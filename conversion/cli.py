@@ -119,7 +119,7 @@ def _print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
     table.add_row("FLOPs per token", f"{flops['dense']:.3g}", f"{flops['converted']:.3g} ({ratio:.2f} of dense)")
     table.add_row("layers with experts", "", str(plan["sparse_layers"]))
     table.add_row("output on disk", "", _gigabytes(plan["output_bytes"]))
-    for name, title in (("ddp", "DDP"), ("fsdp2", "FSDP2"), ("expert_parallel", "expert parallelism")):
+    for name, title in (("ddp", "DDP"), ("fsdp2", "FSDP2"), ("expert_parallel", "experts alone divided")):
         table.add_row(f"to fine-tune on {gpus} GPUs, {title}", "", f"{_gigabytes(memory[name])} each")
     table.add_row("all-to-all per GPU and step", "", _gigabytes(plan["all_to_all_bytes_per_step"]))
     console = Console()

@@ -30,7 +30,7 @@ from .sample import check_same_tokenizer, load_tokenizer, read_documents, sample
 from .settings import Settings
 from .source import Digests, Source
 from .verify import TOLERANCE, check, compare
-from .workspace import Workspace
+from .workspace import Workspace, sweep
 from .writer import overwrite_tensors, parse_size, write_shards, write_whole
 
 RECORD_NAME = "ecmoe_conversion.json"
@@ -110,6 +110,7 @@ def convert(
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
     target = Path(destination).expanduser().resolve()  # a link to an empty folder could not be renamed over
+    sweep(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(f"destination={target} exists; name a folder that does not, or remove it")
     if target.is_mount():

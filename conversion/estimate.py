@@ -34,8 +34,8 @@ def estimate(plan: Plan, num_gpus: int) -> dict[str, Any]:
     flops_per_token: a forward pass, two per weight that a token is multiplied with; without attention scores, which
         grow with the context and are the same for both models.
     training_bytes_per_gpu: 16 bytes per parameter (float32 weights, gradients, AdamW moments) on each of `num_gpus`:
-        all of them under DDP, an equal part under FSDP2, the experts' part divided under expert parallelism. The
-        activations come on top.
+        all of them under DDP, an equal part under FSDP2, the experts' part divided under expert parallelism by itself
+        (recipes/expert_parallel.yaml divides the rest by FSDP2 as well). The activations come on top.
     all_to_all_bytes_per_step: what one GPU sends to others under expert parallelism in a training step of 16,384
         tokens: rows to the experts and back, forward and backward, c * T rows of D values per sparse layer each.
     """

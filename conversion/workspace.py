@@ -14,6 +14,13 @@ from .errors import ConversionError
 from .writer import write_whole
 
 
+def sweep(target: Path) -> None:
+    """Removes what a run that was killed right after its last step left beside the finished checkpoint."""
+    folder = target.parent / f".{target.name}.partial"
+    if target.exists() and folder.is_dir() and not (folder / "checkpoint").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Workspace:
     """A hidden folder beside the destination, named after it: `.NAME.partial`.
 

@@ -1,17 +1,20 @@
 """Two ranks over gloo against one process: data parallel, FSDP2, expert parallel, one pool for all ranks."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import comparable, finish, start_ranks
+from runs import ROOT, assert_same_run, comparable, finish, start_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import run
-from finetune.folder import as_yaml
+from finetune.folder import as_yaml, last_whole_checkpoint
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 pytestmark = [
@@ -25,14 +28,19 @@ ONE_BATCH = {
     "logging_steps": 1,
     "per_device_eval_batch_size": 16,
     "learning_rate": 5e-4,
-    "adam_epsilon": 1e-4,  # or the sign of gradients that are nothing but rounding errors decides
+    "adam_epsilon": 1e-4,  # or the signs of gradients that are nothing but rounding errors decide
 }
+# FSDP2 divides the gradients of experts by another factor when they are float64 (torch 2.13), as it does for float16.
+SINGLE = {"dtype": "float32", "learning_rate": 2e-4}
 PADDED = {"packing": False, "too_long": "drop"}
 # What two ranks run, and the process that they follow.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ddp": ({}, {"gradient_accumulation_steps": 2}),
     "fsdp": ({"distributed": {"fsdp_size": 2}}, {"gradient_accumulation_steps": 2}),
-    "expert parallel": ({"distributed": {"fsdp_size": 2, "ep_size": 2}}, {"gradient_accumulation_steps": 2}),
+    "expert parallel": (
+        SINGLE | {"distributed": {"fsdp_size": 2, "ep_size": 2}},
+        SINGLE | {"gradient_accumulation_steps": 2},
+    ),
     "global pool": ({"routing_pool": "global"}, {"routing_pool": "global", "per_device_train_batch_size": 8}),
     "accumulation": ({"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 4}),
     "streamed": ({"streaming": True}, {"streaming": True, "gradient_accumulation_steps": 2}),
@@ -42,7 +50,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def decided(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The converted model with routers that tell tokens apart, so that rounding errors move no token elsewhere."""
+    """The converted model in float64, with routers that tell tokens apart: no rounding error moves one elsewhere."""
     folder = tmp_path_factory.mktemp("decided")
     model = AutoModelForCausalLM.from_pretrained(place / "ecmoe")
     tokenizer = AutoTokenizer.from_pretrained(place / "ecmoe")
@@ -99,18 +107,22 @@ def follow(recipe_of: Callable, model: Path, tmp_path: Path, way: str, **fields:
     return differences
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOW = pytest.mark.slow
+FAST_WAYS = [pytest.param(way, marks=SLOW if way in ("accumulation", "streamed") else ()) for way in WAYS]
+
+
+@pytest.mark.parametrize("way", FAST_WAYS)
 def test_two_ranks_follow_one_process(recipe_of: Callable, decided: Path, tmp_path: Path, way: str) -> None:
     """Four steps, with an evaluation in between; the slow test goes on to thirty."""
     differences = follow(recipe_of, decided, tmp_path, way, max_steps=4, eval_strategy="steps", eval_steps=2)
-    assert max(differences.values()) < 1e-4, differences
+    assert max(differences.values()) < (1e-4 if way == "expert parallel" else 1e-6), differences
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "expert parallel", "global pool"])
 def test_thirty_steps(recipe_of: Callable, decided: Path, tmp_path: Path, way: str) -> None:
     differences = follow(recipe_of, decided, tmp_path, way, max_steps=30, eval_strategy="steps", eval_steps=10)
-    assert max(differences.values()) < 1e-4, differences
+    assert max(differences.values()) < (1e-4 if way == "expert parallel" else 1e-6), differences
 
 
 def test_a_pool_of_each_rank_is_told_apart(recipe_of: Callable, decided: Path, tmp_path: Path) -> None:
@@ -118,3 +130,54 @@ def test_a_pool_of_each_rank_is_told_apart(recipe_of: Callable, decided: Path, t
     WAYS["each its pool"] = ({}, {"per_device_train_batch_size": 8})
     differences = follow(recipe_of, decided, tmp_path, "each its pool", max_steps=4)
     assert differences["weights"] > 1e-3
+
+
+def test_a_rank_that_dies(recipe_of: Callable, tmp_path: Path) -> None:
+    """The other one ends with one line, and the checkpoint that was written stays."""
+    recipe = recipe_of(max_steps=9, save_strategy="steps", save_steps=2)
+    (tmp_path / "recipe.yaml").write_text(as_yaml(recipe))
+    codes = finish(start_ranks([str(tmp_path / "recipe.yaml")], tmp_path / "logs", dying=(1, 3)))
+    assert codes == [2, 1]
+    log = (tmp_path / "logs" / "rank0.log").read_text()
+    (line,) = [line for line in log.splitlines() if "error" in line]
+    checkpoint = Path(recipe.output_dir) / "checkpoint-2"
+    assert "ecmoe-finetune: error: another process of this run has ended" in line
+    assert line.endswith(f"the same command goes on from {checkpoint}")
+    assert "Traceback" not in log
+    assert last_whole_checkpoint(checkpoint.parent) == checkpoint
+
+
+@SLOW
+def test_two_ranks_killed_and_run_again(recipe_of: Callable, tmp_path: Path) -> None:
+    """kill -9 of both while the second checkpoint is written; bit for bit the run that was not stopped."""
+    fields = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    on_two_ranks(recipe_of(**fields, output_dir=tmp_path / "whole"), tmp_path)
+    recipe = recipe_of(**fields, output_dir=tmp_path / "killed")
+    (tmp_path / "killed.yaml").write_text(as_yaml(recipe))
+    processes = start_ranks([str(tmp_path / "killed.yaml")], tmp_path / "logs")
+    while not (tmp_path / "killed" / "checkpoint-6").exists() and processes[0].exitcode is None:
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+    assert finish(processes) == [-9, -9]
+    on_two_ranks(recipe, tmp_path)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@SLOW
+def test_under_accelerate_launch(place: Path, recipe_of: Callable, tmp_path: Path) -> None:
+    """The launcher starts the same two ranks: the results are those of the ranks above."""
+    recipe = recipe_of(max_steps=4)
+    (tmp_path / "recipe.yaml").write_text(as_yaml(recipe))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += ["-m", "finetune", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("causal loss after") == 1
+    launched = comparable(Path(recipe.output_dir))
+    assert launched[2]["tokens"] == 4 * 2 * 8 * 64
+    on_two_ranks(recipe_of(max_steps=4, output_dir=tmp_path / "ranks"), tmp_path)
+    ours = comparable(tmp_path / "ranks")
+    # Not the thresholds: those are calibrated on less text above.
+    assert all(torch.equal(launched[0][name], ours[0][name]) for name in ours[0] if "threshold" not in name)
