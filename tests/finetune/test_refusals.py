@@ -1,0 +1,241 @@
+"""Bad input and bad luck end in one line that says what to do, and no earlier checkpoint is lost."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_dense
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+
+from finetune import RecipeError, load_recipe, run
+from finetune.cli import main
+from finetune.folder import last_whole_checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick_end")
+
+# Overrides of a recipe, and what the line holds. Names in braces are files of the fixture `files`.
+REFUSALS = {
+    "learning_rte=1": "learning_rte=1 is no field of a recipe; did you mean learning_rate?",
+    "sequence_lenght=3": "did you mean sequence_length?",
+    "treshold_decay=0.5": "did you mean threshold_decay?",
+    "num_experts=3": "num_experts=3 is no field of a recipe",
+    "sequence_length=many": "sequence_length",
+    "sequence_length=1": "sequence_length=1 must be at least 2",
+    "sequence_length=4096": "is more than the model's 128 positions; shorten it",
+    "validation_fraction=2": "validation_fraction=2 must be",
+    "validation_fraction=0.9999999": "leaves nothing to learn from",
+    "dtype=float8": "dtype=float8 is unknown",
+    "too_long=cut": "too_long=cut is unknown; choose refuse, truncate or drop",
+    "model=/no/such/model": "model=/no/such/model does not exist",
+    "model={dense}": "",  # the control: nothing is refused
+    "learning_rate=fast": "learning_rate='fast' must be float",
+    "learning_rate=-1e-3": "learning_rate=-0.001 must be at least 0",
+    "router_learning_rate=-1": "router_learning_rate=-1 must not be negative; 0 freezes",
+    "experts_learning_rate=-1e-5": "experts_learning_rate=-1e-05 must not be negative",
+    "per_device_train_batch_size=0": "per_device_train_batch_size=0 must be at least 1",
+    "gradient_accumulation_steps=0": "gradient_accumulation_steps=0 must be at least 1",
+    "max_steps=abc": "max_steps='abc' must be int",
+    "max_steps": "must be written as field=value",
+    "max_steps=[": "the value is not valid YAML; quote it",
+    "lr_scheduler_type=wavy": "TrainingArguments refuses",
+    "output_dir=": "output_dir is missing",
+    "output_dir=/etc/passwd": "output_dir=/etc/passwd is a file",
+    "resume_from_checkpoint=true": "finds no checkpoint",
+    "streaming=true max_steps=": "streaming=true needs max_steps",
+    "model={dense} router_learning_rate=1e-3": "router_learning_rate=0.001: llama has no router; leave it out",
+    "model={dense} experts_learning_rate=0": "experts_learning_rate=0: llama has no routed experts",
+    "model={dense} routing=threshold": "routing=threshold is for expert-choice models, and model=",
+    "routing=sideways": "Field 'routing' expected one of ('expert_choice', 'threshold', 'token_choice'), got sideways",
+    "routing=token_choice": "routing=token_choice does not go with inference_routing=threshold",
+    "distributed={fsdp_sice: 2}": "fsdp_sice=2 is no field of distributed (DistributedConfig); did you mean fsdp_size?",
+    "distributed={fsdp_size: 2}": "is for 2 processes and 1 run; start it with accelerate launch --num_processes 2",
+    "distributed={fsdp_size: 2, ep_size: 3}": "`ep_size` must divide",
+    "distributed={fsdp_size: zwei}": "distributed={'fsdp_size': 'zwei'} is refused",
+    "chat_template=none.jinja": "chat_template=none.jinja cannot be read",
+    # Datasets.
+    "dataset=@x": "is not valid YAML",
+    "dataset=/no/such.txt": "dataset=/no/such.txt does not exist",
+    "dataset=missing.txt": "dataset=missing.txt cannot be read",
+    "dataset=missing.jsonl": "dataset=missing.jsonl cannot be read",
+    "dataset={empty.txt}": "empty.txt is empty",
+    "dataset={empty.jsonl}": "empty.jsonl is empty",
+    "dataset={empty.jsonl} streaming=true": "empty.jsonl is empty",
+    "dataset={blank.jsonl}": "blank.jsonl holds 0 rows",
+    "dataset={broken.jsonl}": "broken.jsonl cannot be read",
+    "dataset={short.jsonl}": "gives no",
+    "dataset={short.jsonl} streaming=true": "gives no",
+    "dataset={folder}": "must be a .txt, .jsonl or .parquet file or a Hub dataset id",
+    "dataset={text.jsonl} text_column=story": "text_column=story is not in dataset=",
+    "dataset={text.jsonl} packing=false": "more than sequence_length=64; raise it, or say too_long=truncate or",
+    "dataset={text.jsonl} packing=false too_long=drop": "gives no held-out sequence",
+    "dataset=[{dataset: a.txt, wait: 2}]": "wait=2 is no field of a dataset; did you mean weight?",
+    "dataset=[{weight: 2}]": "must be a path or Hub id, or a mapping with `dataset`",
+    "dataset=[]": "dataset=[] holds nothing",
+    "dataset=[{dataset: text.jsonl, weight: 0}]": "weight=0 of dataset=text.jsonl must be a number above 0",
+    "dataset=[{dataset: text.jsonl, weight: much}]": "weight=much of dataset=text.jsonl must be a number above 0",
+    "dataset=[{dataset: {text.jsonl}}, {dataset: {chat.jsonl}}]": "dataset mixes rows of messages and text",
+    "dataset={text.jsonl} validation_dataset={chat.jsonl}": "holds messages and dataset text rows",
+    # Conversations and instructions.
+    "dataset={chat.jsonl} model={bare}": "the tokenizer has no chat template and the dataset holds conversations",
+    "dataset={users.jsonl}": "has no token of the assistant to learn from",
+    "dataset={odd.jsonl}": "has no token of the assistant to learn from",
+    "dataset={chat.jsonl} chat_template={last.jinja}": "does not render a conversation turn by turn",
+    "dataset={chat.jsonl} chat_template={raises.jinja}": "the chat template refuses",
+    "dataset={chat.jsonl} chat_template={broken.jinja}": "the chat template refuses",
+    "dataset={numbers.jsonl}": "completion_column=completion holds Value",
+    "model={small}": "the tokenizer makes token 2",
+}
+
+
+@pytest.fixture(scope="module")
+def files(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bad datasets and templates, and checkpoints: dense, without a chat template, and with too small a vocabulary."""
+    folder = tmp_path_factory.mktemp("bad")
+    talk = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well, thank you."}]
+    rows = {
+        "blank": [{"text": "  "}, {"text": ""}, {"text": None}, {"text": " "}],
+        "short": [{"text": "a"}] * 9,
+        "text": [{"text": "Once upon a time there was a word. " * 9}] * 9,
+        "chat": [{"messages": talk}] * 9,
+        "users": [{"messages": talk[:1]}] * 9,
+        "odd": [{"messages": [{"from": "human", "value": "How are you?"}]}] * 9,
+        "numbers": [{"prompt": "1 + 1 = ", "completion": 2}] * 9,
+        "empty": [],
+    }
+    for name, content in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "empty.txt").write_text(" \n<|endoftext|>\n")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "last.jinja").write_text("{{ messages[-1]['role'] }}{{ messages[-1]['content'] }}")
+    (folder / "raises.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    (folder / "broken.jinja").write_text("{% for %}")
+    (folder / "folder").mkdir()
+    tokenizer = AutoTokenizer.from_pretrained(place / "dense")
+    write_dense(folder / "small", "Llama", vocab_size=200)
+    AutoModelForCausalLM.from_pretrained(place / "dense").save_pretrained(folder / "bare")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "bare")
+    return {path.name: path for path in folder.iterdir()} | {"dense": place / "dense"}
+
+
+@pytest.mark.parametrize("overrides", REFUSALS)
+def test_refusals(
+    place: Path, files: dict[str, Path], tmp_path: Path, overrides: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = [f"model={place / 'ecmoe'}", f"output_dir={tmp_path / 'out'}", "max_steps=1", "max_eval_sequences=1"]
+    given = [overrides] if "[" in overrides or "distributed" in overrides else overrides.split()
+    for name, path in files.items():
+        given = [field.replace("{" + name + "}", str(path)) for field in given]
+    command = [str(place / "recipe.yaml"), *fixed, *given]
+    if not REFUSALS[overrides]:
+        main(command)
+        return
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1 and lines[0].startswith("ecmoe-finetune: error:"), lines
+    assert REFUSALS[overrides] in lines[0]
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(RecipeError, match="field: value"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_a_loss_that_is_no_number(recipe_of: Callable, precision: dict[str, Any]) -> None:
+    """The run ends where it is seen, before a checkpoint of it is written."""
+    recipe = recipe_of(
+        max_steps=8,
+        learning_rate=1e30,
+        warmup_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        **precision,
+    )
+    with pytest.raises(RecipeError, match=r"at step [34]: training has diverged; lower learning_rate") as stop:
+        run(recipe)
+    checkpoint = last_whole_checkpoint(Path(recipe.output_dir))
+    assert checkpoint is not None and str(stop.value).endswith(f"the last checkpoint is {checkpoint}")
+    weights = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_loss_that_is_no_number_from_the_beginning(place: Path, recipe_of: Callable, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "ecmoe")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(place / "ecmoe").save_pretrained(tmp_path / "broken")
+    with pytest.raises(RecipeError, match=r"eval_loss=nan before any training; check model="):
+        run(recipe_of(model=tmp_path / "broken"))
+
+
+# What a full disk really says: Transformers' weights, torch's optimiser, Trainer's state.
+FULL = {
+    "transformers.modeling_utils.safe_save_file": SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    ),
+    "torch.save": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    "save_to_json": OSError(errno.ENOSPC, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("function", FULL)
+def test_a_full_disk(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """At the second checkpoint: the first stays whole, the half one is gone, and with space the run goes on."""
+    recipe = recipe_of(max_steps=4, save_strategy="steps", save_steps=2)
+    out = Path(recipe.output_dir)
+    target = (TrainerState, "save_to_json") if function == "save_to_json" else (function,)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        path = Path(str(next(arg for arg in args if isinstance(arg, (str, Path)))))
+        if "checkpoint-4" in str(path):
+            path.write_text("half")
+            raise FULL[function]
+        original(*args, **kwargs)
+
+    original = {"torch.save": torch.save, "save_to_json": TrainerState.save_to_json}.get(function, save_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, fail)
+        with pytest.raises(RecipeError, match="free some space; the same command goes on from") as stop:
+            run(recipe)
+    assert str(stop.value).startswith(f"output_dir={out} cannot be written:") and "\n" not in str(stop.value)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert last_whole_checkpoint(out) == out / "checkpoint-2"
+    assert run(recipe)["steps"] == 4
+
+
+OTHER_LUCK = {
+    "memory": (torch.OutOfMemoryError("CUDA out of memory."), "per_device_train_batch_size=8 does not fit into memory"),
+    "network": (ConnectionError("Could not reach the server"), "cannot be read any more: Could not reach the server"),
+    "a bug": (RuntimeError("shapes do not match"), None),
+}
+
+
+@pytest.mark.parametrize("luck", OTHER_LUCK)
+def test_other_bad_luck(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch, luck: str) -> None:
+    """While training; an error that nobody foresaw keeps its traceback."""
+    error, line = OTHER_LUCK[luck]
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("finetune.trainer.EcMoeTrainer.training_step", fail)
+    with pytest.raises(type(error) if line is None else RecipeError, match=line):
+        run(recipe_of(max_steps=2))
