@@ -80,7 +80,6 @@ def _write_shard(path: Path, tensors: list[PlannedTensor], num_layers: int, prog
                 progress.update(piece.nbytes)
             if file.tell() - before != tensor.nbytes:
                 raise RuntimeError(f"{tensor.name} has {file.tell() - before} bytes, planned were {tensor.nbytes}")
-        _to_disk(file)
     unfinished.rename(path)
 
 
@@ -104,13 +103,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _to_disk(file: BinaryIO) -> None:
-    """A file that has its name must have its bytes, also after a power cut."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that is there complete or not at all."""
+    """Writes a small file that is there complete or not at all.
+
+    Shards are not forced to the disk, as `cp` does not either: it would double the time of a conversion, and a kill
+    loses nothing that was written.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -131,4 +133,3 @@ def overwrite_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
                     raise RuntimeError(f"{name} has {len(content)} bytes, its place in {path.name} {last - first}")
                 file.seek(8 + length + first)
                 file.write(content)
-            _to_disk(file)
