@@ -11,7 +11,8 @@ from .router import INPUT_TOKENS, centroid_rows, ffn_inputs, norm_inputs, rescal
 _GATE = "model.layers.{}.mlp.gate."
 # What the FFN's input is normalised by, in every family that can be converted.
 _NORM = "model.layers.{}.post_attention_layernorm.weight"
-ESTIMATE_TOKENS = 4_096
+# Sampling alone moves a load by a tenth then; more tokens would take longer than writing the shards.
+ESTIMATE_TOKENS = 1_024
 
 
 def sparse_layers(plan: Plan) -> list[int]:
