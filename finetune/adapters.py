@@ -29,6 +29,9 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
             were asked for and stay frozen.
     """
     refuse_unknown(lora, _FIELDS, "lora (peft.LoraConfig)")
+    for field in ("target_parameters", "modules_to_save"):
+        if not isinstance(lora.get(field) or [], list):
+            raise RecipeError(f"lora.{field}={lora[field]!r} must be a list of names")
     has_experts = any(isinstance(module, EcMoeBlock) for module in model.modules())
     names_nothing = not lora.keys() & {"target_modules", "target_parameters"}
     defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
@@ -36,20 +39,42 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
         defaults |= {"target_modules": _ATTENTION, "target_parameters": _EXPERTS}
     elif names_nothing:
         defaults["target_modules"] = "all-linear"
-    if has_experts:
-        defaults["modules_to_save"] = ["gate"]
     settings = defaults | lora
-    wants_experts = any("experts" in name for name in settings.get("target_parameters") or [])
-    if wants_experts:
+    if has_experts:  # whatever else is saved: without the gate an adapter would lose the thresholds it was trained with
+        settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), "gate"})
+    experts = [name for name in _named_parameters(model, settings) if ".experts." in name]
+    if experts:
         _refuse_impossible(settings)
     _refuse_experts_as_modules(settings, has_experts)
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     except (ValueError, TypeError, KeyError) as error:
         raise RecipeError(f"lora={lora}: PEFT refuses it: {' '.join(str(error).split())}") from error
-    if wants_experts:
-        _check_experts_train(adapted)
+    trained = [name for name, p in adapted.named_parameters() if ".experts." in name and p.requires_grad]
+    if len(trained) < 2 * len(experts):
+        raise RecipeError(
+            f"lora.target_parameters={settings['target_parameters']} names the routed experts, and some stay frozen; "
+            f"name them as {_EXPERTS}"
+        )
     return adapted
+
+
+def _named_parameters(model: nn.Module, settings: dict[str, Any]) -> list[str]:
+    """The parameters that `target_parameters` names, by PEFT's rule.
+
+    Raises:
+        RecipeError: for a name that is no parameter's; PEFT says nothing as long as another one is found.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    targets = settings.get("target_parameters") or []
+    found = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+    for target, matches in found.items():
+        if not matches:
+            raise RecipeError(
+                f"lora.target_parameters names {target!r}, which is no parameter of the model; routed experts are "
+                f"{_EXPERTS}"
+            )
+    return sorted({name for matches in found.values() for name in matches})
 
 
 def _refuse_impossible(settings: dict[str, Any]) -> None:
@@ -69,16 +94,6 @@ def _refuse_experts_as_modules(settings: dict[str, Any], has_experts: bool) -> N
         raise RecipeError(
             f"lora.target_modules={targets!r} names the stacked experts, which are no linear layers; put "
             f"{_EXPERTS} into lora.target_parameters"
-        )
-
-
-def _check_experts_train(model: nn.Module) -> None:
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, EcMoeBlock)}
-    frozen = [name for name, block in blocks.items() if sum(p.requires_grad for p in block.experts.parameters()) < 4]
-    if frozen or not blocks:
-        raise RecipeError(
-            f"lora.target_parameters names the routed experts, and those of {frozen[0] if frozen else 'no layer'} stay "
-            f"frozen; name them as {_EXPERTS}"
         )
 
 

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replaces a field of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="one step on the longest sequences; report memory")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # overrides before and after --dry-run
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         results = dry_run(recipe) if options.dry_run else run(recipe)

@@ -22,7 +22,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         ),
         ("learning rate", {"learning_rate": "learning rate"}),
         ("expert load, 1 = its share", {"eval_load_max": "most", "eval_load_min": "least"}),
-        ("share of tokens", {"eval_uncovered": "chosen by no expert"}),
+        ("share of tokens chosen by no expert", {"eval_uncovered": "chosen by no expert"}),
     ]
     drawn = [(title, lines) for title, lines in panels if any(name in row for row in history for name in lines)]
     if not drawn:
@@ -38,7 +38,8 @@ def _panel(axis: Axes, title: str, lines: dict[str, str], history: list[dict[str
     for name, label in lines.items():
         points = [(row["step"], row[name]) for row in history if name in row]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
+            style = "--" if name == "eval_loss_top_k" else "-"  # it lies on the causal one where the gap is small
+            axis.plot(*zip(*points, strict=True), style, label=label, marker="." if len(points) < 30 else None)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)

@@ -190,6 +190,8 @@ def _checked(name: str, value: Any) -> Any:
 
     TrainingArguments itself takes anything, and a word instead of a number fails only inside the optimiser.
     """
+    if value is False and name.endswith("_strategy"):
+        return "no"  # which YAML reads as a truth value
     kinds = {kind for kind in (bool, int, float, str) if kind in typing.get_args(_HINTS[name]) or kind is _HINTS[name]}
     other = set(typing.get_args(_HINTS[name])) - kinds - {type(None)}
     allowed = kinds | ({int} if float in kinds else set())

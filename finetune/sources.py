@@ -26,6 +26,8 @@ def load_rows(recipe: Recipe) -> tuple[Rows, Rows, str]:
         RecipeError: when a dataset cannot be found or read, is empty, or lacks the columns.
     """
     entries = recipe.dataset if isinstance(recipe.dataset, list) else [{"dataset": recipe.dataset}]
+    if not entries:
+        raise RecipeError("dataset=[] holds nothing; give a path or Hub id, or a list of mappings")
     parts = [_entry(entry, recipe) for entry in entries]
     kinds = {kind for _, kind, _ in parts}
     if len(kinds) > 1:
@@ -62,10 +64,15 @@ def _read(entry: dict[str, Any], recipe: Recipe) -> Rows:
     path = Path(name).expanduser()
     if (path.is_absolute() or name.startswith((".", "~"))) and not path.exists():
         raise RecipeError(f"dataset={name} does not exist")
+    if path.is_file() and path.stat().st_size == 0:
+        raise RecipeError(f"dataset={name} is empty")
     try:
         if path.suffix == ".txt":
             parts = (part.strip() for part in path.read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR))
-            documents = Dataset.from_dict({recipe.text_column: [part for part in parts if part]})
+            texts = [part for part in parts if part]
+            if not texts:
+                raise RecipeError(f"dataset={name} is empty")
+            documents = Dataset.from_dict({recipe.text_column: texts})
             return documents.to_iterable_dataset() if recipe.streaming else documents
         if path.suffix in (".json", ".jsonl", ".parquet"):
             if not path.is_file():

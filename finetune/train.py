@@ -14,10 +14,11 @@ import psutil
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
@@ -118,8 +119,10 @@ def make_trainer(recipe: Recipe, scratch: str | None = None) -> EcMoeTrainer:
         train = train.select(lengths.argsort(descending=True, stable=True)[: _sequences_used(arguments)].tolist())
     if isinstance(train, Endless):
         # Every rank reads the stream and takes its part: batches of unequal length cannot be handed out by one.
-        arguments.accelerator_config.dispatch_batches = False
+        settings: Any = arguments.accelerator_config
+        settings.dispatch_batches = False
     if recipe.lora is not None:
+        set_seed(arguments.seed)  # Trainer does so only when the adapters have been drawn
         model = add_lora(model, recipe.lora)
     freeze(model, recipe)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -160,7 +163,7 @@ def _refusal(error: Exception, recipe: Recipe) -> RecipeError | None:
             f"per_device_train_batch_size={size} does not fit into memory; lower it and raise "
             f"gradient_accumulation_steps, or set gradient_checkpointing=true; {goes_on}"
         )
-    if getattr(error, "errno", None) in _DISK or isinstance(error, SafetensorError) or "PytorchStreamWriter" in reason:
+    if getattr(error, "errno", None) in _DISK or isinstance(error, SafetensorError) or "inline_container" in reason:
         return RecipeError(f"output_dir={output} cannot be written: {reason}; free some space; {goes_on}")
     if isinstance(error, OSError):  # such as a dataset that is streamed from a server
         return RecipeError(f"dataset={recipe.dataset} cannot be read any more: {reason}; {goes_on}")
@@ -187,14 +190,21 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
     if recipe.distributed:
         options["distributed_config"] = _distributed_config(recipe.distributed)
     try:
-        model_type = str(AutoConfig.from_pretrained(recipe.model).model_type)
-        if recipe.routing_fields and not model_type.startswith("ecmoe_"):
+        config: Any = AutoConfig.from_pretrained(recipe.model)
+        if recipe.routing_fields and not str(config.model_type).startswith("ecmoe_"):
             name, value = next(iter(recipe.routing_fields.items()))
-            raise RecipeError(f"{name}={value} is for expert-choice models, and model={recipe.model} is {model_type}")
+            raise RecipeError(
+                f"{name}={value} is for expert-choice models, and model={recipe.model} is {config.model_type}"
+            )
+        for name, value in recipe.routing_fields.items():
+            setattr(config, name, value)
+        config.validate()  # what goes together; from_pretrained looks at each field alone
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
     except RecipeError:
         raise
+    except StrictDataclassError as error:  # names one of routing_fields
+        raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
     if recipe.chat_template:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
@@ -93,14 +92,11 @@ class EcMoeTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future."""
         if not self.routes or self.args.torch_compile:  # a compiled model runs past the hooks that count routes
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            _reshard(self.model)
-            return output
+            return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         with record_routing(self.model) as record:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         with use_inference_routing(self.model, "expert_choice"):
             top_k = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        _reshard(self.model)
         first, *others = gather_object([record])  # each rank evaluated its share of the held-out rows
         for other in others:
             first.merge(other)
@@ -165,7 +161,7 @@ class EcMoeTrainer(Trainer):
         if self.state.global_step == 0:
             raise RecipeError(f"{name}={value} before any training; check model={self.recipe.model} and its dtype")
         checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
-        kept = f"the last checkpoint, {checkpoint}, is from before" if checkpoint else "no checkpoint was written"
+        kept = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written"
         raise RecipeError(
             f"{name}={value} at step {self.state.global_step}: training has diverged; lower learning_rate, or set "
             f"max_grad_norm or warmup_steps; {kept}"
@@ -185,17 +181,6 @@ class EcMoeTrainer(Trainer):
             if self.is_world_process_zero() and step_of(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def _reshard(model: Any) -> None:
-    """Gives the gathered weights of FSDP2 back.
-
-    A forward pass without a backward one leaves those of the last modules gathered, and the gradients of the next
-    training step are lost on them (torch 2.13).
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _thresholds(model: Any) -> Tensor:

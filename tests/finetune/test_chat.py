@@ -1,1 +1,235 @@
-"""Being written."""
+"""Conversations and instructions: which tokens are learned, what does not fit, and a chat model from end to end."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import DATA, tiny_tokenizer
+from runs import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from finetune import RecipeError, run
+from finetune.data import Collator, prepare
+from finetune.encode import IGNORE, Encoder
+from finetune.recipe import make_recipe
+
+CHATML = ROOT / "recipes" / "chatml.jinja"
+DOLLY = DATA / "dolly-151" / "dolly.jsonl"
+# No marks, and turns that the text alone tells apart.
+UNMARKED = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+# As Qwen3's, an earlier answer is rendered in another way once a later one follows.
+REWRITES = (
+    "{% for m in messages %}[{{ m['role'] }}] {% if m['role'] == 'assistant' and not loop.last %}(earlier)"
+    "{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+TALKS = {
+    "one turn": [said("user", "How are you?"), said("assistant", "Well, thank you.")],
+    "multi-turn after a system message": [
+        said("system", "Be brief."),
+        said("user", "Hello  there!\nHow are you?"),
+        said("assistant", " Well, thank you. \n\n And you?"),
+        said("user", "1 + 1?"),
+        said("assistant", "héllo ✓ 2\n"),
+    ],
+    "the user has the last word": [said("user", "Hi"), said("assistant", "Hello."), said("user", "Bye")],
+    "two answers in a row": [said("user", "Hi"), said("assistant", "One."), said("assistant", "Two.")],
+    "the user says the same": [said("user", "Yes."), said("assistant", "Yes."), said("user", "Yes.")],
+}
+
+
+def encoder(template: str | None, kind: str = "messages", tokenizer: Any = None, **fields: Any) -> Encoder:
+    tokenizer = tokenizer or tiny_tokenizer()
+    tokenizer.chat_template = template
+    recipe = make_recipe({"model": "m", "output_dir": "o", "dataset": "d"} | fields)
+    return Encoder(recipe, tokenizer, kind, len(tokenizer))
+
+
+def learned(encoder: Encoder, labels: list[int]) -> list[str]:
+    """The text of each stretch of learned tokens."""
+    stretches: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORE:
+            stretches[-1].append(label)
+        elif stretches[-1]:
+            stretches.append([])
+    return [encoder.tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("template", [CHATML.read_text(encoding="utf-8"), UNMARKED], ids=["marked", "unmarked"])
+def test_only_the_assistant_is_learned(template: str, talk: str) -> None:
+    """To the letter, with the end of its turn, which it has to say as well."""
+    encode = encoder(template)
+    rows = encode({"messages": [TALKS[talk]]})
+    end = "\n" if template == UNMARKED else "<|im_end|>\n"
+    answers = [message["content"] + end for message in TALKS[talk] if message["role"] == "assistant"]
+    (ids,), (labels,) = rows["input_ids"], rows["labels"]
+    assert learned(encode, labels) == answers
+    assert encode.tokenizer.decode(ids) == encode.tokenizer.apply_chat_template(TALKS[talk], tokenize=False)
+    assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_a_tokenizer_without_byte_level(stories: Path) -> None:
+    """SentencePiece, as in the Llama family: the words' leading spaces shift no mark."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    encode = encoder(CHATML.read_text(encoding="utf-8"), tokenizer=tokenizer)
+    talk = TALKS["multi-turn after a system message"]
+    ((ids,), (labels,)) = encode({"messages": [talk]}).values()
+    assert [text.lstrip() for text in learned(encode, labels)] == [
+        message["content"].lstrip() + "<|im_end|>\n" for message in talk if message["role"] == "assistant"
+    ]
+    assert len(ids) == len(labels)
+
+
+def test_a_template_that_rewrites_turns() -> None:
+    """Refused only where it does rewrite one: with one answer there is nothing to tell apart."""
+    encode = encoder(REWRITES)
+    assert learned(encode, encode({"messages": [TALKS["one turn"]]})["labels"][0]) == ["Well, thank you."]
+    with pytest.raises(RecipeError, match=r"does not render a conversation turn by turn.*mark them in it with"):
+        encode({"messages": [TALKS["multi-turn after a system message"]]})
+    marked = REWRITES.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
+    encode = encoder(marked)
+    labels = encode({"messages": [TALKS["multi-turn after a system message"]]})["labels"][0]
+    assert learned(encode, labels)[-1] == "héllo ✓ 2\n"
+
+
+def test_conversations_without_a_template() -> None:
+    with pytest.raises(RecipeError, match="has no chat template and the dataset holds conversations; name a Jinja"):
+        encoder(None)
+
+
+@pytest.mark.parametrize("template", [CHATML.read_text(encoding="utf-8"), UNMARKED], ids=["marked", "unmarked"])
+def test_nothing_to_learn(template: str) -> None:
+    """A conversation without the assistant is refused; one whose answers were cut off is left out."""
+    with pytest.raises(RecipeError, match=r"has no token of the assistant to learn from.*How are you"):
+        encoder(template)({"messages": [TALKS["one turn"][:1]]})
+    long = [said("user", "word " * 50), said("assistant", "Late.")]
+    encode = encoder(template, sequence_length=100, too_long="truncate")
+    rows = encode({"messages": [long, TALKS["one turn"]]})
+    assert [learned(encode, labels)[0][:5] for labels in rows["labels"]] == ["Well,"]
+
+
+def test_prompt_and_completion() -> None:
+    """Through the template where there is one; joined as they are elsewhere, with the end of the sequence learned."""
+    batch = {"prompt": ["Q: 1 + 1? A:"], "completion": [" 2."]}
+    encode = encoder(CHATML.read_text(encoding="utf-8"), kind="prompt")
+    ((ids,), (labels,)) = encode(batch).values()
+    assert learned(encode, labels) == [" 2.<|im_end|>\n"]
+    assert encode.tokenizer.decode(ids).startswith("<|im_start|>user\nQ: 1 + 1? A:<|im_end|>\n<|im_start|>assistant\n")
+    for append_eos, end in ((True, "<eos>"), (False, "")):
+        encode = encoder(None, kind="prompt", append_eos=append_eos)
+        ((ids,), (labels,)) = encode(batch).values()
+        assert learned(encode, labels) == [" 2." + end]
+        assert encode.tokenizer.decode(ids) == "Q: 1 + 1? A: 2." + end
+
+
+def test_too_long() -> None:
+    """Exactly sequence_length fits; one token more is refused with both numbers, cut, or left out."""
+    encode = encoder(UNMARKED)
+    size = len(encode({"messages": [TALKS["one turn"]]})["input_ids"][0])
+    whole = encode({"messages": [TALKS["one turn"]]})
+    for too_long in ("refuse", "truncate", "drop"):
+        assert encoder(UNMARKED, sequence_length=size, too_long=too_long)({"messages": [TALKS["one turn"]]}) == whole
+    with pytest.raises(RecipeError, match=f"a row has {size} tokens, more than sequence_length={size - 1};"):
+        encoder(UNMARKED, sequence_length=size - 1)({"messages": [TALKS["one turn"]]})
+    cut = encoder(UNMARKED, sequence_length=size - 1, too_long="truncate")({"messages": [TALKS["one turn"]]})
+    assert cut == {name: [row[:-1] for row in rows] for name, rows in whole.items()}
+    drop = encoder(UNMARKED, sequence_length=size - 1, too_long="drop")
+    assert drop({"messages": [TALKS["one turn"], TALKS["one turn"]]}) == {"input_ids": [], "labels": []}
+
+
+def test_padding() -> None:
+    """On the right, to the longest row of the batch; padding is neither learned nor attended to."""
+    batch = Collator(7)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, 2, 3], [4, 7, 7]],
+        "labels": [[-100, 2, 3], [4, -100, -100]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+    }
+
+
+@pytest.mark.parametrize("name", ["dense", "ecmoe"])
+@torch.no_grad()
+def test_a_padded_batch_gives_each_conversation_its_own_loss(place: Path, name: str) -> None:
+    """In eval mode, where expert choice routes by threshold and rows cannot see each other."""
+    model = AutoModelForCausalLM.from_pretrained(place / name).eval()
+    encode = encoder(UNMARKED, sequence_length=128, too_long="drop")
+    encoded = encode({"messages": list(TALKS.values())})
+    rows = [{"input_ids": i, "labels": x} for i, x in zip(encoded["input_ids"], encoded["labels"], strict=True)]
+    assert len({len(row["input_ids"]) for row in rows}) == len(rows) == len(TALKS)
+    batch = Collator(0)(rows)
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+    for row, found, labels in zip(rows, logits, batch["labels"], strict=True):
+        together = torch.nn.functional.cross_entropy(found[:-1], labels[1:])
+        alone = model(
+            input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), use_cache=False
+        ).loss
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_a_chat_column_of_another_name(place: Path, recipe_of: Callable, tmp_path: Path) -> None:
+    """messages_column names it, and chat_template replaces the tokenizer's own, in the result as well."""
+    lines = [json.dumps({"talk": TALKS["one turn"], "id": number}) for number in range(20)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    (tmp_path / "own.jinja").write_text(UNMARKED)
+    recipe = recipe_of(
+        dataset=tmp_path / "talk.jsonl",
+        messages_column="talk",
+        chat_template=str(tmp_path / "own.jinja"),
+        max_steps=6,
+        learning_rate=1e-2,
+    )
+    results = run(recipe)
+    assert results["loss_after"] < results["loss_before"] - 1  # the same row every time
+    tokenizer = AutoTokenizer.from_pretrained(recipe.output_dir)
+    assert tokenizer.chat_template == UNMARKED != AutoTokenizer.from_pretrained(place / "ecmoe").chat_template
+    train, _ = prepare(recipe, tokenizer, 300)
+    size = len(train[0]["input_ids"])
+    assert results["tokens"] == 6 * 8 * size
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_the_example(stories: Path, recipe_of: Callable, tmp_path: Path) -> None:
+    """stories260K learns to answer Dolly's questions in ChatML, and a pipeline talks to the result."""
+    if not DOLLY.is_file():
+        pytest.skip("Dolly is not beside the repository (ECMOE_TEST_DATA)")
+    short = [line for line in DOLLY.read_text(encoding="utf-8").splitlines() if len(line) < 700]
+    (tmp_path / "dolly.jsonl").write_text("\n".join(short), encoding="utf-8")
+    recipe = recipe_of(
+        model=stories,
+        dataset=tmp_path / "dolly.jsonl",
+        completion_column="answer",
+        chat_template=str(CHATML),
+        sequence_length=320,
+        too_long="truncate",
+        per_device_train_batch_size=4,
+        max_steps=20,
+        learning_rate=2e-3,
+    )
+    results = run(recipe)
+    assert results["loss_after"] < results["loss_before"] - 1
+    answering = pipeline("text-generation", model=recipe.output_dir)
+    question = [said("user", "Name a colour.")]
+    (answer,) = answering(question, max_new_tokens=12, do_sample=False)
+    *before, last = answer["generated_text"]
+    assert before == question and last["role"] == "assistant" and last["content"]
+    # The same tokens as from the text that the template makes of the question.
+    prompt = answering.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
+    ids = answering.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(recipe.output_dir).eval()
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert last["content"] == answering.tokenizer.decode(expected, skip_special_tokens=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from runs import ROOT, assert_same_run, comparable, finish, start_ranks
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import run
@@ -23,6 +24,7 @@ pytestmark = [
 ]
 
 CODE = {"configuration_ecmoe.py", "modeling_ecmoe.py", "block_ecmoe.py", "router_ecmoe.py", "routing_ecmoe.py"}
+WEIGHTS = "model.safetensors"
 ONE_BATCH = {
     "per_device_train_batch_size": 4,
     "logging_steps": 1,
@@ -76,7 +78,8 @@ def on_two_ranks(recipe: Any, tmp_path: Path) -> list[str]:
 def follow(recipe_of: Callable, model: Path, tmp_path: Path, way: str, **fields: Any) -> dict[str, float]:
     """Largest differences of two ranks from one process: of losses, weights, thresholds, and reloaded logits."""
     ranks, alone = WAYS[way]
-    fields = ONE_BATCH | fields | {"model": model}
+    fields = ONE_BATCH | fields | {"model": model, "eval_strategy": "steps", "save_strategy": "steps"}
+    fields |= {"eval_steps": fields["max_steps"] // 2, "save_steps": fields["max_steps"] // 2}
     if "packing" in ranks:
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps({"text": "word " * (1 + number % 13)}) + "\n" for number in range(90)))
@@ -92,10 +95,12 @@ def follow(recipe_of: Callable, model: Path, tmp_path: Path, way: str, **fields:
         for name in ("loss", "eval_loss"):
             assert (name in row) == (name in other)
             differences["loss"] = max(differences["loss"], abs(row.get(name, 0) - other.get(name, 0)))
-    assert found[0].keys() == expected[0].keys()
-    for name, tensor in found[0].items():
-        what = "thresholds" if "threshold" in name else "weights"
-        differences[what] = max(differences[what], (tensor - expected[0][name]).abs().max().item())
+    halfway = [load_file(tmp_path / name / f"checkpoint-{fields['save_steps']}" / WEIGHTS) for name in ("two", "one")]
+    for mine, other in ((found[0], expected[0]), halfway):
+        assert mine.keys() == other.keys()
+        for name, tensor in mine.items():
+            what = "thresholds" if "threshold" in name else "weights"
+            differences[what] = max(differences[what], (tensor - other[name]).abs().max().item())
     assert found[2]["tokens"] == expected[2]["tokens"]
     assert {path.name for path in (tmp_path / "two").iterdir()} >= CODE
     ids = torch.randint(3, 300, (2, 50))
@@ -113,15 +118,15 @@ FAST_WAYS = [pytest.param(way, marks=SLOW if way in ("accumulation", "streamed")
 
 @pytest.mark.parametrize("way", FAST_WAYS)
 def test_two_ranks_follow_one_process(recipe_of: Callable, decided: Path, tmp_path: Path, way: str) -> None:
-    """Four steps, with an evaluation in between; the slow test goes on to thirty."""
-    differences = follow(recipe_of, decided, tmp_path, way, max_steps=4, eval_strategy="steps", eval_steps=2)
+    """Four steps, with an evaluation and a checkpoint in between; the slow test goes on to thirty."""
+    differences = follow(recipe_of, decided, tmp_path, way, max_steps=4)
     assert max(differences.values()) < (1e-4 if way == "expert parallel" else 1e-6), differences
 
 
 @SLOW
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "expert parallel", "global pool"])
 def test_thirty_steps(recipe_of: Callable, decided: Path, tmp_path: Path, way: str) -> None:
-    differences = follow(recipe_of, decided, tmp_path, way, max_steps=30, eval_strategy="steps", eval_steps=10)
+    differences = follow(recipe_of, decided, tmp_path, way, max_steps=30)
     assert max(differences.values()) < (1e-4 if way == "expert parallel" else 1e-6), differences
 
 

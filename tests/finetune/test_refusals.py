@@ -52,6 +52,7 @@ REFUSALS = {
     "model={dense} experts_learning_rate=0": "experts_learning_rate=0: llama has no routed experts",
     "model={dense} routing=threshold": "routing=threshold is for expert-choice models, and model=",
     "routing=sideways": "Field 'routing' expected one of ('expert_choice', 'threshold', 'token_choice'), got sideways",
+    "capacity_factor=99": "capacity_factor=99 must be above 0 and at most num_experts=4",
     "routing=token_choice": "routing=token_choice does not go with inference_routing=threshold",
     "distributed={fsdp_sice: 2}": "fsdp_sice=2 is no field of distributed (DistributedConfig); did you mean fsdp_size?",
     "distributed={fsdp_size: 2}": "is for 2 processes and 1 run; start it with accelerate launch --num_processes 2",
@@ -174,6 +175,18 @@ def test_a_loss_that_is_no_number(recipe_of: Callable, precision: dict[str, Any]
     assert checkpoint is not None and str(stop.value).endswith(f"the last checkpoint is {checkpoint}")
     weights = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_gradient_that_is_no_number(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of that step is still a number; the weights after it are not, and are not saved."""
+    recipe = recipe_of(max_steps=4, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(
+        "finetune.trainer.EcMoeTrainer._get_grad_norm",
+        lambda self, *_, **__: float("nan") if self.state.global_step == 2 else 1.0,
+    )
+    with pytest.raises(RecipeError, match=r"grad_norm=nan at step 3: training has diverged"):
+        run(recipe)
+    assert last_whole_checkpoint(Path(recipe.output_dir)) == Path(recipe.output_dir) / "checkpoint-2"
 
 
 def test_a_loss_that_is_no_number_from_the_beginning(place: Path, recipe_of: Callable, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from finetune import Recipe, RecipeError, load_recipe, run
 from finetune.folder import as_yaml, last_whole_checkpoint
+from finetune.train import make_trainer
 
 pytestmark = pytest.mark.usefixtures("quick_end")
 
@@ -34,7 +35,13 @@ STEPS = {
 }
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"router_learning_rate": 1e-3},
-    "streamed": {"streaming": True, "shuffle_buffer": 7},
+    # Its second checkpoint from the end is in the second reading of the rows.
+    "a stream": {
+        "streaming": True,
+        "shuffle_buffer": 7,
+        "validation_fraction": 0.95,
+        "gradient_accumulation_steps": 3,
+    },
     "epochs": {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "gradient_accumulation_steps": 8},
     "a part of an epoch": {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 3},
     "lora": {"lora": {"r": 4}, "sequence_length": 32},
@@ -108,11 +115,13 @@ def test_from_any_checkpoint(recipe_of: Callable, whole: Callable, tmp_path: Pat
     """
     checkpoints = sorted(whole(way).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     assert len(checkpoints) >= 3
-    for checkpoint in (checkpoints[0], checkpoints[-1]):
+    for checkpoint in checkpoints[-2:]:
         recipe = recipe_of(**fields_of(way), output_dir=tmp_path / checkpoint.name)
         folder = stopped_after([checkpoint], recipe)
         run(recipe)
         assert_same_run(whole(way), folder)
+        learned = [row for row in comparable(folder)[1] if "loss" in row]
+        assert len(learned) >= 3 and all("threshold_change" in row for row in learned)
         # It did not begin again.
         left = [path.name for path in checkpoints if checkpoints.index(path) >= checkpoints.index(checkpoint)]
         assert sorted(path.name for path in folder.glob("checkpoint-*")) == sorted(left)
@@ -143,6 +152,18 @@ def test_a_checkpoint_cut_off_is_not_resumed_from(recipe_of: Callable, whole: Ca
     run(recipe_of(**fields_of("plain"), output_dir=tmp_path / "truncated"))
     assert_same_run(whole("plain"), tmp_path / "truncated")
     assert last_whole_checkpoint(tmp_path / "truncated") == tmp_path / "truncated" / "checkpoint-14"
+
+
+def test_the_state_is_written_last(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every rank has written its random state: so a checkpoint with a state is whole."""
+    trainer = make_trainer(recipe_of())
+    trainer.create_optimizer_and_scheduler(1)
+    order: list[str] = []
+    monkeypatch.setattr("transformers.Trainer._save_rng_state", lambda *_: order.append("random state"))
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: order.append("all ranks"))
+    monkeypatch.setattr("transformers.TrainerState.save_to_json", lambda *_: order.append("state"))
+    trainer._save_checkpoint(trainer.model, None)
+    assert order[-3:] == ["random state", "all ranks", "state"]
 
 
 def test_folders(recipe_of: Callable, tmp_path: Path) -> None:
@@ -179,7 +200,7 @@ def test_runs_differ_by_their_seed(recipe_of: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "kills"), [("plain", 3), ("streamed", 2)])
+@pytest.mark.parametrize(("way", "kills"), [("plain", 3), ("a stream", 2)])
 def test_five_kills(place: Path, tmp_path: Path, way: str, kills: int) -> None:
     """`python -m finetune` killed again and again, first while it writes a checkpoint, then at random moments."""
     commands = {}
