@@ -1,0 +1,158 @@
+"""Evaluation: the figures are the model's own, text of any size streams, and bad input gets one line."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_dense, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from analysis import AnalysisError, evaluate
+from analysis.cli import main
+from analysis.text import _PIECE, batches, read_documents, windows
+from conversion import convert
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense checkpoint, its expert-choice conversion, and text."""
+    folder = tmp_path_factory.mktemp("analysis")
+    write_dense(folder / "dense", "Llama")
+    text = write_text(folder / "text.txt", documents=3)
+    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, capacity_factor=1.5, text=str(text))
+    return folder
+
+
+def test_losses_are_those_of_the_model(place: Path) -> None:
+    """Document by document, each window alone, by the model's own loss."""
+    result = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=None)
+    model = AutoModelForCausalLM.from_pretrained(place / "ecmoe").eval()
+    tokenizer = AutoTokenizer.from_pretrained(place / "ecmoe")
+    total = predicted = 0.0
+    for window in windows(tokenizer, read_documents(str(place / "text.txt")), 128):
+        ids = torch.tensor([window])
+        with torch.no_grad():
+            total += model(ids, labels=ids).loss.item() * (len(window) - 1)
+        predicted += len(window) - 1
+    assert result["loss"] == pytest.approx(total / predicted, abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["loss_gap"] == pytest.approx(result["loss"] - result["loss_top_k"])
+    assert result["loss_top_k"] != result["loss"]
+    summary = result["routes"]["summary"]
+    assert 1.2 < summary["experts_per_token"] < 1.8
+    loads = [load for layer in result["routes"]["layers"].values() for load in layer["load"]]
+    assert len(loads) == 2 * 4
+    assert sum(loads) / len(loads) == pytest.approx(summary["experts_per_token"] / 1.5)
+
+
+def test_max_tokens_stops_early(place: Path) -> None:
+    few = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=1)
+    everything = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=None)
+    assert 4_096 <= few["tokens"] < everything["tokens"]
+
+
+def test_pairs_prefer_what_the_model_finds_likelier(place: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "ecmoe").eval()
+    tokenizer = AutoTokenizer.from_pretrained(place / "ecmoe")
+
+    @torch.no_grad()
+    def likelihood(text: str) -> float:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        return -model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+
+    sentences = [("The class is a type.", "Is type the a class."), ("An object", "Object an"), ("a b c d", "d c b a e")]
+    rows = [{"sentence_good": good, "sentence_bad": bad} for good, bad in sentences]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = [likelihood(good) > likelihood(bad) for good, bad in sentences]
+    result = evaluate(str(place / "ecmoe"), pairs=[str(tmp_path)])
+    assert result["pairs"] == {
+        "accuracy": sum(expected) / 3,
+        "pairs": 3,
+        "files": {"pairs": sum(expected) / 3},
+    }
+
+
+def test_a_folder_of_every_kind(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.txt").write_text("one<|endoftext|>\n\n<|endoftext|>two")
+    (tmp_path / "b.md").write_text("three")
+    (tmp_path / "c.jsonl").write_text('{"text": "four"}\n\n{"text": " "}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["five", None, "six"]}), tmp_path / "d.parquet")
+    (tmp_path / "ignored.bin").write_bytes(b"\0")
+    assert list(read_documents(str(tmp_path))) == ["one", "two", "three", "four", "five", "six"]
+
+
+def test_a_long_document_streams_in_pieces(tmp_path: Path) -> None:
+    """No piece is much longer than what is read at once, nothing is lost, and separators are found across borders."""
+    words = " ".join(str(n) for n in range(500_000))
+    (tmp_path / "long.txt").write_text(words + "<|endoftext|>end")
+    pieces = list(read_documents(str(tmp_path / "long.txt")))
+    assert len(pieces) > 3 and max(map(len, pieces)) <= 2 * _PIECE
+    assert " ".join(" ".join(pieces[:-1]).split()) == words and pieces[-1] == "end"
+
+
+def test_batches_are_lazy() -> None:
+    """Ten thousand documents are not read for the first batch."""
+    read = 0
+
+    def sequences():
+        nonlocal read
+        for _ in range(10_000):
+            read += 1
+            yield [1, 2, 3, 4]
+
+    stream = batches(sequences(), pool=40, max_tokens=80, padding=0)
+    assert next(stream)["input_ids"].shape == (10, 4)
+    assert read == 10
+    assert len(list(stream)) == 1 and read == 20
+
+
+DAMAGE = {
+    "missing.txt": (None, "does not exist"),
+    "empty.txt": (b"", "is empty"),
+    "blank.txt": (b" \n ", "holds no text"),
+    "junk.txt": (b"\x80\x81\xff" * 50, "is no txt text"),
+    "nul.txt": (b"a\0b" * 50, "holds NUL bytes"),
+    "junk.jsonl": (b"{", "is no jsonl text"),
+    "column.jsonl": (b'{"story": "x"}\n', "no text in the field text_column=text"),
+    "junk.parquet": (b"PAR1" * 20, "is no parquet text"),
+    "picture.png": (b"x", "must be a folder or end in"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_bad_text_gets_one_line(place: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = DAMAGE[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", str(place / "ecmoe"), "--data", str(tmp_path / name)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_other_refusals(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnalysisError, match="is a llama model without experts"):
+        evaluate(str(place / "dense"), data=str(place / "text.txt"))
+    with pytest.raises(AnalysisError, match="does not exist"):
+        evaluate(str(tmp_path / "nowhere"), data=str(place / "text.txt"))
+    with pytest.raises(AnalysisError, match="nothing to evaluate on"):
+        evaluate(str(place / "ecmoe"))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"sentence_good": "a " * 400, "sentence_bad": "b"}) + "\n")
+    with pytest.raises(AnalysisError, match="the model's context 128"):
+        evaluate(str(place / "ecmoe"), pairs=[str(tmp_path / "pairs.jsonl")])
+    (tmp_path / "pairs.jsonl").write_text('{"good": "a"}\n')
+    with pytest.raises(AnalysisError, match="line 1: sentence_good and sentence_bad must be text"):
+        evaluate(str(place / "ecmoe"), pairs=[str(tmp_path / "pairs.jsonl")])
+
+
+def test_json_is_for_machines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", str(place / "ecmoe"), "--data", str(place / "text.txt"), "--max-tokens", "1000", "--json"])
+    assert json.loads(capsys.readouterr().out)["model_type"] == "ecmoe_llama"
+    main(["evaluate", str(place / "ecmoe"), "--data", str(place / "text.txt"), "--max-tokens", "1000"])
+    assert "causal loss" in capsys.readouterr().out
