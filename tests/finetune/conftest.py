@@ -1,7 +1,7 @@
 """Shared by the fine-tuning tests: a folder with checkpoints, text and a recipe, made once."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ save_strategy: "no"
 disable_tqdm: true
 use_cpu: true
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `datasets` keeps of the tests' files goes where their files go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
 
 
 @pytest.fixture(scope="session")
