@@ -304,7 +304,7 @@ def test_full_disk(tmp_path: Path, dense: Path, refuse, monkeypatch: pytest.Monk
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
         refuse(command, "needs 0.0 GB and 0.0 GB are free there; free some, or choose another disk", left=[])
     real, synced = conversion.writer._to_disk, []
-    for full_at in ("purpose", "model", "thresholds", "ecmoe_conversion", "README", "config"):
+    for full_at in ("purpose", "thresholds", "ecmoe_conversion", "README", "config"):
 
         def sync(file, full_at: str = full_at) -> None:
             synced.append(Path(file.name).name.partition(".")[0])
@@ -315,6 +315,18 @@ def test_full_disk(tmp_path: Path, dense: Path, refuse, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr(conversion.writer, "_to_disk", sync)
             refuse(command, "No space left on device", left=[])
+    pieces = []
+
+    def piece(tensor: torch.Tensor) -> memoryview:
+        pieces.append(tensor)
+        if len(pieces) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return in_bytes(tensor)
+
+    in_bytes = conversion.writer._bytes
+    with monkeypatch.context() as patch:  # in the middle of a shard
+        patch.setattr(conversion.writer, "_bytes", piece)
+        refuse(command, "No space left on device", left=[])
     main(command)
 
 
