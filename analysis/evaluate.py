@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modeling_ecmoe import record_routing, use_inference_routing
+from modeling_ecmoe import RoutingRecord, record_routing, use_inference_routing
 
 from .errors import AnalysisError
 from .loading import load_expert_choice, padding_id
@@ -72,19 +72,22 @@ def _losses(model: Any, stream: Iterator[dict[str, Tensor]], data: str) -> dict[
     """Both losses and the routes, batch by batch, so that the text is gone through once."""
     causal = top_k = seconds = 0.0
     predicted = tokens = 0
-    with record_routing(model) as record:
-        for batch in tqdm(stream, desc="Evaluating", unit="batch", disable=None):
-            begin = time.perf_counter()
+    routes: RoutingRecord | None = None
+    for batch in tqdm(stream, desc="Evaluating", unit="batch", disable=None):
+        begin = time.perf_counter()
+        with record_routing(model) as record:
             causal += -log_likelihoods(model, batch).sum().item()  # .item() waits for the device
-            seconds += time.perf_counter() - begin
-            routes = dict(record.layers)
-            with use_inference_routing(model, "expert_choice"):
-                top_k += -log_likelihoods(model, batch).sum().item()
-            record.layers = routes  # those of the causal pass alone
-            real = int(batch["attention_mask"].sum())
-            tokens += real
-            predicted += real - len(batch["input_ids"])
-    if not predicted:
+        seconds += time.perf_counter() - begin
+        if routes is None:
+            routes = record
+        else:
+            routes.merge(record)
+        with use_inference_routing(model, "expert_choice"):
+            top_k += -log_likelihoods(model, batch).sum().item()
+        real = int(batch["attention_mask"].sum())
+        tokens += real
+        predicted += real - len(batch["input_ids"])
+    if routes is None or not predicted:
         raise AnalysisError(f"data={data} holds no text; every document is empty or a single token")
     loss, loss_top_k = causal / predicted, top_k / predicted
     return {
@@ -94,7 +97,7 @@ def _losses(model: Any, stream: Iterator[dict[str, Tensor]], data: str) -> dict[
         "loss_top_k": loss_top_k,
         "loss_gap": loss - loss_top_k,
         "tokens_per_second": tokens / seconds,
-        "routes": record.report(),
+        "routes": routes.report(),
     }
 
 

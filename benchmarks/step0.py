@@ -40,7 +40,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rows = {name: measure(name, options.source, options.text, Path(scratch)) for name in VARIANTS}
-    path = save("step0", {"source": options.source.resolve().parent.name, "text": options.text.name, "rows": rows})
+    path = save(
+        "step0", {"source": "/".join(options.source.resolve().parts[-2:]), "text": options.text.name, "rows": rows}
+    )
     print(table(rows))
     print(f"\n{path}")
 

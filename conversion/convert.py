@@ -189,15 +189,13 @@ def _fill(
         assert texts is not None
         converted = _load(plan, folder, device)
         if thresholds is None:
-            thresholds = _calibrate(converted, texts.calibration, plan.settings.granularity or 1)
+            thresholds = _calibrate(converted, texts.calibration, plan.settings.num_shards)
             work.keep("thresholds", thresholds)
             overwrite_tensors(folder, thresholds)
         dense = _load(plan, plan.sources[0].folder, device)
         verification = compare(dense, converted, texts.tokenizer, texts.verification, VERIFICATION_BATCH)
         check(verification, plan.settings.initialisation.exact, plan.dtype)
         record["verification"] = verification | {"loss_tolerance": TOLERANCE[plan.dtype]}
-        # As a reader of the file will see it: JSON has text for keys.
-        record["verification"] = json.loads(json.dumps(record["verification"]))
     record["sources"] = [
         {"source": source.source, "revision": source.commit, "sha256": sha256}
         for source, sha256 in zip(plan.sources, digests.result(), strict=True)
@@ -242,7 +240,7 @@ def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:
     if router_prompts is None:
         return None
     config: Any = plan.config
-    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // (settings.granularity or 1))
+    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // (settings.num_shards))
 
 
 def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> None:

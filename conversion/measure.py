@@ -26,7 +26,7 @@ def measured_router(
     """The router rows [R, D] that the dense model's FFN inputs suggest, R experts or replicas of granular ones, and
     the thresholds [E] at which every expert takes its share of the same inputs."""
     config, layers = plan.config, sparse_layers(plan)
-    granularity = plan.settings.granularity or 1
+    granularity = plan.settings.num_shards
     inputs = ffn_inputs(dense, list(windows[: max(1, INPUT_TOKENS // windows.shape[1])].split(4)), layers)
     means = _prompt_means(dense, tokenizer, prompts, layers) if prompts else {}
     measured = {}
@@ -74,7 +74,7 @@ def estimated_thresholds(plan: Plan, measured: dict[str, Tensor] | None) -> dict
             weight_D = plan.sources[0].read(norm) if norm in plan.sources[0].headers else torch.ones(rows_ED.shape[1])
             generator = generator_of(plan.settings.seed, f"{name}estimate")
             inputs_TD = norm_inputs(weight_D, ESTIMATE_TOKENS, generator)
-            threshold = one_per_replica(thresholds_of(rows_ED, inputs_TD, config), plan.settings.granularity or 1)
+            threshold = one_per_replica(thresholds_of(rows_ED, inputs_TD, config), plan.settings.num_shards)
         found[f"{name}threshold"] = threshold.float()
         found[f"{name}threshold_updates"] = torch.ones((), dtype=torch.int64)
     return found

@@ -136,9 +136,7 @@ def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> 
     fields = dense.to_dict()
     for name in ("model_type", "architectures", "auto_map", "transformers_version"):
         fields.pop(name, None)
-    fields |= config_fields(
-        settings.initialisation, dense.intermediate_size, settings.ratio, settings.granularity or 1
-    ) | {
+    fields |= config_fields(settings.initialisation, dense.intermediate_size, settings.ratio, settings.num_shards) | {
         "num_experts": settings.num_experts,
         "capacity_factor": settings.capacity_factor,
         "mlp_layer_types": settings.mlp_layer_types(dense.num_hidden_layers),
@@ -211,7 +209,7 @@ class _Maker:
                     expert,
                     lambda label, key=f"{layer}experts.{expert}": generator_of(self.settings.seed, f"{key}:{label}"),
                     self.settings.ratio or 0,
-                    self.settings.granularity or 1,
+                    self.settings.num_shards,
                 )
                 matrix = dense[expert % len(dense)][name]
                 yield self.settings.initialisation.expert(wanted, matrix)
@@ -228,7 +226,7 @@ class _Maker:
         replica share a row. Threshold buffers start at zero and are set once the weights are known."""
         if not name.endswith("gate.weight"):
             return torch.zeros(like.shape, dtype=like.dtype)
-        granularity = self.settings.granularity or 1
+        granularity = self.settings.num_shards
         if name in self.plan_.router_rows:
             rows = self.plan_.router_rows[name]
         else:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modeling_ecmoe.bounded_ecmoe import balanced_thresholds
-from modeling_ecmoe.routing_ecmoe import expert_capacity, router_scores
+from modeling_ecmoe.calibration_ecmoe import thresholds_of_scores
+from modeling_ecmoe.routing_ecmoe import router_scores
 
 from .errors import ConversionError
 
@@ -117,12 +117,5 @@ def norm_inputs(norm_weight_D: Tensor, num_tokens: int, generator: torch.Generat
 
 def thresholds_of(rows_ED: Tensor, inputs_TD: Tensor, config: Any) -> Tensor:
     """[E] thresholds at which every expert takes its share of these inputs [T, D], with the config's bounds."""
-    scores_TE = router_scores(inputs_TD.float() @ rows_ED.float().T, config.router_score_function)
-    share = expert_capacity(len(scores_TE), config.num_experts, config.capacity_factor)
-    if config.bounds_experts_per_token:
-        most = config.max_experts_per_token or config.num_experts
-        return balanced_thresholds(scores_TE, share, config.min_experts_per_token, most)
-    if share >= len(scores_TE):
-        return torch.zeros(config.num_experts)
-    ranked_TE = scores_TE.sort(dim=0, descending=True).values
-    return (ranked_TE[share - 1] + ranked_TE[share]) / 2
+    logits_TE = inputs_TD.float() @ rows_ED.float().T
+    return thresholds_of_scores(router_scores(logits_TE, config.router_score_function), config)

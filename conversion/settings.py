@@ -33,6 +33,11 @@ class Settings:
     def initialisation(self) -> Initialisation:
         return INITIALISATIONS[self.init]
 
+    @property
+    def num_shards(self) -> int:
+        """G, the shards that a replica of the dense FFN is cut into; 1 where it is not cut."""
+        return self.granularity or 1
+
     def complete(self, dense_config: Any, num_sources: int) -> "Settings":
         """With every default filled in, checked against the dense config.
 

@@ -54,9 +54,12 @@ def _losses(dense: Any, converted: Any, batch: Tensor) -> Tensor:
     return torch.stack([*losses, divergence]).cpu()
 
 
-def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[int, float]:
-    """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN on a batch."""
-    errors: dict[int, float] = {}
+def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[str, float]:
+    """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN on a batch.
+
+    The keys are the layers' numbers as text, as in the JSON record.
+    """
+    errors: dict[str, float] = {}
     blocks = {
         i: layer.mlp for i, layer in enumerate(converted.get_decoder().layers) if isinstance(layer.mlp, EcMoeBlock)
     }
@@ -64,7 +67,7 @@ def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[int, float]:
     def hook_of(layer: int) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             found = blocks[layer](inputs[0].to(converted.device)).to(output.device)
-            errors[layer] = ((found.float() - output.float()).norm() / output.float().norm()).item()
+            errors[str(layer)] = ((found.float() - output.float()).norm() / output.float().norm()).item()
 
         return hook
 

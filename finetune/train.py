@@ -6,7 +6,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,10 @@ import psutil
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
-from transformers.distributed import DistributedConfig
+from transformers import TrainingArguments, set_seed
 
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
@@ -27,7 +25,8 @@ from .adapters import add_lora, size_of, trained_parameters
 from .curves import draw_curves
 from .data import Collator, Endless, prepare
 from .folder import RESULTS_NAME, begin, last_whole_checkpoint, resume_point, write_whole
-from .recipe import Recipe, RecipeError, refuse_unknown, training_arguments
+from .loading import load
+from .recipe import Recipe, RecipeError, training_arguments
 from .trainer import EcMoeTrainer, freeze, is_expert_choice
 
 CALIBRATION_TOKENS = 131_072  # a quarter of them leaves the load of single experts 11 % off, by sampling alone
@@ -161,7 +160,7 @@ def _refusal(error: Exception, recipe: Recipe) -> RecipeError | None:
         size = recipe.training.get("per_device_train_batch_size", "default")
         return RecipeError(
             f"per_device_train_batch_size={size} does not fit into memory; lower it and raise "
-            f"gradient_accumulation_steps, or set gradient_checkpointing=true; {goes_on}"
+            f"gradient_accumulation_steps, or set activation_checkpointing=true; {goes_on}"
         )
     if getattr(error, "errno", None) in _DISK or isinstance(error, SafetensorError) or "inline_container" in reason:
         return RecipeError(f"output_dir={output} cannot be written: {reason}; free some space; {goes_on}")
@@ -179,64 +178,6 @@ def _sequences_used(arguments: TrainingArguments) -> int | None:
         return None
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     return arguments.max_steps * batch
-
-
-def load(recipe: Recipe) -> tuple[Any, Any]:
-    """Model and tokenizer of a recipe."""
-    path = Path(recipe.model).expanduser()
-    if (path.is_absolute() or recipe.model.startswith((".", "~"))) and not path.is_dir():
-        raise RecipeError(f"model={recipe.model} does not exist; give a checkpoint folder or a Hub id")
-    options: dict[str, Any] = dict(recipe.routing_fields)
-    if recipe.distributed:
-        options["distributed_config"] = _distributed_config(recipe.distributed)
-    try:
-        config: Any = AutoConfig.from_pretrained(recipe.model)
-        if recipe.routing_fields and not str(config.model_type).startswith("ecmoe_"):
-            name, value = next(iter(recipe.routing_fields.items()))
-            raise RecipeError(
-                f"{name}={value} is for expert-choice models, and model={recipe.model} is {config.model_type}"
-            )
-        for name, value in recipe.routing_fields.items():
-            setattr(config, name, value)
-        config.validate()  # what goes together; from_pretrained looks at each field alone
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
-    except RecipeError:
-        raise
-    except StrictDataclassError as error:  # names one of routing_fields
-        raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
-    if recipe.chat_template:
-        tokenizer.chat_template = _read_template(recipe.chat_template)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and recipe.sequence_length > longest:
-        raise RecipeError(
-            f"sequence_length={recipe.sequence_length} is more than the model's {longest} positions; shorten it"
-        )
-    return model, tokenizer
-
-
-def _distributed_config(content: dict[str, Any]) -> DistributedConfig:
-    refuse_unknown(content, [item.name for item in fields(DistributedConfig)], "distributed (DistributedConfig)")
-    try:
-        config: Any = DistributedConfig(**content)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"distributed={content} is refused: {' '.join(str(error).split())}") from error
-    wanted, started = config.dp_size * config.tp_size * config.pp_size, PartialState().num_processes
-    if wanted != started:
-        raise RecipeError(
-            f"distributed={content} is for {wanted} processes and {started} run; start it with accelerate launch "
-            f"--num_processes {wanted}"
-        )
-    return config
-
-
-def _read_template(name: str) -> str:
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"chat_template={name} cannot be read ({error})") from error
 
 
 def describe(model: Any, recipe: Recipe) -> dict[str, Any]:
@@ -289,9 +230,7 @@ def _evaluate(trainer: EcMoeTrainer) -> dict[str, Any]:
     results: dict[str, Any] = {"loss_after": found["eval_loss"]}
     if "eval_loss_top_k" in found:
         results |= {"loss_after_top_k": found["eval_loss_top_k"], "loss_gap": found["eval_loss_gap"]}
-        times = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
-        left_out = {"eval_loss", "eval_loss_top_k", "eval_loss_gap", "epoch", *times}
-        results["routing"] = {k.removeprefix("eval_"): v for k, v in found.items() if k not in left_out}
+        results["routing"] = trainer.routing
     return results
 
 

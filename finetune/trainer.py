@@ -72,6 +72,7 @@ class EcMoeTrainer(Trainer):
         self.routes = is_expert_choice(self.model)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
         self._timed_steps = 0
+        self.routing: dict[str, float] | None = None  # how the thresholds routed in the last evaluation
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As Trainer's, with the router's and the experts' parameters in groups of their own learning rate."""
@@ -104,7 +105,8 @@ class EcMoeTrainer(Trainer):
         loss, loss_top_k = (found[f"{metric_key_prefix}_loss"] for found in (metrics, metrics_top_k))
         metrics[f"{metric_key_prefix}_loss_top_k"] = loss_top_k
         metrics[f"{metric_key_prefix}_loss_gap"] = loss - loss_top_k
-        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in first.summary().items()}
+        self.routing = first.summary()
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.routing.items()}
         return output._replace(metrics=metrics)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -59,7 +59,13 @@ class EcMoeRaggedExperts(nn.Module):
 
 
 class EcMoeExperts(EcMoeRaggedExperts):
-    """The experts, entered through `forward` alone: adapters, parallel plans and quantisers hook there."""
+    """The experts, entered through `forward` alone: adapters, parallel plans and quantisers hook there.
+
+    rows_per_expert: set by the block for the time of a call where `forward` is a dispatcher of expert parallelism,
+        which takes no further argument; an `EPImplementation` reads it.
+    """
+
+    rows_per_expert: int | None = None
 
     def forward(
         self,
@@ -176,7 +182,11 @@ class EcMoeBlock(nn.Module):
         """
         ones_R1 = torch.ones_like(rows_RD[:, :1])
         if getattr(self.experts, "_is_expert_parallel", False):
-            return self.experts(rows_RD, expert_R[:, None], ones_R1)
+            self.experts.rows_per_expert = rows_per_expert
+            try:
+                return self.experts(rows_RD, expert_R[:, None], ones_R1)
+            finally:
+                self.experts.rows_per_expert = None
         return self.experts(rows_RD, expert_R[:, None], ones_R1, rows_per_expert=rows_per_expert)
 
     def _choose(self, scores_PNE: Tensor, mask_PN: Tensor | None, learning: bool) -> ExpertChoice:

@@ -1,6 +1,7 @@
 """Thresholds from data: exact quantiles of each expert's scores, or with bounds what balances the bounded rule."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from .block_ecmoe import EcMoeBlock, num_ranks, use_inference_routing
 from .bounded_ecmoe import balanced_thresholds
 from .report_ecmoe import run_batches, sparse_blocks
-from .routing_ecmoe import expert_capacity
+from .routing_ecmoe import choose_tokens, expert_capacity
 
 # A float32 score in [0, 1] has a bit pattern below 2^30, and patterns are ordered as the scores are. Two halves of
 # 15 bits make two passes with small integer histograms find any quantile exactly, and histograms simply add up.
@@ -97,13 +98,19 @@ def _bounded_thresholds(
     """[E] for each layer: where the bounded rule gives every expert its share. Keeps all scores, 4 * T * E bytes."""
     kept: dict[str, list[Tensor]] = {name: [] for name in blocks}
     _collect_scores(model, blocks, batches, lambda name, scores_TE: kept[name].append(scores_TE))
-    thresholds = {}
-    for name, block in blocks.items():
-        config, scores_TE = block.config, _gather_ranks(torch.cat(kept.pop(name)))
-        share = expert_capacity(len(scores_TE), config.num_experts, config.capacity_factor)
-        most = config.max_experts_per_token or config.num_experts
-        thresholds[name] = balanced_thresholds(scores_TE, share, config.min_experts_per_token, most)
-    return thresholds
+    return {
+        name: thresholds_of_scores(_gather_ranks(torch.cat(kept.pop(name))), block.config)
+        for name, block in blocks.items()
+    }
+
+
+def thresholds_of_scores(scores_TE: Tensor, config: Any) -> Tensor:
+    """[E] thresholds at which each expert takes its share C of these scores [T, E], with the config's bounds."""
+    if not config.bounds_experts_per_token:
+        return choose_tokens(scores_TE[None], config.capacity_factor).threshold
+    share = expert_capacity(len(scores_TE), config.num_experts, config.capacity_factor)
+    most = config.max_experts_per_token or config.num_experts
+    return balanced_thresholds(scores_TE, share, config.min_experts_per_token, most)
 
 
 def _add_up_ranks(histograms: Iterable[Tensor]) -> None:

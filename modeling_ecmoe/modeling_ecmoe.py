@@ -10,6 +10,7 @@ import torch
 import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
@@ -54,6 +55,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .block_ecmoe import EcMoeBlock, EcMoeRaggedExperts, announce_tokens, use_inference_routing
 from .configuration_ecmoe import EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config
+from .parallel_ecmoe import EqualSplitsEP
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
 
@@ -433,5 +435,7 @@ for _config_class, _model_classes in MODEL_CLASSES.items():
     _config_class.register_for_auto_class()
     for _auto_class, _model_class in _model_classes.items():
         _model_class.register_for_auto_class(_auto_class)
+
+EPImplementationInterface.register("equal_splits", EqualSplitsEP)
 
 __all__ = [model.__name__ for models in MODEL_CLASSES.values() for model in models.values()]

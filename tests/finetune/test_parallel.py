@@ -43,6 +43,10 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         SINGLE | {"distributed": {"fsdp_size": 2, "ep_size": 2}},
         SINGLE | {"gradient_accumulation_steps": 2},
     ),
+    "equal splits": (
+        SINGLE | {"distributed": {"fsdp_size": 2, "ep_size": 2, "ep_implementation": "equal_splits"}},
+        SINGLE | {"gradient_accumulation_steps": 2},
+    ),
     "global pool": ({"routing_pool": "global"}, {"routing_pool": "global", "per_device_train_batch_size": 8}),
     "accumulation": ({"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 4}),
     "streamed": ({"streaming": True}, {"streaming": True, "gradient_accumulation_steps": 2}),
@@ -120,14 +124,14 @@ FAST_WAYS = [pytest.param(way, marks=SLOW if way in ("accumulation", "streamed")
 def test_two_ranks_follow_one_process(recipe_of: Callable, decided: Path, tmp_path: Path, way: str) -> None:
     """Four steps, with an evaluation and a checkpoint in between; the slow test goes on to thirty."""
     differences = follow(recipe_of, decided, tmp_path, way, max_steps=4)
-    assert max(differences.values()) < (1e-4 if way == "expert parallel" else 1e-6), differences
+    assert max(differences.values()) < (1e-4 if way in ("expert parallel", "equal splits") else 1e-6), differences
 
 
 @SLOW
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "expert parallel", "global pool"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "expert parallel", "equal splits", "global pool"])
 def test_thirty_steps(recipe_of: Callable, decided: Path, tmp_path: Path, way: str) -> None:
     differences = follow(recipe_of, decided, tmp_path, way, max_steps=30)
-    assert max(differences.values()) < (1e-4 if way == "expert parallel" else 1e-6), differences
+    assert max(differences.values()) < (1e-4 if way in ("expert parallel", "equal splits") else 1e-6), differences
 
 
 def test_a_pool_of_each_rank_is_told_apart(recipe_of: Callable, decided: Path, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Model and tokenizer of a recipe, with the routing fields and the parallel plan it asks for."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
+
+from .recipe import Recipe, RecipeError, refuse_unknown
+
+
+def load(recipe: Recipe) -> tuple[Any, Any]:
+    """Model and tokenizer of a recipe."""
+    path = Path(recipe.model).expanduser()
+    if (path.is_absolute() or recipe.model.startswith((".", "~"))) and not path.is_dir():
+        raise RecipeError(f"model={recipe.model} does not exist; give a checkpoint folder or a Hub id")
+    options: dict[str, Any] = dict(recipe.routing_fields)
+    if recipe.distributed:
+        options["distributed_config"] = _distributed_config(recipe)
+    try:
+        config: Any = AutoConfig.from_pretrained(recipe.model)
+        if recipe.routing_fields and not str(config.model_type).startswith("ecmoe_"):
+            name, value = next(iter(recipe.routing_fields.items()))
+            raise RecipeError(
+                f"{name}={value} is for expert-choice models, and model={recipe.model} is {config.model_type}"
+            )
+        for name, value in recipe.routing_fields.items():
+            setattr(config, name, value)
+        config.validate()  # what goes together; from_pretrained looks at each field alone
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
+    except RecipeError:
+        raise
+    except StrictDataclassError as error:  # names one of routing_fields
+        raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
+    if recipe.chat_template:
+        tokenizer.chat_template = _read_template(recipe.chat_template)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and recipe.sequence_length > longest:
+        raise RecipeError(
+            f"sequence_length={recipe.sequence_length} is more than the model's {longest} positions; shorten it"
+        )
+    return model, tokenizer
+
+
+def _distributed_config(recipe: Recipe) -> DistributedConfig:
+    content: dict[str, Any] = dict(recipe.distributed or {})
+    refuse_unknown(content, [item.name for item in fields(DistributedConfig)], "distributed (DistributedConfig)")
+    try:
+        config: Any = DistributedConfig(**content)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"distributed={content} is refused: {' '.join(str(error).split())}") from error
+    if config.ep_implementation == "equal_splits" and not recipe.packing:
+        raise RecipeError(
+            "packing=false makes batches of other lengths on each rank, which ep_implementation=equal_splits cannot "
+            "divide equally; leave packing on, or set ep_implementation=all_to_all"
+        )
+    wanted, started = config.dp_size * config.tp_size * config.pp_size, PartialState().num_processes
+    if wanted != started:
+        raise RecipeError(
+            f"distributed={content} is for {wanted} processes and {started} run; start it with accelerate launch "
+            f"--num_processes {wanted}"
+        )
+    return config
+
+
+def _read_template(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"chat_template={name} cannot be read ({error})") from error
