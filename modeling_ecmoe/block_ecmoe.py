@@ -10,15 +10,14 @@ R chosen (expert, token) pairs, K experts of one token.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
 
 from .bounded_ecmoe import choose_tokens_within_bounds
+from .experts_ecmoe import EcMoeExperts
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import (
     ExpertChoice,
@@ -28,78 +27,6 @@ from .routing_ecmoe import (
     combine_weights,
     routes_by_threshold,
 )
-
-
-@use_experts_implementation
-class EcMoeRaggedExperts(nn.Module):
-    """Gated FFNs with stacked weights, any number of rows each; the contract of Transformers' experts back-ends."""
-
-    config: Any  # set, like `_apply_gate`, by the decorator
-    _apply_gate: Callable[[Tensor], Tensor]
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        hidden_size, width = config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D], one expert after the other."""
-        output = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
-                continue
-            hidden = self._apply_gate(nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]))
-            hidden = nn.functional.linear(hidden, self.down_proj[expert]) * top_k_weights[token, slot, None]
-            output.index_add_(0, token, hidden.to(output.dtype))
-        return output
-
-
-class EcMoeExperts(EcMoeRaggedExperts):
-    """The experts, entered through `forward` alone: adapters, parallel plans and quantisers hook there.
-
-    rows_per_expert: set by the block for the time of a call where `forward` is a dispatcher of expert parallelism,
-        which takes no further argument; an `EPImplementation` reads it.
-    """
-
-    rows_per_expert: int | None = None
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        rows_per_expert: int | None = None,
-    ) -> Tensor:
-        """The contract of `EcMoeRaggedExperts`, with a short cut for expert choice.
-
-        rows_per_expert: when given, hidden_states [E * C, D] holds C = rows_per_expert rows of each expert in
-            turn, top_k_index and top_k_weights are not read, and the rows come back unweighted.
-        """
-        if rows_per_expert is not None:
-            return self._equal_rows(hidden_states, rows_per_expert)
-        if not self._suits_grouped_mm(hidden_states):
-            # The body above, without the dispatch to a back-end that would refuse these tensors.
-            eager = EcMoeRaggedExperts.forward.__wrapped__  # type: ignore[attr-defined]
-            return eager(self, hidden_states, top_k_index, top_k_weights)
-        return super().forward(hidden_states, top_k_index, top_k_weights)
-
-    def _equal_rows(self, hidden_states: Tensor, rows_per_expert: int) -> Tensor:
-        """Two batched products: no sorting, no sizes to exchange, static shapes."""
-        dtype = self.gate_up_proj.dtype
-        rows_ECD = hidden_states.to(dtype).view(self.num_experts, rows_per_expert, -1)
-        hidden_ECI = self._apply_gate(torch.bmm(rows_ECD, self.gate_up_proj.transpose(1, 2)))
-        return torch.bmm(hidden_ECI, self.down_proj.transpose(1, 2)).flatten(0, 1)
-
-    def _suits_grouped_mm(self, hidden_states: Tensor) -> bool:
-        """Whether torch's grouped product takes these tensors: no float64, rows on 16-byte borders."""
-        if self.config._experts_implementation != "grouped_mm":
-            return True
-        row_bytes = [weight.shape[-1] * weight.element_size() for weight in (self.gate_up_proj, self.down_proj)]
-        return self.gate_up_proj.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
 class EcMoeBlock(nn.Module):

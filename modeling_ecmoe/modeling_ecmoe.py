@@ -53,8 +53,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from .block_ecmoe import EcMoeBlock, EcMoeRaggedExperts, announce_tokens, use_inference_routing
+from .block_ecmoe import EcMoeBlock, announce_tokens, use_inference_routing
 from .configuration_ecmoe import EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config
+from .experts_ecmoe import EcMoeRaggedExperts
 from .parallel_ecmoe import EqualSplitsEP
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss

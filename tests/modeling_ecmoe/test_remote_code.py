@@ -20,6 +20,8 @@ CODE_FILES = {
     "routing_ecmoe.py",
     "bounded_ecmoe.py",
     "router_ecmoe.py",
+    "experts_ecmoe.py",
+    "parallel_ecmoe.py",
     "block_ecmoe.py",
     "modeling_ecmoe.py",
 }

@@ -1,0 +1,195 @@
+"""The experts: gated FFNs with stacked weights, on equal or on any numbers of rows.
+
+Shapes: E experts, C rows of each, D hidden size, I expert width, T tokens, K experts of one token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+
+@use_experts_implementation
+class EcMoeRaggedExperts(nn.Module):
+    """Gated FFNs with stacked weights, any number of rows each; the contract of Transformers' experts back-ends."""
+
+    config: Any  # set, like `_apply_gate`, by the decorator
+    _apply_gate: Callable[[Tensor], Tensor]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        hidden_size, width = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D], one expert after the other."""
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            hidden = self._apply_gate(nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]))
+            hidden = nn.functional.linear(hidden, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            output.index_add_(0, token, hidden.to(output.dtype))
+        return output
+
+
+class EcMoeExperts(EcMoeRaggedExperts):
+    """The experts, entered through `forward` alone: adapters, parallel plans and quantisers hook there.
+
+    rows_per_expert: set by the block for the time of a call where `forward` is a dispatcher of expert parallelism,
+        which takes no further argument; an `EPImplementation` reads it.
+    """
+
+    rows_per_expert: int | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        rows_per_expert: int | None = None,
+    ) -> Tensor:
+        """The contract of `EcMoeRaggedExperts`, with a short cut for expert choice.
+
+        rows_per_expert: when given, hidden_states [E * C, D] holds C = rows_per_expert rows of each expert in
+            turn, top_k_index and top_k_weights are not read, and the rows come back unweighted.
+        """
+        if rows_per_expert is not None:
+            return self._equal_rows(hidden_states, rows_per_expert)
+        if not self._suits_grouped_mm(hidden_states):
+            # The body above, without the dispatch to a back-end that would refuse these tensors.
+            eager = EcMoeRaggedExperts.forward.__wrapped__  # type: ignore[attr-defined]
+            return eager(self, hidden_states, top_k_index, top_k_weights)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+    def _equal_rows(self, hidden_states: Tensor, rows_per_expert: int) -> Tensor:
+        """Two products per expert: no sorting, no sizes to exchange, static shapes."""
+        device = hidden_states.device.type
+        dtype = self.gate_up_proj.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        rows_ECD = hidden_states.to(dtype).view(self.num_experts, rows_per_expert, -1)
+        if torch.compiler.is_compiling():  # the compiler fuses and plans memory itself
+            hidden_ECI = self._apply_gate(torch.bmm(rows_ECD, gate_up_proj.transpose(1, 2)))
+            return torch.bmm(hidden_ECI, down_proj.transpose(1, 2)).flatten(0, 1)
+        return EqualRows.apply(self._apply_gate, rows_ECD, gate_up_proj, down_proj).flatten(0, 1)
+
+    def _suits_grouped_mm(self, hidden_states: Tensor) -> bool:
+        """Whether torch's grouped product takes these tensors: no float64, rows on 16-byte borders."""
+        if self.config._experts_implementation != "grouped_mm":
+            return True
+        row_bytes = [weight.shape[-1] * weight.element_size() for weight in (self.gate_up_proj, self.down_proj)]
+        return self.gate_up_proj.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
+
+
+class EqualRows(torch.autograd.Function):
+    """C rows through each of E gated FFNs: rows [E, C, D], gate_up_proj [E, 2I, D], down_proj [E, D, I] -> [E, C, D].
+
+    For backward it keeps the first product [E, C, 2I] and applies the activation to it again: half of what autograd
+    would keep, at the cost of one elementwise pass. On a CPU it takes the experts one after the other, so that what
+    lies between the products stays in the cache and in memory that is touched already; elsewhere all at once.
+    Each product runs on the same operands in the same order as torch.bmm would, so the results do not differ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, apply_gate: Callable[[Tensor], Tensor], rows_ECD: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+    ) -> Tensor:
+        output_ECD = torch.empty_like(rows_ECD, memory_format=torch.contiguous_format)
+        kept = []
+        with torch.autocast(rows_ECD.device.type, enabled=False):  # the caller has chosen the precision
+            for part in _parts(rows_ECD):
+                rows, gate_up, down = (_computable(tensor[part]) for tensor in (rows_ECD, gate_up_proj, down_proj))
+                product = rows @ gate_up.mT
+                kept.append(product.to(rows_ECD.dtype))
+                _product(apply_gate(product), down.mT, output_ECD[part])
+        ctx.apply_gate = apply_gate
+        ctx.save_for_backward(rows_ECD, gate_up_proj, down_proj, *kept)
+        return output_ECD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ECD: Tensor) -> tuple[Tensor | None, ...]:
+        rows_ECD, gate_up_proj, down_proj, *kept = ctx.saved_tensors
+        inputs = (rows_ECD, gate_up_proj, down_proj)
+        # Frozen weights and inputs need no gradient.
+        grads = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
+            for tensor, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True)
+        ]
+        with torch.autocast(rows_ECD.device.type, enabled=False):
+            for part, product in zip(_parts(rows_ECD), kept, strict=True):
+                values = [_computable(tensor[part]) for tensor in (grad_ECD, *inputs)]
+                _backward(ctx.apply_gate, _computable(product), *values, *(g if g is None else g[part] for g in grads))
+        return None, *grads
+
+
+def _backward(
+    apply_gate: Callable[[Tensor], Tensor],
+    product: Tensor,
+    grad: Tensor,
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    grad_rows: Tensor | None,
+    grad_gate_up: Tensor | None,
+    grad_down: Tensor | None,
+) -> None:
+    """Writes the gradients that are wanted of one expert, [C, D] and so on, or of all of them."""
+    with torch.enable_grad():
+        product = product.detach().requires_grad_()
+        hidden = apply_gate(product)
+    if grad_down is not None:
+        _product(grad.mT, hidden.detach(), grad_down)
+    if grad_rows is None and grad_gate_up is None:
+        return
+    (grad_product,) = torch.autograd.grad(hidden, product, grad @ down)
+    if grad_gate_up is not None:
+        _product(grad_product.mT, rows, grad_gate_up)
+    if grad_rows is not None:
+        _product(grad_product, gate_up, grad_rows)
+
+
+def _parts(rows_ECD: Tensor) -> list[Any]:
+    """Indices of what is computed together: one expert after the other on a CPU, all of them elsewhere."""
+    return list(range(len(rows_ECD))) if rows_ECD.device.type == "cpu" else [...]
+
+
+def _product(left: Tensor, right: Tensor, output: Tensor) -> None:
+    """Writes left @ right into the output, rounded to its precision."""
+    if output.dtype == left.dtype:
+        torch.matmul(left, right, out=output)
+    else:
+        output.copy_(left @ right)
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """In float32 where the processor has no 16-bit products: torch would compute them one number at a time there."""
+    if tensor.device.type != "cpu" or tensor.dtype not in _SLOW_DTYPES:
+        return tensor
+    return tensor.float()
+
+
+def _slow_dtypes() -> set[torch.dtype]:
+    """The 16-bit types whose products oneDNN has no code for on this processor."""
+    try:
+        mkldnn = torch.ops.mkldnn
+        supported = {
+            torch.bfloat16: mkldnn._is_mkldnn_bf16_supported(),
+            torch.float16: mkldnn._is_mkldnn_fp16_supported(),
+        }
+    except (AttributeError, RuntimeError):  # a build without oneDNN
+        return {torch.bfloat16, torch.float16}
+    return {dtype for dtype, is_supported in supported.items() if not is_supported}
+
+
+_SLOW_DTYPES = _slow_dtypes()
