@@ -1,0 +1,135 @@
+"""The experts on equal rows: gradients, what is kept for them, 16 bits, and the way other devices take."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from modeling_ecmoe import experts_ecmoe
+from modeling_ecmoe.experts_ecmoe import EcMoeExperts
+
+E, C, D, I = 3, 5, 4, 6  # noqa: E741  the field's letters
+
+
+def make_experts(dtype: torch.dtype = torch.float64) -> EcMoeExperts:
+    config = SimpleNamespace(
+        num_experts=E, hidden_size=D, moe_intermediate_size=I, hidden_act="silu", _experts_implementation="eager"
+    )
+    experts = EcMoeExperts(config).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return experts
+
+
+def run(experts: EcMoeExperts, rows: Tensor) -> Tensor:
+    """The dispatched rows through the experts as the block enters them; the other arguments are not read."""
+    nothing = torch.empty(0)
+    return experts(rows, nothing, nothing, rows_per_expert=C)
+
+
+def reference(experts: EcMoeExperts, rows: Tensor) -> Tensor:
+    """One dense FFN per expert, by plain autograd."""
+    outputs = []
+    for expert, own in enumerate(rows.view(E, C, D)):
+        gate, up = (own @ experts.gate_up_proj[expert].T).chunk(2, -1)
+        outputs.append((torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert].T)
+    return torch.cat(outputs)
+
+
+@pytest.fixture(params=["expert by expert", "all at once"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way of a CPU, and that of every other device on it."""
+    if request.param == "all at once":
+        monkeypatch.setattr(experts_ecmoe, "_parts", lambda _: [...])
+    return request.param
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
+def test_gradients_of_what_is_not_frozen(way: str, wanted: tuple[bool, bool, bool]) -> None:
+    experts = make_experts()
+    rows = torch.randn(E * C, D, dtype=torch.float64)
+    tensors = (rows, experts.gate_up_proj, experts.down_proj)
+    for tensor, is_wanted in zip(tensors, wanted, strict=True):
+        tensor.requires_grad_(is_wanted)
+    output = run(experts, rows)
+    torch.testing.assert_close(output, reference(experts, rows))
+    assert output.requires_grad == any(wanted)
+    if any(wanted):
+        grad = torch.randn_like(output)
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+        expected = torch.autograd.grad(reference(experts, rows), leaves, grad)
+        for found, other in zip(torch.autograd.grad(output, leaves, grad), expected, strict=True):
+            torch.testing.assert_close(found, other)
+
+
+def test_gradcheck(way: str) -> None:
+    experts = make_experts()
+    rows = torch.randn(E * C, D, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda rows, *_: run(experts, rows), (rows, *experts.parameters()))
+
+
+def kept_bytes(function: object, rows: Tensor, weights: list[Tensor]) -> int:
+    """Of different memory that autograd holds for backward, weights left out."""
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(rows)  # type: ignore[operator]
+    del output
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+def test_keeps_the_first_product_alone(way: str) -> None:
+    """Rows and [C, 2I] for each expert; plain autograd keeps the activation and its product with `up` beside them."""
+    experts = make_experts()
+    rows = torch.randn(E * C, D, dtype=torch.float64, requires_grad=True)
+    weights = list(experts.parameters())
+    assert kept_bytes(lambda rows: run(experts, rows), rows, weights) == E * C * (D + 2 * I) * 8
+    assert kept_bytes(lambda rows: reference(experts, rows), rows, weights) > E * C * (D + 2 * I) * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(way: str, dtype: torch.dtype) -> None:
+    """As near to float32 on the same rounded numbers as 16 bits can tell, gradients included."""
+    experts, exact = make_experts(dtype), make_experts(dtype).float()
+    rows = torch.randn(E * C, D).to(dtype).requires_grad_()
+    exact_rows = rows.detach().float().requires_grad_()
+    run(experts, rows).sum().backward()
+    reference(exact, exact_rows).sum().backward()
+    pairs = [(rows.grad, exact_rows.grad)]
+    pairs += [(p.grad, q.grad) for p, q in zip(experts.parameters(), exact.parameters(), strict=True)]
+    for found, expected in pairs:
+        assert found is not None and expected is not None
+        assert found.dtype == dtype
+        assert (found.float() - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_autocast(way: str) -> None:
+    """Products in bfloat16, weights and their gradients in float32."""
+    experts = make_experts(torch.float32)
+    rows = torch.randn(E * C, D, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = run(experts, rows)
+        output.float().sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in experts.parameters()
+    )
+    expected = reference(experts, rows)
+    assert (output.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_second_derivative_is_refused(way: str) -> None:
+    experts = make_experts()
+    rows = torch.randn(E * C, D, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(run(experts, rows).square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
