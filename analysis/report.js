@@ -115,7 +115,7 @@
       make("tr", {}, make("th", { scope: "row", class: i === state.layer ? "shown" : null }, `Layer ${layer.layer}`),
         ...experts.map((e) => {
           const gate = gateOf[i][t].get(e);
-          return make("td", { "data-gate": gate, title: scoreTitle(i, t, e) }, gate === undefined ? "·" : show(gate, 2));
+          return make("td", { "data-gate": gate, title: scoreTitle(i, t, e) }, gate === undefined ? "·" : gate.toPrecision(2));
         }))));
   }
 
@@ -172,11 +172,11 @@
       }
       const score = layers[i].scores[t][e], { low, high } = layers[i].histogram;
       const attributes = { style: `--value:${(score - low) / (high - low)}`, "data-value": score, title: scoreTitle(i, t, e) };
-      if (!gateOf[i][t].has(e)) return make("td", attributes, show(score, 2));
-      return make("td", { ...attributes, class: "taken" }, show(score, 2), make("span", { class: "hidden" }, " taken"));
+      if (!gateOf[i][t].has(e)) return make("td", attributes, score.toPrecision(2));
+      return make("td", { ...attributes, class: "taken" }, score.toPrecision(2), make("span", { class: "hidden" }, " taken"));
     };
     setTable("map",
-      ["Token", ...columns.map((column) => make("th", { scope: "col", class: single && column[1] === state.expert ? "shown" : null }, title(column)))],
+      [make("th", { scope: "col", class: "words" }, "Token"), ...columns.map((column) => make("th", { scope: "col", class: single && column[1] === state.expert ? "shown" : null }, title(column)))],
       texts.map((_, t) => make("tr", {}, make("th", { scope: "row" }, word(t).replace(/\n/g, "↵")), ...columns.map((column) => cell(t, column)))));
     const note = counts ? "Number of experts that took each token, layer by layer." :
       `Scores of ${single ? `layer ${layers[state.layer].layer}` : `expert ${state.expert} in every layer`}; bold with a bar: the expert took the token.`;
@@ -188,32 +188,36 @@
   function histogram(i, e) {
     const { low, high, counts } = layers[i].histogram, threshold = layers[i].threshold?.[e];
     const most = Math.max(1, ...counts[e]), width = 240 / counts[e].length;
-    const x = (score) => (240 * (score - low)) / (high - low);
     const taken = layers[i].chosen.filter((list) => list.includes(e)).length;
     const bars = counts[e].map((number, b) => {
       const height = (90 * number) / most;
       return number ? `M${b * width} ${100 - height}h${width - 1}v${height}h${1 - width}z` : "";
     });
-    const limit = threshold === undefined ? "" : `threshold ${show(threshold)}, `;
-    const label = `Layer ${layers[i].layer}, expert ${e}: scores from ${show(low)} to ${show(high)}, ${limit}${taken} of ${numTokens} tokens taken`;
+    const limit = threshold === undefined ? "" : `threshold ${show(threshold)}`;
+    const label = `Layer ${layers[i].layer}, expert ${e}: scores from ${show(low)} to ${show(high)}, ${limit && `${limit}, `}${taken} of ${numTokens} tokens taken`;
     const svg = make("svg", {
       viewBox: "0 0 240 116", role: "img", "aria-label": label, "data-layer": layers[i].layer, "data-expert": e,
       "data-counts": counts[e].join(" "), "data-threshold": threshold,
     }, make("path", { class: "bars", d: bars.join("") }), make("path", { class: "axis", d: "M0 100.5h240" }),
     make("text", { x: 0, y: 112 }, show(low)), make("text", { x: 240, y: 112, "text-anchor": "end" }, show(high)));
     if (threshold !== undefined) {
-      const at = x(threshold), anchor = at < 50 ? "start" : at > 190 ? "end" : "middle";
-      svg.append(make("line", { class: "threshold", x1: at, x2: at, y1: 0, y2: 100 }),
-        make("text", { class: "threshold-text", x: at, y: 112, "text-anchor": anchor }, show(threshold)));
+      const at = (240 * (threshold - low)) / (high - low);
+      svg.append(make("line", { class: "threshold", x1: at, x2: at, y1: 0, y2: 100 }));
     }
-    return make("figure", {}, make("figcaption", {}, `Expert ${e} took ${taken}`), svg);
+    return make("figure", {}, make("figcaption", {}, `Expert ${e} took ${taken} `, make("small", {}, limit)), svg);
+  }
+
+  function boundsInWords() {
+    const { min_experts_per_token: least, max_experts_per_token: most } = data;
+    const bounds = [least ? `at least ${count(least, "expert")}` : "", most === null ? "" : `at most ${count(most, "expert")}`];
+    return bounds.some(Boolean) ? `; a token has ${bounds.filter(Boolean).join(" and ")}, those nearest their thresholds first` : "";
   }
 
   function drawHistograms() {
     byId("histograms").replaceChildren(...shownLayers().flatMap((i) =>
       [make("h3", {}, `Layer ${layers[i].layer}`), ...shownExperts().map((e) => histogram(i, e))]));
     byId("histograms-note").textContent = layers[0].threshold ?
-      "How often each score occurs. An expert takes a token when its score lies above the dashed threshold, but for bounds on the experts of a token." :
+      `How often each score occurs. An expert takes a token when its score lies above the dashed threshold${boundsInWords()}.` :
       "How often each score occurs. In this model the tokens choose their experts, so there is no threshold.";
   }
 
@@ -252,7 +256,7 @@
     const item = (entry) => make("span", { class: "favourite" },
       make("b", {}, (entry.text || entry.name).replace(/\n/g, "↵")),
       make("small", {}, ` ${entry.taken} of ${entry.times}, ${show(entry.score)}`));
-    setTable("favourites", ["Layer", "Expert", "Tokens", "Favourites"], shownLayers().flatMap((i) => shownExperts().map((e) => {
+    setTable("favourites", ["Layer", "Expert", "Tokens", make("th", { scope: "col", class: "words" }, "Favourites")], shownLayers().flatMap((i) => shownExperts().map((e) => {
       const list = layers[i].favourites[e], taken = layers[i].chosen.filter((chosen) => chosen.includes(e)).length;
       return make("tr", {}, make("th", { scope: "row" }, layers[i].layer), make("th", { scope: "row" }, e),
         make("td", { class: "number" }, taken), make("td", {}, ...(list.length ? list.map(item) : ["none"])));

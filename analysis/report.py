@@ -67,6 +67,8 @@ def numbers(routes: TextRoutes, checkpoint: str) -> dict[str, Any]:
         "model_type": routes.model_type,
         "num_experts": routes.num_experts,
         "capacity_factor": routes.capacity_factor,
+        "min_experts_per_token": routes.min_experts,
+        "max_experts_per_token": routes.max_experts,
         "loss": None if routes.loss is None else _round(routes.loss),
         "ids": routes.token_ids,
         "names": routes.names,

@@ -55,6 +55,8 @@ class TextRoutes:
     model_type: str
     num_experts: int
     capacity_factor: float
+    min_experts: int
+    max_experts: int | None
     has_thresholds: bool
     token_ids: list[int]
     names: list[str]
@@ -118,8 +120,8 @@ def routes_of_text(model: Any, tokenizer: Any, text: str) -> TextRoutes:
     input_ids = torch.tensor([ids], device=model.device)
     with (
         use_inference_routing(model, "threshold" if has_thresholds else None),
+        _router_outputs(blocks) as outputs,  # before the record, which cannot count what is not finite
         record_routing(model) as record,
-        _router_outputs(blocks) as outputs,
     ):
         logits_TV = model(input_ids=input_ids, use_cache=False).logits[0].float()
     loss = nn.functional.cross_entropy(logits_TV[:-1], input_ids[0, 1:]).item() if len(ids) > 1 else None
@@ -128,6 +130,8 @@ def routes_of_text(model: Any, tokenizer: Any, text: str) -> TextRoutes:
         model_type=model.config.model_type,
         num_experts=model.config.num_experts,
         capacity_factor=float(model.config.capacity_factor),
+        min_experts=model.config.min_experts_per_token,
+        max_experts=model.config.max_experts_per_token,
         has_thresholds=has_thresholds,
         token_ids=ids,
         names=[str(name) for name in tokenizer.convert_ids_to_tokens(ids)],
@@ -156,11 +160,17 @@ def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:
 
 @contextlib.contextmanager
 def _router_outputs(blocks: dict[str, EcMoeBlock]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Scores [T, E] and thresholds [E] of every router while the context is open, those of the last pass."""
+    """Scores [T, E] and thresholds [E] of every router while the context is open, those of the last pass.
+
+    Raises:
+        AnalysisError: in that pass, when a score is not finite.
+    """
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            if not output[1].isfinite().all():
+                raise AnalysisError(f"the router scores of {name} are not finite numbers; the checkpoint is damaged")
             outputs[name] = output[1], output[2]
 
         return hook
@@ -177,8 +187,6 @@ def _layer(
     name: str, block: EcMoeBlock, scores_TE: Tensor, threshold_E: Tensor, statistics: dict[str, Any]
 ) -> LayerRoutes:
     """Routes and combine weights of one layer by the library's own functions; see `EcMoeBlock`."""
-    if not scores_TE.isfinite().all():
-        raise AnalysisError(f"the router scores of {name} are not finite numbers; the checkpoint is damaged")
     routes_TE = block.routes(scores_TE, threshold_E)
     index_R, expert_R = routes_TE.nonzero(as_tuple=True)
     normalize = block.config.normalize_combine_weights
