@@ -66,7 +66,7 @@
   }
 
   const tokens = texts.map((text, t) => {
-    const element = make("span", { role: "option", tabindex: t ? -1 : 0, "data-token": t }, word(t));
+    const element = make("span", { role: "option", tabindex: t ? -1 : 0, "aria-selected": false, "data-token": t }, word(t));
     if (!text) element.classList.add("special");
     if (text.includes("\n")) element.classList.add("break");
     return element;

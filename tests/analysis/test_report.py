@@ -47,7 +47,7 @@ class Page(HTMLParser):
 
 
 def write_model(folder: Path, make: Callable[..., Any], **fields: object) -> Path:
-    make("Llama", vocab_size=300, **fields).save_pretrained(folder)
+    make("Llama", **({"vocab_size": 300} | fields)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -192,15 +192,23 @@ def small(tmp_path_factory: pytest.TempPathFactory, make_routed_model: Callable[
     return write_model(tmp_path_factory.mktemp("report") / "small", make_routed_model)
 
 
-def test_a_text_stays_text(small: Path, tmp_path: Path) -> None:
-    """Nothing in a text ends the element that it lies in, and a placeholder of the template is no placeholder."""
-    text = "</script><b>&amp;<!-- <script> {{style}} \u2028 ]]> \\u003c \"'`"
-    report(str(small), str(tmp_path / "page.html"), text=text)
+def test_a_text_stays_text(tmp_path: Path, make_routed_model: Callable[..., Any]) -> None:
+    """Nothing in a text ends the element that it lies in, and a placeholder of the template is no placeholder.
+
+    The dangerous strings are tokens: one per character they would be harmless, with quotes between them.
+    """
+    checkpoint = write_model(tmp_path / "model", make_routed_model, vocab_size=310)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert tokenizer.add_tokens(["</script><b>", "<!-- <script>", "{{style}}", "&amp;"]) == 4
+    tokenizer.save_pretrained(checkpoint)
+    text = "x </script><b>&amp;<!-- <script> {{style}} \u2028 ]]> \\u003c \"'`"
+    report(str(checkpoint), str(tmp_path / "page.html"), text=text)
     page = Page(tmp_path / "page.html")
     assert "".join(page.numbers["texts"]) == text
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert "b" not in [tag for tag, _ in page.tags]
-    assert page.numbers["checkpoint"] == "small"
+    assert "</script><b>" in page.numbers["texts"]
+    assert page.numbers["checkpoint"] == "model"  # and not where it lies
 
 
 def test_the_page_loads_nothing(small: Path, tmp_path: Path) -> None:

@@ -90,8 +90,10 @@ def page(
     folder = tmp_path_factory.mktemp("page")
     text = "The class of an object is its type.\nA naïve 🙂 set of </script><b>objects</b>.\n"
     if request.param == "small":
-        make_routed_model("Llama", vocab_size=300).save_pretrained(folder / "model")
-        tiny_tokenizer().save_pretrained(folder / "model")
+        make_routed_model("Llama", vocab_size=310).save_pretrained(folder / "model")
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens(["</script><b>"])
+        tokenizer.save_pretrained(folder / "model")
     else:
         if not (STORIES_MODEL.is_dir() and STORIES_TEXT.is_file()):
             pytest.skip("stories260K and its text are not beside the repository (ECMOE_TEST_DATA)")
@@ -201,7 +203,7 @@ def check_details(browser: Browser, token: int, layer: int) -> None:
     assert live.get_attribute("id") == "token"
     numbers = browser.numbers["layers"][layer]
     assert f"Token {token + 1} of {len(browser.numbers['ids'])}," in live.text
-    found = re.findall(r"expert (\d+) with gate ([\d.e-]+\d)", live.text)
+    found = re.findall(r"expert (\d+) with gate (\d+(?:\.\d+)?(?:e-\d+)?)", live.text)
     assert [int(expert) for expert, _ in found] == numbers["chosen"][token]
     assert [float(gate) for _, gate in found] == pytest.approx(numbers["gates"][token], rel=6e-3)
     experts = range(browser.numbers["num_experts"])
