@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCE ?=
 OUTPUT ?= demo_output
+CHECKPOINT ?=
+TEXT ?=
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -28,6 +30,10 @@ test: $(VENV)/.dev lint
 ## The minutes-long tests; -s shows the figures they measure, the README's table among them.
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow -s
+
+## The pictures of the README, into docs/: CHECKPOINT=folder or Hub id, TEXT=file; needs chromium.
+pictures: $(VENV)/.runtime
+	$(BIN)/python -m examples.pictures "$(CHECKPOINT)" "$(TEXT)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,5 +2,6 @@
 
 from .errors import AnalysisError
 from .evaluate import evaluate
+from .report import report
 
-__all__ = ["AnalysisError", "evaluate"]
+__all__ = ["AnalysisError", "evaluate", "report"]

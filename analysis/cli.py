@@ -1,7 +1,8 @@
-"""ecmoe-inspect {evaluate,draw}: what an expert-choice checkpoint does with text, and how expert choice works.
+"""ecmoe-inspect {evaluate,draw,report}: what an expert-choice checkpoint does with text, and how expert choice works.
 
 ecmoe-inspect evaluate qwen3-8x-tuned --data text.jsonl
 ecmoe-inspect draw --experts 3 --top 2 --output walk.svg
+ecmoe-inspect report qwen3-8x-tuned --text "Once upon a time" --output routes.html
 """
 
 import argparse
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from .draw import as_text, draw
 from .errors import AnalysisError
 from .evaluate import MAX_TOKENS, evaluate
+from .report import report
 from .walkthrough import read_matrices, walk_through
 
 
@@ -41,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the numbers (default: 0)")
     command.add_argument("--matrices", metavar="FILE", help="JSON with tokens, experts, w1 and w2 instead of a seed")
     command.add_argument("--output", metavar="FILE", help="picture to write, .svg or .png; the text is printed anyway")
+    command = commands.add_parser("report", help="the routes of a text as one HTML page, readable without a network")
+    command.add_argument("checkpoint", help="expert-choice checkpoint folder or Hub id")
+    command.add_argument("--text", help="the text, at most as long as the model's context")
+    command.add_argument("--text-file", metavar="FILE", help="UTF-8 file with the text")
+    command.add_argument("--output", metavar="FILE", required=True, help="page to write, .html")
+    command.add_argument("--device", help="default: an accelerator if there is one")
     return parser
 
 
@@ -52,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable_progress_bar()
         disable_progress_bars()
     try:
-        {"evaluate": _evaluate, "draw": _draw}[command](options)
+        {"evaluate": _evaluate, "draw": _draw, "report": _report}[command](options)
     except AnalysisError as error:
         if debug:
             raise
@@ -69,6 +77,11 @@ def _draw(options: dict[str, Any]) -> None:
     if options["output"]:
         draw(walk, Path(options["output"]).expanduser())
     print(as_text(walk))
+
+
+def _report(options: dict[str, Any]) -> None:
+    result = report(**options)
+    print(f"{options['output']}: {len(result['ids']):,} tokens, {len(result['layers'])} layers")
 
 
 def _evaluate(options: dict[str, Any]) -> None:
