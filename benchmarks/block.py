@@ -1,7 +1,8 @@
 """The sparse block in training, forward and backward: `python -m benchmarks block`.
 
-Against the bare matrix products on rows that are dispatched already (the limit), a dense FFN of the same FLOPs, and
-Transformers' Mixtral block with each of its implementations at as many active experts per token.
+Against the bare matrix products on rows that are dispatched already (the limit; also by torch.bmm and grouped_mm, to
+choose the fastest), a dense FFN of the same FLOPs, and Transformers' Mixtral block with each of its implementations at
+as many active experts per token. Beside the time stands the memory that is kept for backward.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from modeling_ecmoe import EcMoeLlamaConfig
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
-from .harness import interleaved, summarize, table
+from .harness import interleaved, summarize
 from .machine import save
 
+LIMIT = "matrix products"
 SIZES = {  # D, I, E, T, c
     "small": (512, 1408, 8, 2048, 2),
     "middle": (1024, 2816, 16, 4096, 2),
@@ -39,15 +41,24 @@ def main(arguments: list[str] | None = None) -> None:
     for size in options.sizes:
         for dtype in options.dtypes:
             steps = candidates(*SIZES[size], getattr(torch, dtype), device, options.compile)
-            rows = summarize(interleaved(steps, options.rounds), "matrix products")
+            rows = summarize(interleaved(steps, options.rounds), LIMIT)
+            for name, row in rows.items():
+                row["kept_bytes"] = steps[name].kept_bytes()
             figures[f"{size} {dtype}"] = rows
-            print(f"\n{size} {dtype}: D, I, E, T, c = {SIZES[size]}\n\n{table(rows, 'matrix products')}", flush=True)
+            print(f"\n{size} {dtype}: D, I, E, T, c = {SIZES[size]}\n\n{_table(rows)}", flush=True)
     print(save(f"block-{device}{'-compiled' if options.compile else ''}", figures))
+
+
+def _table(rows: dict[str, dict[str, float]]) -> str:
+    lines = [f"| | ms | over {LIMIT} | kept for backward, MB |", "| --- | ---: | ---: | ---: |"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row['seconds'] * 1e3:.1f} | {row['ratio']:.2f} | {row['kept_bytes'] / 1e6:.1f} |")
+    return "\n".join(lines)
 
 
 def candidates(
     hidden: int, width: int, experts: int, tokens: int, capacity: int, dtype: torch.dtype, device: str, compiles: bool
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, "Step"]:
     """One training step, forward and backward, of each block; the same shapes and FLOPs in all of them."""
     torch.manual_seed(0)
     inputs = torch.randn(1, tokens, hidden, dtype=dtype, device=device)
@@ -72,34 +83,72 @@ def candidates(
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.02)
         block.to(device, dtype).train()
-    steps: dict[str, Callable[[], object]] = {
-        name: _step(
+    steps = {
+        name: Step(
             torch.compile(block) if compiles and name in ("expert choice", "dense FFN") else block,
             *((rows, row_grad) if block is dense else (inputs, grad)),
         )
         for name, block in blocks.items()
     }
 
-    def products(hidden_states: Tensor) -> Tensor:
-        return ours.experts._equal_rows(hidden_states[0], capacity * tokens // experts)[None]
-
-    steps["matrix products"] = _step(products, rows, row_grad, list(ours.experts.parameters()))
+    weights = list(ours.experts.parameters())
+    for name, function in _products(ours.experts, capacity * tokens // experts).items():
+        steps[name] = Step(function, rows, row_grad, weights)
     return steps
 
 
-def _step(
-    function: Callable[[Tensor], Any], inputs: Tensor, grad: Tensor, parameters: list[nn.Parameter] | None = None
-) -> Callable[[], None]:
-    weights = parameters if parameters is not None else list(function.parameters())  # type: ignore[attr-defined]
-    inputs = inputs.clone().requires_grad_()
+def _products(experts: Any, rows_per_expert: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Ways to take dispatched rows [1, E * C, D] through the experts; the first is the one that the block takes."""
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    offsets = rows_per_expert * torch.arange(1, len(down) + 1, dtype=torch.int32, device=down.device)
 
-    def step() -> None:
-        for tensor in (inputs, *weights):
+    def bmm(rows: Tensor) -> Tensor:
+        rows_ECD = rows.view(len(down), rows_per_expert, -1)
+        hidden = experts._apply_gate(torch.bmm(rows_ECD, gate_up.mT))
+        return torch.bmm(hidden, down.mT).view_as(rows)
+
+    def grouped_mm(rows: Tensor) -> Tensor:
+        hidden = experts._apply_gate(nn.functional.grouped_mm(rows[0], gate_up.mT, offs=offsets))
+        return nn.functional.grouped_mm(hidden, down.mT, offs=offsets)[None]
+
+    ours = {LIMIT: lambda rows: experts._equal_rows(rows[0], rows_per_expert)[None]}
+    return ours | {f"{LIMIT}, bmm": bmm, f"{LIMIT}, grouped_mm": grouped_mm}
+
+
+class Step:
+    """Forward and backward of a function of [1, T, D], with gradients of its weights and its input."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Any], inputs: Tensor, grad: Tensor, weights: list[nn.Parameter] | None = None
+    ) -> None:
+        self.function = function
+        self.inputs = inputs.clone().requires_grad_()
+        self.grad = grad
+        self.weights = list(function.parameters()) if weights is None else weights  # type: ignore[attr-defined]
+
+    def __call__(self) -> None:
+        for tensor in (self.inputs, *self.weights):
             tensor.grad = None
-        output = function(inputs)
-        (output[0] if isinstance(output, tuple) else output).backward(grad)
+        self._forward().backward(self.grad)
 
-    return step
+    def _forward(self) -> Tensor:
+        output = self.function(self.inputs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def kept_bytes(self) -> int:
+        """What autograd keeps of a forward pass for the backward pass, beside weights and the input itself."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in (self.inputs, *self.weights)}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = self._forward()  # held, so that nothing is freed and its place counted for something else
+        del output
+        return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 if __name__ == "__main__":

@@ -106,14 +106,17 @@ def test_loads_again(learned: SimpleNamespace, way: str) -> None:
 
 
 def test_merges(learned: SimpleNamespace, tmp_path: Path) -> None:
-    """Merged, it is a plain checkpoint with the same logits and thresholds, which loads without PEFT."""
+    """Merged, it is a plain checkpoint with the same losses, logits and thresholds, which loads without PEFT."""
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
         base = AutoModelForCausalLM.from_pretrained(learned.base)
         model = peft.PeftModel.from_pretrained(base, learned.out).to(dtype)
         expected = logits_of(model, learned.batch)
         merged = model.merge_and_unload()
-        difference = (logits_of(merged, learned.batch) - expected).abs().max() / expected.abs().max()
-        assert difference < tolerance
+        found = logits_of(merged, learned.batch)
+        assert (found - expected).abs().max() / expected.abs().max() < tolerance
+        losses = [logits.log_softmax(-1) for logits in (found, expected)]
+        print(dtype, "largest difference of a log-probability", (losses[0] - losses[1]).abs().max().item())
+        assert (losses[0].exp() - losses[1].exp()).abs().max() < 1e-5
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "modules_to_save" in name]
     merged.save_pretrained(tmp_path / "merged")
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
