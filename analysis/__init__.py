@@ -1,6 +1,7 @@
 """Looking at expert-choice models: reads checkpoints, never writes them."""
 
+from .compare import compare
 from .errors import AnalysisError
 from .evaluate import evaluate
 
-__all__ = ["AnalysisError", "evaluate"]
+__all__ = ["AnalysisError", "compare", "evaluate"]
