@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -171,6 +172,11 @@ def _measure(model: Any, variant: Variant, text: _Text, steps: int, on_pass: Cal
         calibrate_thresholds(model, calibration)
     training, _, _ = _held_out(model.train(), text.held_out, _training_routes, on_pass)
     inference, nll, predicted = _held_out(model.eval(), text.held_out, _inference_routes, on_pass)
+    if not math.isfinite(training["loss"] + inference["loss"]):
+        raise AnalysisError(
+            f"steps={steps}: {variant.name}, k={variant.num_choices}, has diverged, its loss is no number; compare "
+            "with fewer steps, or without"
+        )
     return _Measured(training, inference, nll, predicted)
 
 
