@@ -54,7 +54,7 @@ def _no_difference(entry: Entry) -> str:
 def _dropped(entries: list[Entry]) -> str:
     """Choices that an expert had no room for; expert choice makes none that could be dropped."""
     parts = [
-        f"{entry['name']} {entry['training']['dropped']:.1%}"
+        f"{entry['name']} ({entry['training']['dropped']:.1%})"
         for entry in entries
         if entry["fields"]["routing"] != "expert_choice" and entry["name"] != DROPLESS
     ]
@@ -204,5 +204,5 @@ def settings(result: dict[str, Any]) -> str:
         f"{result['tokens_per_batch']:,} tokens in rows of {result['row_length']}; "
         f"{result['held_out_tokens']:,} tokens held out; token choice with balance loss "
         f"{result['balance_loss_coefficient']:g}; step time on {result['device']} in {result['dtype']}, "
-        f"{result['threads']} threads."
+        f"torch threads: {result['threads']}."
     )

@@ -240,7 +240,7 @@ def sentences(*entries: dict[str, Any]) -> str:
 def test_the_verdict_says_what_was_won() -> None:
     said = sentences(made_up("expert choice", -0.005, ratio=0.8), made_up("expert choice, at least 1", -0.003))
     assert "1 expert per token: the lowest held-out causal loss has expert choice, 1.4950 (-0.0050 ± 0.0010" in said
-    assert "capacity 1.0 12.5%; expert choice none, by construction" in said
+    assert "capacity 1.0 (12.5%); expert choice none, by construction" in said
     assert "Expert choice wins: plain -0.0050 ± 0.0010, at least 1 -0.0030 ± 0.0010.\n" in said
     assert "Expert choice wins: plain 0.80x. Expert choice does not win: at least 1 1.00x, not the same in" in said
     assert "has none). None with plain, at least 1.\n" in said
@@ -297,7 +297,7 @@ def test_other_refusals(place: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_loss_that_is_no_number_is_no_tie(place: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEARNING_RATE", math.nan)
+    monkeypatch.setattr(module, "LEARNING_RATE", math.inf)
     with pytest.raises(AnalysisError, match=r"steps=1: token choice, capacity 1.0, k=1, has diverged"):
         compare(str(place / "ecmoe"), str(place / "text.txt"), steps=1, max_tokens=TOKENS)
 
