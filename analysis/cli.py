@@ -1,6 +1,7 @@
-"""ecmoe-inspect {evaluate,draw,report}: what an expert-choice checkpoint does with text, and how expert choice works.
+"""ecmoe-inspect {evaluate,compare,draw,report}: what expert-choice checkpoints do with text, and how they work.
 
 ecmoe-inspect evaluate qwen3-8x-tuned --data text.jsonl
+ecmoe-inspect compare qwen3-8x --data text.jsonl --steps 20
 ecmoe-inspect draw --experts 3 --top 2 --output walk.svg
 ecmoe-inspect report qwen3-8x-tuned --text "Once upon a time" --output routes.html
 """
@@ -16,10 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from .compare import MAX_TOKENS as COMPARED_TOKENS
+from .compare import compare
 from .draw import as_text, draw
 from .errors import AnalysisError
 from .evaluate import MAX_TOKENS, evaluate
 from .report import report
+from .verdict import settings, tables
 from .walkthrough import read_matrices, walk_through
 
 
@@ -28,15 +32,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("evaluate", help="losses, speed, routes and minimal pairs of a checkpoint")
-    command.add_argument("checkpoint", help="expert-choice checkpoint folder or Hub id")
-    command.add_argument("--data", help="text file (.txt, .md, .jsonl, .parquet) or a folder of them")
+    _add_common(command, needs_data=False)
     command.add_argument("--pairs", nargs="+", metavar="FILE", help="minimal pairs as BLiMP's .jsonl files, or folders")
-    command.add_argument("--text-column", default="text", help="of .jsonl and .parquet (default: text)")
     command.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, help=f"read about so many (default: {MAX_TOKENS:,}; 0: all)"
     )
-    command.add_argument("--device", help="default: an accelerator if there is one")
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command = commands.add_parser("compare", help="token choice, expert choice and threshold routing side by side")
+    _add_common(command, needs_data=True)
+    command.add_argument("--steps", type=int, default=0, help="train each so long before measuring (default: 0)")
+    command.add_argument(
+        "--max-tokens",
+        type=int,
+        default=COMPARED_TOKENS,
+        help=f"held out, to measure on (default: {COMPARED_TOKENS:,})",
+    )
     command = commands.add_parser("draw", help="expert choice step by step on small numbers, as picture and text")
     command.add_argument("--experts", type=int, default=3, help="number of experts (default: 3)")
     command.add_argument("--top", type=int, default=2, help="tokens that each expert takes (default: 2)")
@@ -52,6 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_common(command: argparse.ArgumentParser, needs_data: bool) -> None:
+    command.add_argument("checkpoint", help="expert-choice checkpoint folder or Hub id")
+    command.add_argument(
+        "--data", required=needs_data, help="text file (.txt, .md, .jsonl, .parquet) or a folder of them"
+    )
+    command.add_argument("--text-column", default="text", help="of .jsonl and .parquet (default: text)")
+    command.add_argument("--device", help="default: an accelerator if there is one")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = vars(_parser().parse_args(argv))
@@ -60,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable_progress_bar()
         disable_progress_bars()
     try:
-        {"evaluate": _evaluate, "draw": _draw, "report": _report}[command](options)
+        {"evaluate": _evaluate, "compare": _compare, "draw": _draw, "report": _report}[command](options)
     except AnalysisError as error:
         if debug:
             raise
@@ -92,6 +111,22 @@ def _evaluate(options: dict[str, Any]) -> None:
         print(json.dumps(result, indent=2))
     else:
         _print_evaluation(result)
+
+
+def _compare(options: dict[str, Any]) -> None:
+    as_json = options.pop("json")
+    logging.disable_progress_bar()  # fourteen checkpoints are loaded below one bar of our own
+    result = compare(**options)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console = Console()
+    console = console if console.is_terminal else Console(width=100)
+    for table in tables(result):
+        console.print(table)
+        console.print()
+    for line in (settings(result), "", *result["verdict"]):
+        console.print(line, highlight=False, markup=False)
 
 
 def _print_evaluation(result: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ import modeling_ecmoe  # noqa: F401  registers the family
 from .errors import AnalysisError
 
 
-def load(checkpoint: str, device: str | None = None) -> tuple[Any, Any]:
-    """Model in eval mode, and tokenizer, of a checkpoint folder or Hub id.
+def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """Model in eval mode, and tokenizer, of a checkpoint folder or Hub id; "auto" is the dtype it was saved in.
 
     Raises:
         AnalysisError: when it cannot be loaded.
@@ -22,7 +22,7 @@ def load(checkpoint: str, device: str | None = None) -> tuple[Any, Any]:
         raise AnalysisError(f"checkpoint={checkpoint} does not exist; give a checkpoint folder or a Hub id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AnalysisError(
@@ -31,13 +31,13 @@ def load(checkpoint: str, device: str | None = None) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def load_expert_choice(checkpoint: str, device: str | None = None) -> tuple[Any, Any]:
+def load_expert_choice(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """As `load`, and refuses a model without experts.
 
     Raises:
         AnalysisError: naming the command that makes experts of it.
     """
-    model, tokenizer = load(checkpoint, device)
+    model, tokenizer = load(checkpoint, device, dtype)
     if not str(model.config.model_type).startswith("ecmoe_"):
         raise AnalysisError(
             f"checkpoint={checkpoint} is a {model.config.model_type} model without experts, so there are no routes to "

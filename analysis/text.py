@@ -1,5 +1,6 @@
 """Text of any size as a stream of documents, and documents as batches of tokens; memory stays flat."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .errors import AnalysisError
+
+Batch = dict[str, Tensor]
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -126,3 +129,28 @@ def pad(rows: list[list[int]], padding: int) -> dict[str, Tensor]:
         "input_ids": torch.tensor([row + [padding] * (longest - len(row)) for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
     }
+
+
+def packed(sequences: Iterator[list[int]], length: int) -> Iterator[dict[str, list[int]]]:
+    """Full rows of exactly `length` tokens, one sequence after the other; what does not fill a row at the end is left.
+
+    position_ids begin at 0 with each sequence, and again where a row cuts one; Transformers' attention masks take a
+    step back in position as a border, so that no sequence sees another. The first token there has the label -100.
+    """
+    row: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
+    for sequence in sequences:
+        rest = sequence
+        while rest:
+            part, rest = rest[: length - len(row["input_ids"])], rest[length - len(row["input_ids"]) :]
+            row["input_ids"] += part
+            row["position_ids"] += range(len(part))
+            row["labels"] += [-100, *part[1:]]
+            if len(row["input_ids"]) == length:
+                yield row
+                row = {name: [] for name in row}
+
+
+def fixed_batches(rows: Iterator[dict[str, list[int]]], size: int) -> Iterator[Batch]:
+    """Batches of exactly `size` rows [size, S]; rows that fill none at the end are left."""
+    while len(chunk := list(itertools.islice(rows, size))) == size:
+        yield {name: torch.tensor([row[name] for row in chunk]) for name in chunk[0]}

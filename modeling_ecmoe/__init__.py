@@ -8,7 +8,7 @@ from .calibration_ecmoe import calibrate_thresholds
 from .configuration_ecmoe import *
 from .modeling_ecmoe import *
 from .modeling_ecmoe import MODEL_CLASSES
-from .report_ecmoe import RoutingRecord, record_routing, routing_report, sparse_blocks
+from .report_ecmoe import RoutingRecord, record_routing, routing_report, sparse_blocks, training_routes
 
 for _config_class, _model_classes in MODEL_CLASSES.items():
     transformers.AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
@@ -24,5 +24,6 @@ __all__ = [
     "record_routing",
     "routing_report",
     "sparse_blocks",
+    "training_routes",
     "use_inference_routing",
 ]

@@ -173,9 +173,7 @@ def _count_routes(block: EcMoeBlock, logits_TE: Tensor, scores_TE: Tensor, thres
     routes_TE = block.routes(scores_TE, threshold_E)
     wanted_E, dropped = threshold_E, 0
     if config.routing == "token_choice":
-        factor = config.token_choice_capacity_factor
-        _, is_kept_TK = choose_experts(scores_TE, int(config.capacity_factor), factor, None)
-        dropped = int((~is_kept_TK).sum())
+        dropped = training_routes(block, scores_TE)[1]
     else:
         wanted_E = block._choose(scores_TE[None], None, learning=False).threshold
     return LayerCounts(
@@ -187,6 +185,32 @@ def _count_routes(block: EcMoeBlock, logits_TE: Tensor, scores_TE: Tensor, thres
         wanted=wanted_E.cpu() * num_tokens,
         dropped=dropped,
     )
+
+
+@torch.no_grad()
+def training_routes(block: EcMoeBlock, scores_TE: Tensor) -> tuple[Tensor, int]:
+    """The routes [T, E] bool that training takes with these scores, and how many choices it drops for capacity.
+
+    Under token choice a choice is dropped when the expert's capacity is full. Expert choice drops nothing: a token
+    without a route was chosen by nobody. Threshold training drops what exceeds its capacity clamp.
+
+    Args:
+        block: one of `sparse_blocks`, in any mode.
+        scores_TE: router scores [T, E] of the real tokens of one pool: the batch, or a single sequence where
+            `routing_pool` is "sequence".
+    """
+    config, gate = block.config, block.gate
+    if config.routing == "token_choice":
+        factor = config.token_choice_capacity_factor
+        expert_TK, is_kept_TK = choose_experts(scores_TE, int(config.capacity_factor), factor, None)
+        routes_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, expert_TK, is_kept_TK)
+        return routes_TE, int((~is_kept_TK).sum())
+    choice = block._choose(scores_TE[None], None, learning=True)
+    count_TE = torch.zeros_like(scores_TE, dtype=torch.long)  # added up: an unused slot repeats the best token
+    routes_TE = count_TE.scatter_add(0, choice.token_index.T, choice.is_chosen.T.long()) > 0
+    if config.routing == "threshold" and gate.threshold_updates >= max(config.threshold_after_steps, 1):
+        return routes_TE, int(((scores_TE > gate.threshold) & ~routes_TE).sum())
+    return routes_TE, 0
 
 
 def routing_report(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from blocks import BATCH, LENGTH, build_block, oracle_pairs, random_hidden
 
-from modeling_ecmoe import RoutingRecord, record_routing, routing_report, sparse_blocks
+from modeling_ecmoe import RoutingRecord, record_routing, routing_report, sparse_blocks, training_routes
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -78,3 +79,37 @@ def test_records_of_two_passes_add_up(make_routed_model: Callable, make_tokens: 
         records.append(record)
     records[0].merge(records[1])
     assert records[0].report() == both.report()
+
+
+TRAINING = {
+    "expert choice": {},
+    "bounded": {"min_experts_per_token": 1, "max_experts_per_token": 2},
+    "dropless": {"routing": "token_choice", "inference_routing": "token_choice", "capacity_factor": 2},
+    "full experts": {
+        "routing": "token_choice",
+        "inference_routing": "token_choice",
+        "capacity_factor": 2,
+        "token_choice_capacity_factor": 0.5,
+    },
+    "threshold": {"routing": "threshold", "threshold_capacity_clamp": 0.1},
+    "threshold, cold": {"routing": "threshold", "threshold_after_steps": 5},
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_routes_are_those_of_the_oracle(name: str) -> None:
+    """In eval mode as well, since they are asked for by name."""
+    block = build_block(**TRAINING[name]).train()
+    block.gate.threshold_updates.fill_(1)
+    _, scores_TE, threshold_E = block.gate(random_hidden().flatten(0, 1))
+    expected = oracle_pairs(block, scores_TE, BATCH, LENGTH)
+    for training in (True, False):
+        routes_TE, dropped = training_routes(block.train(training), scores_TE)
+        assert {(e, t) for t, e in routes_TE.nonzero().tolist()} == expected
+    if name == "full experts":
+        assert dropped == 2 * len(scores_TE) - len(expected) > 0
+    elif name == "threshold":
+        above = {(e, t) for t, e in (scores_TE > threshold_E).nonzero().tolist()}
+        assert dropped == len(above - expected) > 0
+    else:
+        assert dropped == 0

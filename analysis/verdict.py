@@ -1,0 +1,208 @@
+"""What a comparison shows: its tables, and the sentences that follow from the figures and from nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from .variants import DROPLESS
+
+# Standard errors that a difference of losses must exceed, two-sided 5 % for a single comparison.
+STANDARD_ERRORS = 2.0
+# A load or share is no worse than another within this much: less is rounding, not routing.
+_TOLERANCE = 0.005
+
+Entry = dict[str, Any]
+
+
+def verdict(result: dict[str, Any]) -> list[str]:
+    """The sentences, for each number of experts per token; `result` as `compare.compare` makes it."""
+    lines = []
+    for k in sorted({entry["num_choices"] for entry in result["variants"]}):
+        entries = [entry for entry in result["variants"] if entry["num_choices"] == k]
+        reference = next(entry for entry in entries if entry["name"] == DROPLESS)
+        others = [entry for entry in entries if not entry["is_token_choice"]]
+        lines.append(f"{k} expert{'s' if k > 1 else ''} per token: {_lowest_loss(entries)}")
+        lines.append(_dropped(entries))
+        lines += [line(reference, others) for line in (_loss, _time, _no_expert, _load)]
+    return lines
+
+
+def _lowest_loss(entries: list[Entry]) -> str:
+    best = min(entries, key=lambda entry: entry["inference"]["loss"])
+    lowest = f"the lowest held-out causal loss has {best['name']}, {best['inference']['loss']:.4f}"
+    if best["name"] == DROPLESS:
+        return f"{lowest}."
+    return f"{lowest} ({_difference(best)} to dropless token choice{_no_difference(best)})."
+
+
+def _difference(entry: Entry) -> str:
+    against = entry["loss_against_dropless"]
+    return f"{against['difference']:+.4f} ± {against['standard_error']:.4f}"
+
+
+def _is_clear(entry: Entry) -> bool:
+    against = entry["loss_against_dropless"]
+    return abs(against["difference"]) > STANDARD_ERRORS * against["standard_error"]
+
+
+def _no_difference(entry: Entry) -> str:
+    return "" if _is_clear(entry) else ": no difference that this text can show"
+
+
+def _dropped(entries: list[Entry]) -> str:
+    """Choices that an expert had no room for; expert choice makes none that could be dropped."""
+    parts = [
+        f"{entry['name']} ({entry['training']['dropped']:.1%})"
+        for entry in entries
+        if entry["fields"]["routing"] != "expert_choice" and entry["name"] != DROPLESS
+    ]
+    return f"  Choices dropped for capacity in training: {', '.join(parts)}; expert choice none, by construction."
+
+
+def _sentence(measure: str, wins: list[str], losses: list[str]) -> str:
+    parts = [f"Expert choice wins: {', '.join(wins)}."] if wins else []
+    parts += [f"Expert choice does not win: {', '.join(losses)}."] if losses else []
+    return f"  {measure}. {' '.join(parts)}"
+
+
+def _split(others: list[Entry], wins: Callable[[Entry], bool], text: Callable[[Entry], str]) -> tuple[list, list]:
+    sides: tuple[list[str], list[str]] = [], []
+    for entry in others:
+        sides[not wins(entry)].append(f"{_short(entry)} {text(entry)}")
+    return sides
+
+
+def _short(entry: Entry) -> str:
+    """`expert choice` is what the sentence is about; what follows tells the variants apart."""
+    name = entry["name"].removeprefix("expert choice").removeprefix(", ")
+    return name or "plain"
+
+
+def _loss(reference: Entry, others: list[Entry]) -> str:
+    def wins(entry: Entry) -> bool:
+        return _is_clear(entry) and entry["loss_against_dropless"]["difference"] < 0
+
+    sides = _split(others, wins, lambda entry: _difference(entry) + _no_difference(entry).replace(":", ","))
+    return _sentence("Causal loss against dropless token choice, ± standard error", *sides)
+
+
+def _time(reference: Entry, others: list[Entry]) -> str:
+    """Faster means faster in every round, so that a hiccup of the machine decides nothing."""
+
+    def wins(entry: Entry) -> bool:
+        return max(entry["step"]["ratios"]) < 1
+
+    def text(entry: Entry) -> str:
+        is_mixed = min(entry["step"]["ratios"]) < 1 <= max(entry["step"]["ratios"])
+        return f"{entry['step']['ratio']:.2f}x" + (", not the same in every round" if is_mixed else "")
+
+    return _sentence("Time of a training step against dropless token choice", *_split(others, wins, text))
+
+
+def _no_expert(reference: Entry, others: list[Entry]) -> str:
+    """Dropless token choice leaves no token without an expert, so the best there is to do is as well."""
+    phases = ("training", "inference")
+    served = [e for e in others if all(e[phase]["no_expert"] == 0 for phase in phases)]
+    left = [
+        f"{_short(e)} {e['training']['no_expert']:.1%} in training, {e['inference']['no_expert']:.1%} at inference"
+        for e in others
+        if e not in served
+    ]
+    parts = [f"None with {', '.join(map(_short, served))}."] if served else []
+    parts += [f"Expert choice does not win: {'; '.join(left)}."] if left else []
+    return f"  Tokens chosen by nobody (dropless token choice has none). {' '.join(parts)}"
+
+
+def _load(reference: Entry, others: list[Entry]) -> str:
+    """In training and at inference, where thresholds balance the text they were calibrated on."""
+    sentences = []
+    for phase, where in (("training", "in training"), ("inference", "at inference")):
+        most = reference[phase]["load_max"]
+        sides = _split(
+            others,
+            lambda entry, phase=phase, most=most: entry[phase]["load_max"] < most - _TOLERANCE,
+            lambda entry, phase=phase: f"{entry[phase]['load_max']:.2f}",
+        )
+        sentences.append(_sentence(f"Largest load over the mean {where} (dropless token choice {most:.2f})", *sides))
+    return "\n".join(sentences)
+
+
+def tables(result: dict[str, Any]) -> tuple[Table, Table]:
+    """What training does, and what inference does; at most 100 columns wide."""
+    training = _table("In training, routes taken on held-out text")
+    inference = _table("Causal inference on held-out text")
+    for name in ("dropped for\ncapacity", "no\nexpert", "experts\nper token", "load\nmax/mean", "load\nCV"):
+        training.add_column(name, justify="right")
+    training.add_column("auxiliary\nloss", justify="right")
+    training.add_column("step\nms", justify="right")
+    training.add_column("against\ndropless", justify="right")
+    for name in ("loss", "against\ndropless", "gap to train-\ning's routes", "no\nexpert", "experts\nper token"):
+        inference.add_column(name, justify="right")
+    inference.add_column("load\nmax/mean", justify="right")
+    inference.add_column("load\nCV", justify="right")
+    before = None
+    for entry in result["variants"]:
+        if before not in (None, entry["num_choices"]):
+            training.add_section()
+            inference.add_section()
+        before = entry["num_choices"]
+        training.add_row(*_training_row(entry))
+        inference.add_row(*_inference_row(entry))
+    return training, inference
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left", show_edge=False)
+    table.add_column("k", justify="right")
+    table.add_column("")
+    return table
+
+
+def _routes(figures: dict[str, float]) -> list[str]:
+    return [
+        f"{figures['no_expert']:.1%}",
+        f"{figures['experts_per_token']:.2f}",
+        f"{figures['load_max']:.2f}",
+        f"{figures['load_cv']:.2f}",
+    ]
+
+
+def _training_row(entry: Entry) -> list[str]:
+    figures, step = entry["training"], entry["step"]
+    return [
+        str(entry["num_choices"]),
+        entry["name"],
+        f"{figures['dropped']:.1%}",
+        *_routes(figures),
+        ", ".join(entry["auxiliary_losses"]) or "none",
+        f"{1000 * step['seconds']:,.0f}",
+        f"{step['ratio']:.2f}x",
+    ]
+
+
+def _inference_row(entry: Entry) -> list[str]:
+    figures = entry["inference"]
+    return [
+        str(entry["num_choices"]),
+        entry["name"],
+        f"{figures['loss']:.4f}",
+        "" if entry["name"] == DROPLESS else _difference(entry),
+        f"{entry['gap']:+.4f}",
+        *_routes(figures),
+    ]
+
+
+def settings(result: dict[str, Any]) -> str:
+    """One paragraph that says what was done to get these figures."""
+    trained = "no training"
+    if result["steps"]:
+        trained = f"{result['steps']} steps of AdamW at {result['learning_rate']:g} in float32, one seed"
+    return (
+        f"{result['checkpoint']}: {result['num_experts']} experts, {trained}; batches (pools) of "
+        f"{result['tokens_per_batch']:,} tokens in rows of {result['row_length']}; "
+        f"{result['held_out_tokens']:,} tokens held out; token choice with balance loss "
+        f"{result['balance_loss_coefficient']:g}; step time on {result['device']} in {result['dtype']}, "
+        f"torch threads: {result['threads']}."
+    )
