@@ -313,3 +313,14 @@ def test_gradient_of_normalised_weights_with_masked_slots_is_finite() -> None:
     assert total.tolist() == [1, 0, 0, 0]
     weights[0].backward()
     assert torch.isfinite(scores_R.grad).all()
+
+
+@pytest.mark.parametrize("gap", [80.0, 95.0, 100.0, 200.0])
+def test_normalised_weights_of_vanishing_scores_have_finite_gradients(gap: float) -> None:
+    """A bound gives a token to an expert it scores 1e-42 or 0; weight 1 or 0, and no NaN in any gradient."""
+    logits = torch.tensor([[gap, 0.0], [0.0, 1.0]], requires_grad=True)
+    scores = logits.softmax(-1)[[0, 1], [1, 0]]
+    weights, total = combine_weights(scores, torch.tensor([0, 1]), 2, normalize=True)
+    assert weights.tolist() == total.tolist() == [float(scores[0] > 0), 1.0]
+    (weights * torch.tensor([2.0, 3.0])).sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
