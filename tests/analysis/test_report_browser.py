@@ -18,11 +18,25 @@ from selenium.webdriver.support.ui import Select
 
 from analysis import report
 from conversion import convert
+from finetune import run
+from finetune.recipe import make_recipe
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not on the PATH (Debian: chromium-driver)"
 )
+
+TUNING = {
+    "dataset": str(STORIES_TEXT),
+    "sequence_length": 256,
+    "per_device_train_batch_size": 8,
+    "max_eval_sequences": 4,
+    "max_steps": 5,
+    "learning_rate": 3e-4,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 
 
 class Browser:
@@ -97,7 +111,8 @@ def page(
     else:
         if not (STORIES_MODEL.is_dir() and STORIES_TEXT.is_file()):
             pytest.skip("stories260K and its text are not beside the repository (ECMOE_TEST_DATA)")
-        convert(str(STORIES_MODEL), str(folder / "model"), init="blend", text=str(STORIES_TEXT))
+        convert(str(STORIES_MODEL), str(folder / "blend"), init="blend", text=str(STORIES_TEXT), verify=False)
+        run(make_recipe(TUNING | {"model": str(folder / "blend"), "output_dir": str(folder / "model")}))
         stories = STORIES_TEXT.read_text(encoding="utf-8").split("<|endoftext|>")
         text = "\n\n".join(story.strip() for story in stories[1500:1503:2])
     report(str(folder / "model"), str(folder / "page.html"), text=text)
