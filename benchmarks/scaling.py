@@ -7,6 +7,7 @@ multiply the FLOPs, so the exponent of the time is 1 where it is linear; E does 
 import argparse
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def measure(sizes: Sizes, tokens: int, options: argparse.Namespace) -> dict[str,
                 left_out += [other for other in values if other >= value]
                 break
             steps[value] = step
+        if not steps:
+            sys.exit(f"--longest {options.longest} leaves no T: a step of {values[0]} tokens takes longer")
         seconds = interleaved(steps, options.rounds)
         panels[axis] = {value: _point(found, int(value) if axis == "T" else tokens) for value, found in seconds.items()}
     flat = [point["seconds"] for point in panels["E"].values()]
@@ -69,7 +72,7 @@ def measure(sizes: Sizes, tokens: int, options: argparse.Namespace) -> dict[str,
         "dtype": options.dtype,
         "left out, a step would exceed --longest": left_out,
         "panels": panels,
-        "exponents": {axis: round(exponent(panels[axis]), 3) for axis in ("T", "c")},
+        "exponents": {axis: exponent(panels[axis]) for axis in ("T", "c")},
         "over E": max(flat) / min(flat),
     }
 
@@ -89,12 +92,12 @@ def _point(seconds: list[float], tokens: int) -> dict[str, float]:
     return {"seconds": middle, "least": min(seconds), "ms per 1,000 tokens": middle / tokens * 1e6}
 
 
-def exponent(panel: dict[Any, dict[str, float]]) -> float:
-    """p of time ~ x^p, by least squares on logarithms."""
+def exponent(panel: dict[Any, dict[str, float]]) -> float | None:
+    """p of time ~ x^p, by least squares on logarithms; None of a single point."""
     if len(panel) < 2:
-        return math.nan
+        return None
     x, y = ([math.log(value) for value in values] for values in (panel, (p["seconds"] for p in panel.values())))
-    return statistics.linear_regression(x, y).slope
+    return round(statistics.linear_regression(x, y).slope, 3)
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
