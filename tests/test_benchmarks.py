@@ -31,7 +31,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(model.SIZES, "cpu", (TINY, (2, 8)))
     monkeypatch.setitem(decode.SIZES, "cpu", TINY)
     monkeypatch.setitem(scaling.SIZES, "cpu", TINY)
-    monkeypatch.setitem(scaling.TOKENS, "cpu", 64)
+    monkeypatch.setattr(scaling, "TOKENS", 64)
     monkeypatch.setitem(router.SIZES, "small", (TINY, 64))
     monkeypatch.setitem(block.SIZES, "small", (32, 48, 4, 64, 2))
     return tmp_path
