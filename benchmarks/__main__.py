@@ -4,7 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-_HELPERS = {"__init__", "__main__", "harness", "machine"}
+_HELPERS = {"__init__", "__main__", "harness", "machine", "peers"}
 
 
 def main() -> None:

@@ -11,15 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, MixtralConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from modeling_ecmoe import EcMoeLlamaConfig
-from modeling_ecmoe.block_ecmoe import EcMoeBlock
-
-from .harness import interleaved, summarize
+from .harness import TrainingStep, device, interleaved, summarize
 from .machine import save
+from .peers import Sizes, blocks
 
 LIMIT = "matrix products"
 SIZES = {  # D, I, E, T, c
@@ -36,17 +31,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="torch.compile our block and the dense FFN")
     options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     figures: dict[str, Any] = {}
     for size in options.sizes:
         for dtype in options.dtypes:
-            steps = candidates(*SIZES[size], getattr(torch, dtype), device, options.compile)
+            steps = candidates(*SIZES[size], getattr(torch, dtype), device(), options.compile)
             rows = summarize(interleaved(steps, options.rounds, warmup=min(2, options.rounds - 1)), LIMIT)
             for name, row in rows.items():
                 row["kept_bytes"] = steps[name].kept_bytes()
             figures[f"{size} {dtype}"] = {"D, I, E, T, c": SIZES[size], "rounds": options.rounds, "rows": rows}
             print(f"\n{size} {dtype}: D, I, E, T, c = {SIZES[size]}\n\n{_table(rows)}", flush=True)
-    print(save(f"block-{device}{'-compiled' if options.compile else ''}", figures))
+    print(save(f"block-{device()}{'-compiled' if options.compile else ''}", figures))
 
 
 def _table(rows: dict[str, dict[str, float]]) -> str:
@@ -57,43 +51,32 @@ def _table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def candidates(
-    hidden: int, width: int, experts: int, tokens: int, capacity: int, dtype: torch.dtype, device: str, compiles: bool
-) -> dict[str, "Step"]:
+    hidden: int, width: int, experts: int, tokens: int, capacity: int, dtype: torch.dtype, place: str, compiles: bool
+) -> dict[str, TrainingStep]:
     """One training step, forward and backward, of each block; the same shapes and FLOPs in all of them."""
     torch.manual_seed(0)
-    inputs = torch.randn(1, tokens, hidden, dtype=dtype, device=device)
+    inputs = torch.randn(1, tokens, hidden, dtype=dtype, device=place)
     grad = torch.randn_like(inputs)
-    rows = torch.randn(1, capacity * tokens, hidden, dtype=dtype, device=device)
+    rows = torch.randn(1, capacity * tokens, hidden, dtype=dtype, device=place)
     row_grad = torch.randn_like(rows)
-    shared: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": 1, "num_attention_heads": 8}
-
-    config = EcMoeLlamaConfig(**shared, intermediate_size=width, num_experts=experts, capacity_factor=capacity)
-    ours = EcMoeBlock(config, LlamaMLP)
-    dense = LlamaMLP(LlamaConfig(**shared, intermediate_size=width))
-    blocks: dict[str, nn.Module] = {"expert choice": ours, "dense FFN": dense}
-    for name in ("eager", "grouped_mm", "batched_mm"):
-        mixtral_config = MixtralConfig(
-            **shared, intermediate_size=width, num_local_experts=experts, num_experts_per_tok=capacity
-        )
-        mixtral_config._experts_implementation = name
-        blocks[f"Mixtral {name}"] = MixtralSparseMoeBlock(mixtral_config)
+    implementations: tuple[str, ...] = ("eager", "grouped_mm", "batched_mm")
     if 3 * capacity * tokens * width * hidden * dtype.itemsize > 10**9:
-        del blocks["Mixtral batched_mm"]  # it copies the weights of each token's experts
-    for block in blocks.values():
-        for parameter in block.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        block.to(device, dtype).train()
+        implementations = implementations[:2]  # batched_mm copies the weights of each token's experts
+    compared = blocks(Sizes(hidden, width, experts, capacity), implementations)
+    for block in compared.values():
+        block.to(place, dtype).train()
     steps = {
-        name: Step(
+        name: TrainingStep(
             torch.compile(block) if compiles and name in ("expert choice", "dense FFN") else block,
-            *((rows, row_grad) if block is dense else (inputs, grad)),
+            *((rows, row_grad) if name == "dense FFN" else (inputs, grad)),
         )
-        for name, block in blocks.items()
+        for name, block in compared.items()
     }
 
+    ours: Any = compared["expert choice"]
     weights = list(ours.experts.parameters())
     for name, function in _products(ours.experts, capacity * tokens // experts).items():
-        steps[name] = Step(function, rows, row_grad, weights)
+        steps[name] = TrainingStep(function, rows, row_grad, weights)
     return steps
 
 
@@ -113,42 +96,6 @@ def _products(experts: Any, rows_per_expert: int) -> dict[str, Callable[[Tensor]
 
     ours = {LIMIT: lambda rows: experts._equal_rows(rows[0], rows_per_expert)[None]}
     return ours | {f"{LIMIT}, bmm": bmm, f"{LIMIT}, grouped_mm": grouped_mm}
-
-
-class Step:
-    """Forward and backward of a function of [1, T, D], with gradients of its weights and its input."""
-
-    def __init__(
-        self, function: Callable[[Tensor], Any], inputs: Tensor, grad: Tensor, weights: list[nn.Parameter] | None = None
-    ) -> None:
-        self.function = function
-        self.inputs = inputs.clone().requires_grad_()
-        self.grad = grad
-        self.weights = list(function.parameters()) if weights is None else weights  # type: ignore[attr-defined]
-
-    def __call__(self) -> None:
-        for tensor in (self.inputs, *self.weights):
-            tensor.grad = None
-        self._forward().backward(self.grad)
-
-    def _forward(self) -> Tensor:
-        output = self.function(self.inputs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def kept_bytes(self) -> int:
-        """What autograd keeps of a forward pass for the backward pass, beside weights and the input itself."""
-        own = {tensor.untyped_storage().data_ptr() for tensor in (self.inputs, *self.weights)}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = self._forward()  # held, so that nothing is freed and its place counted for something else
-        del output
-        return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,10 @@ class EcMoeBlock(nn.Module):
         num_slots = self.config.max_experts_per_token or routes_TE.shape[1]
         margin_TE = (scores_TE - threshold_E).masked_fill(~routes_TE, -torch.inf)
         expert_TK = margin_TE.topk(num_slots, dim=-1).indices
-        return self._slots(tokens_TD, expert_TK, (scores_TE * routes_TE).gather(-1, expert_TK))
+        weight_TK = (scores_TE * routes_TE).gather(-1, expert_TK)
+        # An unused slot repeats the best expert of its token, so that no other weights are read for it.
+        expert_TK = torch.where(routes_TE.gather(-1, expert_TK), expert_TK, expert_TK[:, :1])
+        return self._slots(tokens_TD, expert_TK, weight_TK)
 
     def _tokens_choose(self, tokens_TD: Tensor, scores_TE: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
         """Token choice, the baseline: each token takes its k best experts. Nothing is dropped outside training."""
