@@ -94,6 +94,7 @@ def compare(
         "checkpoint": checkpoint,
         "model_type": config.model_type,
         "num_experts": config.num_experts,
+        "normalize_combine_weights": config.normalize_combine_weights,
         "steps": steps,
         "learning_rate": LEARNING_RATE,
         "balance_loss_coefficient": BALANCE_COEFFICIENT,

@@ -53,6 +53,8 @@ def evaluate(
     """
     if data is None and not pairs:
         raise AnalysisError("there is nothing to evaluate on; give data, pairs, or both")
+    if max_tokens is not None and max_tokens < 0:
+        raise AnalysisError(f"max_tokens={max_tokens} must not be negative; leave it out, or give 0 to read everything")
     model, tokenizer = load_expert_choice(checkpoint, device)
     result: dict[str, Any] = {"checkpoint": checkpoint, "model_type": model.config.model_type}
     if data is not None:

@@ -20,15 +20,27 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
     path = Path(checkpoint).expanduser()
     if (path.is_absolute() or checkpoint.startswith((".", "~"))) and not path.is_dir():
         raise AnalysisError(f"checkpoint={checkpoint} does not exist; give a checkpoint folder or a Hub id")
+    place = _device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(place)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise AnalysisError(
-            f"checkpoint={checkpoint} cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from error
+        where = "" if path.is_dir() else "there is no folder of that name here, and "
+        reason = " ".join(str(error).split())[:200]
+        raise AnalysisError(f"checkpoint={checkpoint} cannot be loaded: {where}{reason}") from error
     return model.eval(), tokenizer
+
+
+def _device(device: str | None) -> torch.device:
+    """The one that was asked for, if a tensor fits on it; the first accelerator, or the CPU, when none was."""
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise AnalysisError(f"device={place} cannot be used ({reason}); leave it out, or name cpu or cuda:0") from error
+    return torch.device(place)
 
 
 def load_expert_choice(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:

@@ -49,7 +49,8 @@ def report(
     model, tokenizer = load_expert_choice(checkpoint, device)
     folder = Path(checkpoint).expanduser()
     name = folder.resolve().name if folder.is_dir() else checkpoint  # a page is passed on; paths stay at home
-    result = numbers(routes_of_text(model, tokenizer, content), name)
+    source = "text" if text_file is None else f"text_file={text_file}"
+    result = numbers(routes_of_text(model, tokenizer, content, source), name)
     _write(path, render(result))
     return result
 

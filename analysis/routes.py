@@ -72,7 +72,8 @@ def read_text(text: str | None, text_file: str | None) -> str:
         AnalysisError: when none or both are given, for an empty text, and for what is no text.
     """
     if (text is None) == (text_file is None):
-        raise AnalysisError("give the text itself or a text_file, one of them")
+        given = "neither is" if text is None else "both are"
+        raise AnalysisError(f"give the text itself or a text_file, one of them; {given} given")
     source = "text"
     if text_file is not None:
         source = f"text_file={text_file}"
@@ -85,18 +86,18 @@ def read_text(text: str | None, text_file: str | None) -> str:
         except OSError as error:
             raise AnalysisError(f"{source} cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
-            raise AnalysisError(f"{source} is no UTF-8 text (byte {error.start})") from error
+            raise AnalysisError(f"{source} is no UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     assert text is not None
     if not text.strip():
         raise AnalysisError(f"{source} is empty; give some text")
     # Python hands bytes of the command line that are no UTF-8 over as lone surrogates.
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise AnalysisError(f"{source} holds bytes that are no text")
+        raise AnalysisError(f"{source} holds bytes that are no text; give plain text")
     return text
 
 
 @torch.no_grad()
-def routes_of_text(model: Any, tokenizer: Any, text: str) -> TextRoutes:
+def routes_of_text(model: Any, tokenizer: Any, text: str, source: str = "text") -> TextRoutes:
     """One pass in eval mode over the text as the tokenizer encodes it.
 
     A model of thresholds is run with thresholds, whatever its `inference_routing`: the page shows causal routes.
@@ -107,10 +108,11 @@ def routes_of_text(model: Any, tokenizer: Any, text: str) -> TextRoutes:
     ids, texts = _tokens(tokenizer, text)
     context = getattr(model.config, "max_position_embeddings", None)
     if not ids:
-        raise AnalysisError("text has no tokens; give some text")
+        raise AnalysisError(f"{source} has no tokens; give some text")
     if context and len(ids) > context:
         raise AnalysisError(
-            f"text has {len(ids):,} tokens and the model's context is max_position_embeddings={context:,}; shorten it"
+            f"{source} has {len(ids):,} tokens and the model's context is max_position_embeddings={context:,}; "
+            "shorten it"
         )
     try:
         blocks = sparse_blocks(model)

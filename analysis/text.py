@@ -52,7 +52,9 @@ def _documents_of(path: Path, text_column: str) -> Iterator[str]:
             yield from _plain(path)
     except (UnicodeDecodeError, pyarrow.ArrowException, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise AnalysisError(f"data={path} is no {path.suffix[1:]} text ({reason})") from error
+        raise AnalysisError(
+            f"data={path} cannot be read as a {path.suffix} file ({reason}); leave it out, or give UTF-8 text"
+        ) from error
 
 
 def _plain(path: Path) -> Iterator[str]:
@@ -60,7 +62,7 @@ def _plain(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         while piece := file.read(_PIECE):
             if "\0" in piece:
-                raise AnalysisError(f"data={path} holds NUL bytes: it is no text")
+                raise AnalysisError(f"data={path} holds NUL bytes: it is no text; leave it out")
             *whole, rest = (rest + piece).split(DOCUMENT_SEPARATOR)
             yield from filter(None, map(str.strip, whole))
             if len(rest) >= _PIECE:

@@ -24,6 +24,7 @@ def verdict(result: dict[str, Any]) -> list[str]:
         reference = next(entry for entry in entries if entry["name"] == DROPLESS)
         others = [entry for entry in entries if not entry["is_token_choice"]]
         lines.append(f"{k} expert{'s' if k > 1 else ''} per token: {_lowest_loss(entries)}")
+        lines += _routers_that_do_not_learn(result, k)
         lines.append(_dropped(entries))
         lines += [line(reference, others) for line in (_loss, _time, _no_expert, _load)]
     return lines
@@ -51,6 +52,15 @@ def _no_difference(entry: Entry) -> str:
     return "" if _is_clear(entry) else ": no difference that this text can show"
 
 
+def _routers_that_do_not_learn(result: dict[str, Any], k: int) -> list[str]:
+    if k > 1 or not result["normalize_combine_weights"]:
+        return []
+    return [
+        "  Weights are normalised, so a token's only expert has weight 1: where every token has exactly one (token "
+        "choice, at least 1), the router learns from the balance loss alone, or not at all."
+    ]
+
+
 def _dropped(entries: list[Entry]) -> str:
     """Choices that an expert had no room for; expert choice makes none that could be dropped."""
     parts = [
@@ -61,44 +71,45 @@ def _dropped(entries: list[Entry]) -> str:
     return f"  Choices dropped for capacity in training: {', '.join(parts)}; expert choice none, by construction."
 
 
-def _sentence(measure: str, wins: list[str], losses: list[str]) -> str:
-    parts = [f"Expert choice wins: {', '.join(wins)}."] if wins else []
-    parts += [f"Expert choice does not win: {', '.join(losses)}."] if losses else []
+def _sentence(
+    measure: str, others: list[Entry], judge: Callable[[Entry], int], text: Callable[[Entry], str], tie: str
+) -> str:
+    """judge: 1 where the variant is better than the reference, -1 where it is worse, 0 where neither can be said."""
+    groups = (("Expert choice wins", 1), (tie, 0), ("Expert choice does not win", -1))
+    parts = []
+    for title, side in groups:
+        found = [f"{_short(entry)} {text(entry)}" for entry in others if judge(entry) == side]
+        parts += [f"{title}: {', '.join(found)}."] if found else []
     return f"  {measure}. {' '.join(parts)}"
-
-
-def _split(others: list[Entry], wins: Callable[[Entry], bool], text: Callable[[Entry], str]) -> tuple[list, list]:
-    sides: tuple[list[str], list[str]] = [], []
-    for entry in others:
-        sides[not wins(entry)].append(f"{_short(entry)} {text(entry)}")
-    return sides
 
 
 def _short(entry: Entry) -> str:
     """`expert choice` is what the sentence is about; what follows tells the variants apart."""
     name = entry["name"].removeprefix("expert choice").removeprefix(", ")
-    return name or "plain"
+    return {"": "plain", "threshold": "trained by threshold"}.get(name, name)
 
 
 def _loss(reference: Entry, others: list[Entry]) -> str:
-    def wins(entry: Entry) -> bool:
-        return _is_clear(entry) and entry["loss_against_dropless"]["difference"] < 0
+    def judge(entry: Entry) -> int:
+        if not _is_clear(entry):
+            return 0
+        return 1 if entry["loss_against_dropless"]["difference"] < 0 else -1
 
-    sides = _split(others, wins, lambda entry: _difference(entry) + _no_difference(entry).replace(":", ","))
-    return _sentence("Causal loss against dropless token choice, ± standard error", *sides)
+    measure = "Causal loss against dropless token choice, ± standard error"
+    return _sentence(measure, others, judge, _difference, tie="No difference that this text can show")
 
 
 def _time(reference: Entry, others: list[Entry]) -> str:
     """Faster means faster in every round, so that a hiccup of the machine decides nothing."""
 
-    def wins(entry: Entry) -> bool:
-        return max(entry["step"]["ratios"]) < 1
+    def judge(entry: Entry) -> int:
+        ratios = entry["step"]["ratios"]
+        return 1 if max(ratios) < 1 else -1 if min(ratios) >= 1 else 0
 
-    def text(entry: Entry) -> str:
-        is_mixed = min(entry["step"]["ratios"]) < 1 <= max(entry["step"]["ratios"])
-        return f"{entry['step']['ratio']:.2f}x" + (", not the same in every round" if is_mixed else "")
-
-    return _sentence("Time of a training step against dropless token choice", *_split(others, wins, text))
+    measure = "Time of a training step against dropless token choice"
+    return _sentence(
+        measure, others, judge, lambda entry: f"{entry['step']['ratio']:.2f}x", tie="Not the same in every round"
+    )
 
 
 def _no_expert(reference: Entry, others: list[Entry]) -> str:
@@ -120,12 +131,16 @@ def _load(reference: Entry, others: list[Entry]) -> str:
     sentences = []
     for phase, where in (("training", "in training"), ("inference", "at inference")):
         most = reference[phase]["load_max"]
-        sides = _split(
-            others,
-            lambda entry, phase=phase, most=most: entry[phase]["load_max"] < most - _TOLERANCE,
-            lambda entry, phase=phase: f"{entry[phase]['load_max']:.2f}",
-        )
-        sentences.append(_sentence(f"Largest load over the mean {where} (dropless token choice {most:.2f})", *sides))
+
+        def judge(entry: Entry, phase: str = phase, most: float = most) -> int:
+            difference = most - entry[phase]["load_max"]
+            return 0 if abs(difference) <= _TOLERANCE else 1 if difference > 0 else -1
+
+        def text(entry: Entry, phase: str = phase) -> str:
+            return f"{entry[phase]['load_max']:.2f}"
+
+        measure = f"Largest load over the mean {where} (dropless token choice {most:.2f})"
+        sentences.append(_sentence(measure, others, judge, text, tie="No difference"))
     return "\n".join(sentences)
 
 

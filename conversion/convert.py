@@ -240,7 +240,7 @@ def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:
     if router_prompts is None:
         return None
     config: Any = plan.config
-    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // (settings.num_shards))
+    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // settings.num_shards)
 
 
 def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> None:

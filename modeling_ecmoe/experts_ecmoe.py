@@ -78,7 +78,8 @@ class EcMoeExperts(EcMoeRaggedExperts):
             dtype = torch.get_autocast_dtype(device)
         gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         rows_ECD = hidden_states.to(dtype).view(self.num_experts, rows_per_expert, -1)
-        if torch.compiler.is_compiling():  # the compiler fuses and plans memory itself
+        # The compiler fuses and plans memory itself; what an activation learns is not among EqualRows' gradients.
+        if torch.compiler.is_compiling() or any(True for _ in self.act_fn.parameters()):
             hidden_ECI = self._apply_gate(torch.bmm(rows_ECD, gate_up_proj.transpose(1, 2)))
             return torch.bmm(hidden_ECI, down_proj.transpose(1, 2)).flatten(0, 1)
         return EqualRows.apply(self._apply_gate, rows_ECD, gate_up_proj, down_proj).flatten(0, 1)
@@ -97,7 +98,6 @@ class EqualRows(torch.autograd.Function):
     For backward it keeps the first product [E, C, 2I] and applies the activation to it again: half of what autograd
     would keep, at the cost of one elementwise pass. On a CPU it takes the experts one after the other, so that what
     lies between the products stays in the cache and in memory that is touched already; elsewhere all at once.
-    Each product runs on the same operands in the same order as torch.bmm would, so the results do not differ.
     """
 
     @staticmethod
@@ -113,23 +113,25 @@ class EqualRows(torch.autograd.Function):
                 kept.append(product.to(rows_ECD.dtype))
                 _product(apply_gate(product), down.mT, output_ECD[part])
         ctx.apply_gate = apply_gate
-        ctx.save_for_backward(rows_ECD, gate_up_proj, down_proj, *kept)
+        # Frozen weights need no rows.
+        ctx.save_for_backward(rows_ECD if ctx.needs_input_grad[2] else None, gate_up_proj, down_proj, *kept)
         return output_ECD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ECD: Tensor) -> tuple[Tensor | None, ...]:
         rows_ECD, gate_up_proj, down_proj, *kept = ctx.saved_tensors
-        inputs = (rows_ECD, gate_up_proj, down_proj)
         # Frozen weights and inputs need no gradient.
         grads = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
-            for tensor, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True)
+            for tensor, needed in zip((grad_ECD, gate_up_proj, down_proj), ctx.needs_input_grad[1:], strict=True)
         ]
-        with torch.autocast(rows_ECD.device.type, enabled=False):
-            for part, product in zip(_parts(rows_ECD), kept, strict=True):
-                values = [_computable(tensor[part]) for tensor in (grad_ECD, *inputs)]
-                _backward(ctx.apply_gate, _computable(product), *values, *(g if g is None else g[part] for g in grads))
+        with torch.autocast(grad_ECD.device.type, enabled=False):
+            for part, product in zip(_parts(grad_ECD), kept, strict=True):
+                grad, gate_up, down = (_computable(tensor[part]) for tensor in (grad_ECD, gate_up_proj, down_proj))
+                rows = None if rows_ECD is None else _computable(rows_ECD[part])
+                wanted = (None if tensor is None else tensor[part] for tensor in grads)
+                _backward(ctx.apply_gate, _computable(product), grad, rows, gate_up, down, *wanted)
         return None, *grads
 
 
@@ -137,7 +139,7 @@ def _backward(
     apply_gate: Callable[[Tensor], Tensor],
     product: Tensor,
     grad: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     gate_up: Tensor,
     down: Tensor,
     grad_rows: Tensor | None,
@@ -154,6 +156,7 @@ def _backward(
         return
     (grad_product,) = torch.autograd.grad(hidden, product, grad @ down)
     if grad_gate_up is not None:
+        assert rows is not None
         _product(grad_product.mT, rows, grad_gate_up)
     if grad_rows is not None:
         _product(grad_product, gate_up, grad_rows)

@@ -254,8 +254,8 @@ def combine_weights(scores: Tensor, token_index: Tensor, num_tokens: int, normal
     if not normalize:
         return scores, total_T
     # where, not clamp: a masked slot of an otherwise unchosen token must give 0 / 1 and no gradient. Nor do scores so
-    # small that their reciprocal is infinite, as of a token that only experts it does not care for took.
-    is_tiny_T = total_T < torch.finfo(scores.dtype).tiny
+    # small that a gradient over them might overflow, as of a token that only experts it does not care for took.
+    is_tiny_T = total_T < torch.finfo(scores.dtype).tiny ** 0.5
     scores = torch.where(is_tiny_T[token_index], scores.detach(), scores)
     divisor_T = torch.where(is_tiny_T, torch.where(total_T > 0, total_T, 1).detach(), total_T)
     return scores / divisor_T[token_index], (total_T > 0).to(scores.dtype)

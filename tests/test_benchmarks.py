@@ -127,7 +127,9 @@ def test_router(results: Path) -> None:
 
 def test_block(results: Path) -> None:
     block.main(["--sizes", "small", "--dtypes", "float32", "--rounds", "1"])
-    assert "matrix products" in read(results / f"block-{block.device()}.json")["small float32"]
+    rows = read(results / f"block-{block.device()}.json")["small float32"]["rows"]
+    assert rows[block.LIMIT]["ratio"] == 1
+    assert 0 < rows["expert choice"]["kept_bytes"] < rows["Mixtral eager"]["kept_bytes"]
 
 
 def test_laps_are_taken_in_order_and_apart() -> None:

@@ -234,7 +234,7 @@ def made_up(name: str, difference: float, **changes: float) -> dict[str, Any]:
 def sentences(*entries: dict[str, Any]) -> str:
     dropless = made_up(DROPLESS, 0.0, load_max=1.5)
     full = made_up("token choice, capacity 1.0", 0.004, dropped=0.125)
-    return "\n".join(verdict({"variants": [full, dropless, *entries]}))
+    return "\n".join(verdict({"variants": [full, dropless, *entries], "normalize_combine_weights": False}))
 
 
 def test_the_verdict_says_what_was_won() -> None:
@@ -242,7 +242,7 @@ def test_the_verdict_says_what_was_won() -> None:
     assert "1 expert per token: the lowest held-out causal loss has expert choice, 1.4950 (-0.0050 ± 0.0010" in said
     assert "capacity 1.0 (12.5%); expert choice none, by construction" in said
     assert "Expert choice wins: plain -0.0050 ± 0.0010, at least 1 -0.0030 ± 0.0010.\n" in said
-    assert "Expert choice wins: plain 0.80x. Expert choice does not win: at least 1 1.00x, not the same in" in said
+    assert "Expert choice wins: plain 0.80x. Not the same in every round: at least 1 1.00x.\n" in said
     assert "has none). None with plain, at least 1.\n" in said
     assert "in training (dropless token choice 1.50). Expert choice wins: plain 1.00, at least 1 1.00." in said
 
@@ -254,10 +254,20 @@ def test_the_verdict_says_plainly_what_was_not_won() -> None:
     assert "loss has threshold, 1.4985 (-0.0015 ± 0.0010 to dropless token choice: no difference that" in said
     loss = next(line for line in said.splitlines() if "Causal loss" in line)
     assert "wins" not in loss
-    assert "does not win: plain +0.0050 ± 0.0010, threshold -0.0015 ± 0.0010, no difference that this text" in loss
-    assert "does not win: plain 1.30x, threshold" in said
-    assert "None with threshold. Expert choice does not win: plain 25.0% in training, 25.0% at inference." in said
-    assert "Expert choice wins: threshold 1.00. Expert choice does not win: plain 1.70." in said
+    assert "No difference that this text can show: trained by threshold -0.0015 ± 0.0010. Expert" in loss
+    assert "choice does not win: plain +0.0050 ± 0.0010." in loss
+    assert "every round: trained by threshold 1.00x. Expert choice does not win: plain 1.30x." in said
+    served = "None with trained by threshold. Expert choice does not win: plain 25.0% in training, 25.0% at inference."
+    assert served in said
+    assert "Expert choice wins: trained by threshold 1.00. Expert choice does not win: plain 1.70." in said
+
+
+def test_the_verdict_says_where_no_router_learns() -> None:
+    """With normalised weights and one expert for every token; with two, or other weights, it is silent."""
+    for k, normalize, is_said in ((1, True, True), (1, False, False), (2, True, False)):
+        entries = [made_up(DROPLESS, 0.0) | {"num_choices": k}, made_up("expert choice", 0.0) | {"num_choices": k}]
+        said = "\n".join(verdict({"variants": entries, "normalize_combine_weights": normalize}))
+        assert ("the router learns from the balance loss alone" in said) == is_said
 
 
 def test_the_verdict_reads_the_figures_alone() -> None:
@@ -274,7 +284,7 @@ def test_the_verdict_reads_the_figures_alone() -> None:
 
 REFUSALS = {
     "empty.txt": (b"", "is empty"),
-    "junk.txt": (b"\x80\x81\xff" * 50, "is no txt text"),
+    "junk.txt": (b"\x80\x81\xff" * 50, "cannot be read as a .txt file"),
     "nul.txt": (b"a\0b" * 50, "holds NUL bytes"),
     "blank.txt": (b" \n ", "holds too little text: every 10th document must fill a batch of 4096 tokens"),
     "one.txt": (b"word " * 20_000, "holds too little text: the others must fill a batch"),

@@ -115,11 +115,11 @@ DAMAGE = {
     "missing.txt": (None, "does not exist"),
     "empty.txt": (b"", "is empty"),
     "blank.txt": (b" \n ", "holds no text"),
-    "junk.txt": (b"\x80\x81\xff" * 50, "is no txt text"),
+    "junk.txt": (b"\x80\x81\xff" * 50, "cannot be read as a .txt file"),
     "nul.txt": (b"a\0b" * 50, "holds NUL bytes"),
-    "junk.jsonl": (b"{", "is no jsonl text"),
+    "junk.jsonl": (b"{", "cannot be read as a .jsonl file"),
     "column.jsonl": (b'{"story": "x"}\n', "no text in the field text_column=text"),
-    "junk.parquet": (b"PAR1" * 20, "is no parquet text"),
+    "junk.parquet": (b"PAR1" * 20, "cannot be read as a .parquet file"),
     "picture.png": (b"x", "must be a folder or end in"),
 }
 
@@ -143,6 +143,11 @@ def test_other_refusals(place: Path, tmp_path: Path) -> None:
         evaluate(str(tmp_path / "nowhere"), data=str(place / "text.txt"))
     with pytest.raises(AnalysisError, match="nothing to evaluate on"):
         evaluate(str(place / "ecmoe"))
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(AnalysisError, match=f"device={device} cannot be used .*; leave it out, or name cpu"):
+            evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), device=device)
+    with pytest.raises(AnalysisError, match="max_tokens=-5 must not be negative"):
+        evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=-5)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"sentence_good": "a " * 400, "sentence_bad": "b"}) + "\n")
     with pytest.raises(AnalysisError, match="the model's context 128"):
         evaluate(str(place / "ecmoe"), pairs=[str(tmp_path / "pairs.jsonl")])

@@ -32,6 +32,17 @@ def compare(implementation: str, pool: str) -> dict[str, Any]:
     return {"apart": largest.max().item(), "bytes": counter.nbytes, "calls": counter.calls}
 
 
+def unequal() -> str:
+    """What is said when the ranks hold other numbers of tokens."""
+    block = spread(make_block(SIZE), "equal_splits")
+    tokens = torch.randn(1, SIZE[3] * (1 + torch.distributed.get_rank()), SIZE[0])
+    try:
+        block(tokens)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def results(block: Any, inputs: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Output and gradients; those of a spread block's experts are of this rank's alone, from all ranks' tokens."""
     own = inputs.clone().requires_grad_()

@@ -17,6 +17,7 @@ from scipy.sparse import coo_matrix, vstack
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from modeling_ecmoe import bounded_ecmoe
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 from modeling_ecmoe.bounded_ecmoe import balanced_thresholds, choose_tokens_within_bounds
 from modeling_ecmoe.routing_ecmoe import ExpertChoice, choose_tokens, router_scores, routes_by_threshold
@@ -324,3 +325,42 @@ def test_calibrated_bounds_load_every_expert_alike(
     first = next(iter(record.chosen.values()))
     assert (first - share).abs().max() <= max(1, share // 100)
     assert record.uncovered_share() == 0
+
+
+def large_pool(kind: str, num_tokens: int) -> Tensor:
+    """Scores [1, N, 8] of a pool large enough for its prices to be found on a sample."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_tokens, 8, generator=generator)
+    if kind == "constant":
+        logits = torch.zeros_like(logits)
+    elif kind == "sorted":
+        logits = logits[logits[:, 0].argsort()]
+    elif kind == "every fourth alike":
+        logits[::4, 0] += 6
+    elif kind == "a short text repeated":
+        logits = logits[:64].repeat(num_tokens // 64, 1)
+    elif kind == "rows begin alike":
+        logits[::512] = 5 * torch.eye(8)[0]
+    return logits.softmax(-1)[None]
+
+
+@pytest.mark.parametrize("bounds", [(1, None), (1, 2), (0, 2)])
+@pytest.mark.parametrize("num_tokens", [2048, 4096])
+@pytest.mark.parametrize(
+    "kind", ["random", "constant", "sorted", "every fourth alike", "a short text repeated", "rows begin alike"]
+)
+def test_a_sample_finds_the_prices_of_a_large_pool(
+    kind: str, num_tokens: int, bounds: tuple[int, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares and bounds hold, and at most a hundredth of the score is lost, whatever the text repeats."""
+    scores = large_pool(kind, num_tokens)
+    choice = choose_tokens_within_bounds(scores, 1, *bounds)
+    counts = torch.zeros(num_tokens, dtype=torch.long).index_add_(
+        0, choice.token_index.flatten(), choice.is_chosen.flatten().long()
+    )
+    assert choice.is_chosen.all() and choice.token_index.shape == (8, num_tokens // 8)
+    assert counts.min() >= bounds[0] and counts.max() <= (bounds[1] or 8)
+    monkeypatch.setattr(bounded_ecmoe, "SAMPLE", num_tokens)
+    exact = choose_tokens_within_bounds(scores, 1, *bounds)
+    assert choice.scores.sum() > 0.99 * exact.scores.sum()
+    assert (choice.threshold - exact.threshold).abs().max() < 0.1

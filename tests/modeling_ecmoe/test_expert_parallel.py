@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.parallel import on_ranks
 
-from .ep_process import BATCH, SIZE, compare
+from .ep_process import BATCH, SIZE, compare, unequal
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
@@ -22,6 +22,11 @@ def test_equal_splits(pool: str, ranks: int) -> None:
     slots = pools * -(-CAPACITY * TOKENS // pools // EXPERTS)  # C of each pool
     assert found["bytes"] == 4 * EXPERTS * slots * HIDDEN * 4
     assert found["calls"] == 4
+
+
+def test_unequal_batches_are_refused() -> None:
+    said = on_ranks(2, unequal)
+    assert "take from 5 to 9 rows of one; pack the sequences, or set ep_implementation=all_to_all" in said
 
 
 def test_the_way_of_transformers() -> None:

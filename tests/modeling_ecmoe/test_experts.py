@@ -133,3 +133,19 @@ def test_a_second_derivative_is_refused(way: str) -> None:
     (grad,) = torch.autograd.grad(run(experts, rows).square().sum(), rows, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_an_activation_with_weights_learns() -> None:
+    experts = make_experts()
+    experts.act_fn = torch.nn.PReLU().double()
+    rows = torch.randn(E * C, D, dtype=torch.float64)
+    run(experts, rows).square().sum().backward()
+    assert experts.act_fn.weight.grad is not None and experts.act_fn.weight.grad.abs().sum() > 0
+
+
+def test_frozen_weights_keep_no_rows() -> None:
+    experts = make_experts().requires_grad_(False)
+    rows = torch.randn(E * C, D, dtype=torch.float64, requires_grad=True)
+    first = rows * 1  # what the block gathers is no leaf
+    weights = list(experts.parameters())
+    assert kept_bytes(lambda rows: run(experts, rows), first, weights) == E * C * 2 * I * 8
