@@ -57,7 +57,9 @@ REFUSALS = {
     "distributed={fsdp_sice: 2}": "fsdp_sice=2 is no field of distributed (DistributedConfig); did you mean fsdp_size?",
     "distributed={fsdp_size: 2}": "is for 2 processes and 1 run; start it with accelerate launch --num_processes 2",
     "distributed={fsdp_size: 2, ep_size: 3}": "`ep_size` must divide",
-    'packing=false distributed={"fsdp_size":2,"ep_size":2,"ep_implementation":"equal_splits"}': "leave packing on, or set ep_implementation=all",
+    'packing=false distributed={"fsdp_size":2,"ep_size":2,"ep_implementation":"equal_splits"}': (
+        "leave packing on, or set ep_implementation=all"
+    ),
     "distributed={fsdp_size: zwei}": "distributed={'fsdp_size': 'zwei'} is refused",
     "chat_template=none.jinja": "chat_template=none.jinja cannot be read",
     # Datasets.
