@@ -90,22 +90,7 @@ def compare(
     text = _read(tokenizer, data, text_column, length, steps, max_tokens)
     # The step time comes first: it is one model's, in the checkpoint's dtype, whatever is trained afterwards.
     times = _step_times(model, variants, text.training[0])
-    result: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "model_type": config.model_type,
-        "num_experts": config.num_experts,
-        "normalize_combine_weights": config.normalize_combine_weights,
-        "steps": steps,
-        "learning_rate": LEARNING_RATE,
-        "balance_loss_coefficient": BALANCE_COEFFICIENT,
-        "tokens_per_batch": text.held_out[0]["input_ids"].numel(),
-        "row_length": length,
-        "held_out_tokens": sum(batch["input_ids"].numel() for batch in text.held_out),
-        "training_batches": min(steps, len(text.training)),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
+    result = {"checkpoint": checkpoint, "steps": steps} | _settings(model, text, steps)
     del model, config
     dtype = "float32" if steps else "auto"
     passes = steps + 2 * len(text.held_out)
@@ -120,6 +105,23 @@ def compare(
     result["variants"] = _entries(variants, measured, times)
     result["verdict"] = verdict(result)
     return result
+
+
+def _settings(model: Any, text: "_Text", steps: int) -> dict[str, Any]:
+    return {
+        "model_type": model.config.model_type,
+        "num_experts": model.config.num_experts,
+        "normalize_combine_weights": model.config.normalize_combine_weights,
+        "learning_rate": LEARNING_RATE,
+        "balance_loss_coefficient": BALANCE_COEFFICIENT,
+        "tokens_per_batch": text.held_out[0]["input_ids"].numel(),
+        "row_length": text.held_out[0]["input_ids"].shape[1],
+        "held_out_tokens": sum(batch["input_ids"].numel() for batch in text.held_out),
+        "training_batches": min(steps, len(text.training)),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @dataclass(frozen=True)
