@@ -96,8 +96,8 @@ class EqualRows(torch.autograd.Function):
     """C rows through each of E gated FFNs: rows [E, C, D], gate_up_proj [E, 2I, D], down_proj [E, D, I] -> [E, C, D].
 
     For backward it keeps the first product [E, C, 2I] and applies the activation to it again: half of what autograd
-    would keep, at the cost of one elementwise pass. On a CPU it takes the experts one after the other, so that what
-    lies between the products stays in the cache and in memory that is touched already; elsewhere all at once.
+    would keep, at the cost of one elementwise pass. On a CPU it takes few experts at a time, so that what lies between
+    the products stays in the cache and in memory that is touched already; elsewhere all at once.
     """
 
     @staticmethod
@@ -107,7 +107,7 @@ class EqualRows(torch.autograd.Function):
         output_ECD = torch.empty_like(rows_ECD, memory_format=torch.contiguous_format)
         kept = []
         with torch.autocast(rows_ECD.device.type, enabled=False):  # the caller has chosen the precision
-            for part in _parts(rows_ECD):
+            for part in _parts(rows_ECD, gate_up_proj.shape[1]):
                 rows, gate_up, down = (_computable(tensor[part]) for tensor in (rows_ECD, gate_up_proj, down_proj))
                 product = rows @ gate_up.mT
                 kept.append(product.to(rows_ECD.dtype))
@@ -127,7 +127,7 @@ class EqualRows(torch.autograd.Function):
             for tensor, needed in zip((grad_ECD, gate_up_proj, down_proj), ctx.needs_input_grad[1:], strict=True)
         ]
         with torch.autocast(grad_ECD.device.type, enabled=False):
-            for part, product in zip(_parts(grad_ECD), kept, strict=True):
+            for part, product in zip(_parts(grad_ECD, gate_up_proj.shape[1]), kept, strict=True):
                 grad, gate_up, down = (_computable(tensor[part]) for tensor in (grad_ECD, gate_up_proj, down_proj))
                 rows = None if rows_ECD is None else _computable(rows_ECD[part])
                 wanted = (None if tensor is None else tensor[part] for tensor in grads)
@@ -162,9 +162,19 @@ def _backward(
         _product(grad_product, gate_up, grad_rows)
 
 
-def _parts(rows_ECD: Tensor) -> list[Any]:
-    """Indices of what is computed together: one expert after the other on a CPU, all of them elsewhere."""
-    return list(range(len(rows_ECD))) if rows_ECD.device.type == "cpu" else [...]
+# Of the first product that is computed at once on a CPU; from 2 to 16 MiB little changes (docs/speed.md).
+_PART_BYTES = 4 << 20
+
+
+def _parts(rows_ECD: Tensor, product_width: int) -> list[Any]:
+    """Indices of the experts that are computed together: on a CPU as many as fit into its cache, elsewhere all."""
+    num_experts, rows, _ = rows_ECD.shape
+    if rows_ECD.device.type != "cpu":
+        return [...]
+    size = _PART_BYTES // max(1, rows * product_width * _computable(rows_ECD[:0]).element_size())
+    if size <= 1:
+        return list(range(num_experts))  # torch.mm, which needs no batch of one
+    return [slice(first, first + size) for first in range(0, num_experts, size)]
 
 
 def _product(left: Tensor, right: Tensor, output: Tensor) -> None:

@@ -39,12 +39,22 @@ def reference(experts: EcMoeExperts, rows: Tensor) -> Tensor:
     return torch.cat(outputs)
 
 
-@pytest.fixture(params=["expert by expert", "all at once"])
+@pytest.fixture(params=["expert by expert", "two and one", "all at once"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The way of a CPU, and that of every other device on it."""
+    """Of large and small experts on a CPU, and of every other device."""
     if request.param == "all at once":
-        monkeypatch.setattr(experts_ecmoe, "_parts", lambda _: [...])
+        monkeypatch.setattr(experts_ecmoe, "_parts", lambda *_: [...])
+    else:
+        monkeypatch.setattr(
+            experts_ecmoe, "_PART_BYTES", 1 if request.param == "expert by expert" else 2 * C * 2 * I * 8
+        )
     return request.param
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, [0, 1, 2]), (959, [0, 1, 2]), (960, [slice(0, 2), slice(2, 4)])])
+def test_parts_fit_into_the_cache(size: int, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_ecmoe, "_PART_BYTES", size)
+    assert experts_ecmoe._parts(torch.empty(E, C, D, dtype=torch.float64), 2 * I) == expected
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
