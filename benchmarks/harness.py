@@ -95,15 +95,20 @@ class TrainingStep:
 
     def kept_bytes(self) -> int:
         """What autograd keeps of a forward pass for the backward pass, beside weights and the input itself."""
-        own = {tensor.untyped_storage().data_ptr() for tensor in (self.inputs, *self.weights)}
-        kept: dict[int, int] = {}
+        return kept_bytes(self._forward, [self.inputs, *self.weights])
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = self._forward()  # held, so that nothing is freed and its place counted for something else
-        del output
-        return sum(size for pointer, size in kept.items() if pointer not in own)
+def kept_bytes(forward: Callable[[], Tensor], own: Sequence[Tensor]) -> int:
+    """Of different memory that autograd keeps of a forward pass, that of one's own tensors left out."""
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()  # held, so that nothing is freed and its place counted for something else
+    del output
+    return sum(size for pointer, size in kept.items() if pointer not in pointers)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import block, decode, machine, model, router, scaling
+from benchmarks import block, decode, machine, model, rejected, router, scaling
 from benchmarks.harness import interleaved, interleaved_laps, summarize
 from benchmarks.peers import Sizes
+from modeling_ecmoe import bounded_ecmoe, experts_ecmoe
 
 TINY = Sizes(32, 48, 4, 2, layers=1, heads=4, vocabulary=64)
 ATTEMPTS = 3
@@ -130,6 +131,18 @@ def test_block(results: Path) -> None:
     rows = read(results / f"block-{block.device()}.json")["small float32"]["rows"]
     assert rows[block.LIMIT]["ratio"] == 1
     assert 0 < rows["expert choice"]["kept_bytes"] < rows["Mixtral eager"]["kept_bytes"]
+
+
+def test_rejected(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rejected.PRODUCTS, "small", (32, 48, 4, 64, 2))
+    monkeypatch.setattr(rejected, "POOLS", ((2048, 8),))
+    before = experts_ecmoe._PART_BYTES, bounded_ecmoe.SAMPLE, bounded_ecmoe.ROUNDS
+    rejected.main(["--products", "small", "--rounds", "1"])
+    found = read(results / "rejected.json")
+    assert set(found["products, small"]) >= set(rejected.PARTS)
+    rows = found["choice within [0, 3], 2048 tokens, 8 experts"]
+    assert rows["all tokens"]["score"] == 1 and 0.99 < rows[rejected.OURS]["score"] < 1
+    assert before == (experts_ecmoe._PART_BYTES, bounded_ecmoe.SAMPLE, bounded_ecmoe.ROUNDS)
 
 
 def test_laps_are_taken_in_order_and_apart() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness import kept_bytes
 from modeling_ecmoe import experts_ecmoe
 from modeling_ecmoe.experts_ecmoe import EcMoeExperts
 
@@ -81,29 +82,13 @@ def test_gradcheck(way: str) -> None:
     assert torch.autograd.gradcheck(lambda rows, *_: run(experts, rows), (rows, *experts.parameters()))
 
 
-def kept_bytes(function: object, rows: Tensor, weights: list[Tensor]) -> int:
-    """Of different memory that autograd holds for backward, weights left out."""
-    own = {weight.untyped_storage().data_ptr() for weight in weights}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function(rows)  # type: ignore[operator]
-    del output
-    return sum(size for pointer, size in kept.items() if pointer not in own)
-
-
 def test_keeps_the_first_product_alone(way: str) -> None:
     """Rows and [C, 2I] for each expert; plain autograd keeps the activation and its product with `up` beside them."""
     experts = make_experts()
     rows = torch.randn(E * C, D, dtype=torch.float64, requires_grad=True)
     weights = list(experts.parameters())
-    assert kept_bytes(lambda rows: run(experts, rows), rows, weights) == E * C * (D + 2 * I) * 8
-    assert kept_bytes(lambda rows: reference(experts, rows), rows, weights) > E * C * (D + 2 * I) * 8
+    assert kept_bytes(lambda: run(experts, rows), weights) == E * C * (D + 2 * I) * 8
+    assert kept_bytes(lambda: reference(experts, rows), weights) > E * C * (D + 2 * I) * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -158,4 +143,4 @@ def test_frozen_weights_keep_no_rows() -> None:
     rows = torch.randn(E * C, D, dtype=torch.float64, requires_grad=True)
     first = rows * 1  # what the block gathers is no leaf
     weights = list(experts.parameters())
-    assert kept_bytes(lambda rows: run(experts, rows), first, weights) == E * C * 2 * I * 8
+    assert kept_bytes(lambda: run(experts, first), weights) == E * C * 2 * I * 8
