@@ -7,7 +7,7 @@ OUTPUT ?= demo_output
 CHECKPOINT ?=
 TEXT ?=
 
-.PHONY: demo test test-slow pictures lint clean
+.PHONY: demo test test-families test-slow pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -25,7 +25,11 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m examples.demo --output $(OUTPUT) $(if $(SOURCE),--source $(SOURCE))
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not families"
+
+## What every family must pass, for those that `make test` leaves out.
+test-families: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "families and not slow"
 
 ## The minutes-long tests; -s shows the figures they measure, the README's table among them.
 test-slow: $(VENV)/.dev

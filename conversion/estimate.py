@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .dense import is_unread
 from .plan import Plan
 
 # float32 weights, gradients and the two moments of AdamW; what `Trainer` keeps with bf16=True as well.
@@ -23,7 +24,7 @@ def parameters(plan: Plan) -> dict[str, int]:
     dense = sum(
         torch.Size(header.shape).numel()
         for name, header in headers.items()
-        if name not in plan.tied and "inv_freq" not in name
+        if name not in plan.tied and not is_unread(name)
     )
     return {"dense": dense, "total": total, "active": total - idle, "experts": experts}
 

@@ -1,8 +1,9 @@
 """How the experts of a layer come from its dense FFN, after the papers that proposed it.
 
 Each initialisation says which config fields it needs, what one expert's matrices are, and whether the converted model
-computes at step 0, in eval mode, what the dense one computes. The neurons of a gated FFN are the rows of gate_proj and
-up_proj and the columns of down_proj; y = down_proj (act(gate_proj x) * (up_proj x)).
+computes at step 0, in eval mode, what the dense one computes. The neurons of an FFN are the rows of gate_proj and
+up_proj and the columns of down_proj; y = down_proj (act(gate_proj x) * (up_proj x)), or y = down_proj act(up_proj x) in
+families without a gate; each matrix may have a bias.
 """
 
 from collections.abc import Callable
@@ -12,27 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dense import Part
+
 
 @dataclass(frozen=True)
 class ExpertMatrix:
-    """One matrix of one expert that is to be made.
+    """One matrix of one expert, or its bias, that is to be made.
 
-    part: "gate_proj", "up_proj" or "down_proj".
-    generator: a fresh torch.Generator for a label, of this layer and expert alone; the same for all three parts
+    part: which of the dense FFN.
+    generator: a fresh torch.Generator for a label, of this layer and expert alone; the same for all parts
         unless the label says otherwise. So the order of writing does not matter, and nor does an interruption.
     ratio, granularity: the options of the same names.
     """
 
-    part: str
+    part: Part
     expert: int
     generator: Callable[[str], torch.Generator]
     ratio: float
     granularity: int
 
     @property
-    def axis(self) -> int:
-        """The axis along which the neurons lie."""
-        return 1 if self.part == "down_proj" else 0
+    def axis(self) -> int | None:
+        """The axis along which the neurons lie; None where there are none."""
+        return self.part.neuron_axis
+
+    @property
+    def label(self) -> str:
+        """Of this matrix alone, for its generator."""
+        return f"{self.part.matrix}_bias" if self.part.is_bias else self.part.matrix
 
 
 def _copy(_wanted: ExpertMatrix, dense: Tensor) -> Tensor:
@@ -41,25 +49,27 @@ def _copy(_wanted: ExpertMatrix, dense: Tensor) -> Tensor:
 
 def _silent(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     """A copy that adds nothing until it learns: its down_proj is zero."""
-    return torch.zeros_like(dense) if wanted.part == "down_proj" else dense
+    return torch.zeros_like(dense) if wanted.part.matrix == "down_proj" else dense
 
 
 def _noisy(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     """A copy plus Gaussian noise, `ratio` times the matrix's standard deviation."""
     values = dense.float()
-    noise = torch.randn(values.shape, generator=wanted.generator(wanted.part))
+    noise = torch.randn(values.shape, generator=wanted.generator(wanted.label))
     return (values + wanted.ratio * values.std() * noise).to(dense.dtype)
 
 
 def _redrawn(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     """A copy with a share of its neurons drawn anew from the mean and deviation of the block they replace."""
+    if wanted.axis is None:
+        return dense
     num_neurons = dense.shape[wanted.axis]
     neurons = torch.randperm(num_neurons, generator=wanted.generator("neurons"))[: round(wanted.ratio * num_neurons)]
     if not len(neurons):
         return dense
     values = dense.float()
     block = values.index_select(wanted.axis, neurons)
-    drawn = torch.randn(block.shape, generator=wanted.generator(wanted.part)) * block.std() + block.mean()
+    drawn = torch.randn(block.shape, generator=wanted.generator(wanted.label)) * block.std() + block.mean()
     return values.index_copy(wanted.axis, neurons, drawn).to(dense.dtype)
 
 
@@ -68,17 +78,24 @@ def num_shared_neurons(width: int, ratio: float) -> int:
 
 
 def _routed_neurons(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
-    """The neurons that `split` does not share."""
+    """The neurons that `split` does not share; the bias of down_proj stays with those that it shares."""
+    if wanted.axis is None:
+        return torch.zeros_like(dense)
     width = dense.shape[wanted.axis]
     shared = num_shared_neurons(width, wanted.ratio)
     return dense.narrow(wanted.axis, shared, width - shared)
 
 
 def _shard(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
-    """Shard e mod G of the neurons; with weights 1 / (G n) for the G shards of n replicas, times G."""
+    """Shard e mod G of the neurons; with weights 1 / (G n) for the G shards of n replicas, times G.
+
+    A bias of down_proj is whole in each: the weights of a token add up to 1.
+    """
+    if wanted.axis is None:
+        return dense
     width = dense.shape[wanted.axis] // wanted.granularity
     shard = dense.narrow(wanted.axis, wanted.expert % wanted.granularity * width, width)
-    return shard * wanted.granularity if wanted.part == "down_proj" else shard
+    return shard * wanted.granularity if wanted.part.matrix == "down_proj" else shard
 
 
 @dataclass(frozen=True)

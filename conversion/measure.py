@@ -8,9 +8,16 @@ from torch import Tensor
 from .plan import Plan, generator_of
 from .router import INPUT_TOKENS, centroid_rows, ffn_inputs, norm_inputs, rescaled_rows, thresholds_of
 
-_GATE = "model.layers.{}.mlp.gate."
-# What the FFN's input is normalised by, in every family that can be converted.
-_NORM = "model.layers.{}.post_attention_layernorm.weight"
+# What the FFN's input is normalised by, where it is not post_attention_layernorm. OLMo-2 and OLMo-3 normalise what
+# comes out of attention and FFN instead.
+_NORMS = {
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3_text": "pre_feedforward_layernorm",
+    "cohere2": "input_layernorm",
+    "olmo2": None,
+    "olmo3": None,
+}
+_ADDS_ONE = ("gemma2", "gemma3_text")  # their norms multiply by 1 + weight
 # Sampling alone moves a load by a tenth then; more tokens would take longer than writing the shards.
 ESTIMATE_TOKENS = 1_024
 
@@ -31,7 +38,7 @@ def measured_router(
     means = _prompt_means(dense, tokenizer, prompts, layers) if prompts else {}
     measured = {}
     for layer in layers:
-        name, std = _GATE.format(layer), config.initializer_range
+        name, std = f"{_layer(plan, layer)}.mlp.gate.", config.initializer_range
         if prompts:
             rows_RD = rescaled_rows(means[layer], inputs[layer], std)
         else:
@@ -66,15 +73,48 @@ def estimated_thresholds(plan: Plan, measured: dict[str, Tensor] | None) -> dict
     rows_of = {tensor.name: tensor for tensor in plan.tensors if tensor.name.endswith(".mlp.gate.weight")}
     found = {}
     for layer in sparse_layers(plan):
-        name, norm = _GATE.format(layer), _NORM.format(layer)
+        name = f"{_layer(plan, layer)}.mlp.gate."
         if measured is not None:
             threshold = measured[f"{name}threshold"]
         else:
             (rows_ED,) = rows_of[f"{name}weight"].pieces()
-            weight_D = plan.sources[0].read(norm) if norm in plan.sources[0].headers else torch.ones(rows_ED.shape[1])
             generator = generator_of(plan.settings.seed, f"{name}estimate")
-            inputs_TD = norm_inputs(weight_D, ESTIMATE_TOKENS, generator)
+            inputs_TD = norm_inputs(*_scale_and_shift(plan, layer), ESTIMATE_TOKENS, generator)
             threshold = one_per_replica(thresholds_of(rows_ED, inputs_TD, config), plan.settings.num_shards)
         found[f"{name}threshold"] = threshold.float()
         found[f"{name}threshold_updates"] = torch.ones((), dtype=torch.int64)
     return found
+
+
+def _layer(plan: Plan, layer: int) -> str:
+    return f"{plan.model.base_model_prefix}.layers.{layer}"
+
+
+def _scale_and_shift(plan: Plan, layer: int) -> tuple[Tensor, Tensor]:
+    """By what the layer's norm multiplies unit inputs, [D], and what it adds.
+
+    Without a norm before the FFN its input is the sum of the embedding and of the normalised outputs of every layer
+    before; the sum of independent ones, for want of better.
+    """
+    source, family = plan.sources[0], plan.config.model_type.removeprefix("ecmoe_")
+
+    def read(name: str, otherwise: float) -> Tensor:
+        if name in source.headers:
+            return source.read(name).float()
+        return torch.full((plan.config.hidden_size,), otherwise)
+
+    norm = _NORMS.get(family, "post_attention_layernorm")
+    if norm is not None:
+        prefix = f"{_layer(plan, layer)}.{norm}"
+        return read(f"{prefix}.weight", 1) + (family in _ADDS_ONE), read(f"{prefix}.bias", 0)
+    embedding = next(name for name in sorted(source.headers) if "embed_tokens" in name)
+    variance_D = source.read(embedding, 0, ESTIMATE_TOKENS).float().square().mean(0)
+    after = [
+        f"{_layer(plan, number)}.post_{part}_layernorm.weight" for number in range(layer + 1) for part in _BRANCHES
+    ]
+    for name in after[:-1]:  # this layer's FFN comes later
+        variance_D = variance_D + read(name, 1).square()
+    return variance_D.sqrt(), torch.zeros_like(variance_D)
+
+
+_BRANCHES = ("attention", "feedforward")

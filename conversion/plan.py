@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
 
+from .dense import Part, ffn_parts, is_unread, parts_of_stack, why_not
 from .errors import ConversionError
 from .initialisations import ExpertMatrix, config_fields, num_shared_neurons
 from .settings import Settings
@@ -23,8 +24,6 @@ from .source import DTYPES, Source, read_json
 # The dense model_type of each family -> its expert-choice config class.
 FAMILIES = {config.model_type.removeprefix("ecmoe_"): config for config in modeling_ecmoe.MODEL_CLASSES}
 
-# Buffers that old checkpoints carry and no model reads.
-_IGNORED = ("rotary_emb.inv_freq",)
 # What may differ between the configs of checkpoints that are mixed.
 _FREE_FIELDS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
 # Verbatim tensors are copied in pieces of this size, so that an embedding of any size costs no more memory.
@@ -92,12 +91,13 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
     try:
         with torch.device("meta"):
             model = modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"](config)
+            dense = AutoModelForCausalLM.from_config(dense_configs[0])
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
         raise ConversionError(
             f"{sources[0].folder / 'config.json'} describes no model that can be built: {_last_line(error)}"
         ) from error
     plan = Plan(settings, config, sources[0].dtype, model, sources, [], {})
-    maker = _Maker(plan)
+    maker = _Maker(plan, {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()})
     plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
     for source in sources:
         _check_tensors(plan, source)
@@ -114,7 +114,11 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.folder} is an expert-choice checkpoint already; give the dense one")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConversionError(f"model_type={model_type} is not supported; supported are {', '.join(FAMILIES)}")
+        reason = why_not(raw)
+        raise ConversionError(
+            f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
+            f"{', '.join(FAMILIES)}"
+        )
     if raw.get("quantization_config"):
         raise ConversionError(
             f"source={source.folder} is quantised (quantization_config); give the unquantised checkpoint"
@@ -153,8 +157,9 @@ def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> 
 class _Maker:
     """Plans the tensors of the expert-choice model one by one."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, dense_shapes: dict[str, tuple[int, ...]]) -> None:
         self.plan_ = plan
+        self.dense_shapes = dense_shapes
         self.config: Any = plan.config
         self.settings = plan.settings
         self.sources = plan.sources
@@ -165,28 +170,26 @@ class _Maker:
             dtype = self.plan_.dtype if name.endswith("gate.weight") else like.dtype
             return PlannedTensor(name, tuple(like.shape), dtype, lambda: iter([self._router(name, like)]))
         if ".mlp.experts." in name:
-            prefix, _, stacked = name.partition("experts.")
-            parts = ["gate_proj", "up_proj"] if stacked == "gate_up_proj" else ["down_proj"]
-            return self._planned(name, like, {f"{prefix}{part}.weight": part for part in parts}, self._experts)
+            layer, _, stacked = name.partition("experts.")
+            parts = parts_of_stack(self.config, stacked)
+            return self._planned(
+                name, like, [layer + part.tensor for part in parts], lambda: self._experts(layer, parts)
+            )
         if ".mlp.shared_expert." in name:
-            source = name.replace(".shared_expert.", ".")
-            return self._planned(name, like, {source: source.split(".")[-2]}, self._shared)
+            layer, _, tensor = name.partition("shared_expert.")
+            parts = [part for part in ffn_parts(self.config) if part.tensor == tensor]
+            return self._planned(name, like, [layer + tensor], lambda: self._shared(layer, parts))
         row_bytes = like.numel() // max(1, len(like)) * self.plan_.dtype.itemsize if like.dim() else 0
         rows = max(1, _PIECE_BYTES // max(1, row_bytes))
-        return self._planned(
-            name, like, {name: ""}, lambda parts: self._verbatim(name, len(like) if like.dim() else 1, rows)
-        )
+        return self._planned(name, like, [name], lambda: self._verbatim(name, len(like) if like.dim() else 1, rows))
 
     def _planned(
-        self, name: str, like: Tensor, parts: dict[str, str], pieces: Callable[[dict[str, str]], Iterator[Tensor]]
+        self, name: str, like: Tensor, read: list[str], pieces: Callable[[], Iterator[Tensor]]
     ) -> PlannedTensor:
-        """parts: the dense tensors that are read -> which matrix of the FFN each one is, "" for none."""
-        width, hidden = self.config.intermediate_size, self.config.hidden_size
-        ffn_shape = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-        shapes = {source: ffn_shape.get(part, tuple(like.shape)) for source, part in parts.items()}
-        header = self.sources[0].headers.get(next(iter(parts)))
+        """read: the dense tensors that it is made of."""
+        header = self.sources[0].headers.get(read[0])
         dtype = DTYPES[header.dtype] if header else self.plan_.dtype
-        return PlannedTensor(name, tuple(like.shape), dtype, lambda: pieces(parts), shapes)
+        return PlannedTensor(name, tuple(like.shape), dtype, pieces, {name: self.dense_shapes[name] for name in read})
 
     def _verbatim(self, name: str, num_rows: int, rows_at_once: int) -> Iterator[Tensor]:
         """The tensor as it is, or the mean of all sources, in blocks of rows."""
@@ -198,12 +201,11 @@ class _Maker:
             else:
                 yield torch.stack([block.float() for block in blocks]).mean(0).to(blocks[0].dtype)
 
-    def _experts(self, parts: dict[str, str]) -> Iterator[Tensor]:
-        """Expert after expert: its gate_proj and up_proj, or its down_proj."""
-        dense = [{name: source.read(name) for name in parts} for source in self.sources]
+    def _experts(self, layer: str, parts: list[Part]) -> Iterator[Tensor]:
+        """Expert after expert, its parts in turn."""
+        dense = [[_read(source, layer, part) for part in parts] for source in self.sources]
         for expert in range(self.config.num_experts):
-            for name, part in parts.items():
-                layer = name.removesuffix(f"{part}.weight")
+            for part, matrix in zip(parts, dense[expert % len(dense)], strict=True):
                 wanted = ExpertMatrix(
                     part,
                     expert,
@@ -211,15 +213,16 @@ class _Maker:
                     self.settings.ratio or 0,
                     self.settings.num_shards,
                 )
-                matrix = dense[expert % len(dense)][name]
                 yield self.settings.initialisation.expert(wanted, matrix)
 
-    def _shared(self, parts: dict[str, str]) -> Iterator[Tensor]:
-        (name, part), dense = next(iter(parts.items())), self.sources[0]
+    def _shared(self, layer: str, parts: list[Part]) -> Iterator[Tensor]:
+        """The parts of one tensor of the shared expert: all neurons, or the first ones."""
         width = self.config.intermediate_size
         if self.settings.initialisation.shares == "ratio":
             width = num_shared_neurons(width, self.settings.ratio or 0)
-        yield dense.read(name).narrow(1 if part == "down_proj" else 0, 0, width)
+        for part in parts:
+            dense = _read(self.sources[0], layer, part)
+            yield dense if part.neuron_axis is None else dense.narrow(part.neuron_axis, 0, width)
 
     def _router(self, name: str, like: Tensor) -> Tensor:
         """Measured rows, or rows from N(0, initializer_range), each tensor from a seed of its own; the shards of one
@@ -233,6 +236,10 @@ class _Maker:
             shape = (like.shape[0] // granularity, like.shape[1])
             rows = torch.randn(shape, generator=generator_of(self.settings.seed, name)) * self.config.initializer_range
         return rows.repeat_interleave(granularity, dim=0).to(self.plan_.dtype)
+
+
+def _read(source: Source, layer: str, part: Part) -> Tensor:
+    return source.read(layer + part.tensor, part.first_row, part.first_row + part.num_rows)
 
 
 def generator_of(seed: int, key: str) -> torch.Generator:
@@ -255,7 +262,7 @@ def _check_same_architecture(
 
 def _check_dtypes(source: Source) -> None:
     for name, header in source.headers.items():
-        if header.dtype not in DTYPES and not name.endswith(_IGNORED):
+        if header.dtype not in DTYPES and not is_unread(name):
             raise ConversionError(
                 f"{name} of {source.source} has dtype {header.dtype}; only float32, bfloat16 and float16 can be "
                 "converted"
@@ -285,7 +292,7 @@ def _check_tensors(plan: Plan, source: Source) -> None:
         dtypes = {source.headers[name].dtype for name in tensor.sources}
         if len(dtypes) > 1:
             raise ConversionError(f"{' and '.join(tensor.sources)} have dtypes {' and '.join(sorted(dtypes))}; use one")
-    unused = sorted(n for n in source.headers.keys() - expected.keys() - plan.tied if not n.endswith(_IGNORED))
+    unused = sorted(n for n in source.headers.keys() - expected.keys() - plan.tied if not is_unread(n))
     if unused:
         raise ConversionError(
             f"source={source.folder} holds {unused[0]} ({len(unused)} such tensors), which a dense "

@@ -109,10 +109,10 @@ def rescaled_rows(directions_RD: Tensor, inputs_TD: Tensor, std: float) -> Tenso
     return rows_RD * (wanted / found)
 
 
-def norm_inputs(norm_weight_D: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
+def norm_inputs(scale_D: Tensor, shift_D: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
     """Stand-ins [T, D] for the FFN's inputs where none can be measured: Gaussian tokens after the layer's norm."""
-    tokens_TD = torch.randn(num_tokens, len(norm_weight_D), generator=generator)
-    return nn.functional.normalize(tokens_TD) * len(norm_weight_D) ** 0.5 * norm_weight_D.float()
+    tokens_TD = torch.randn(num_tokens, len(scale_D), generator=generator)
+    return nn.functional.normalize(tokens_TD) * len(scale_D) ** 0.5 * scale_D.float() + shift_D.float()
 
 
 def thresholds_of(rows_ED: Tensor, inputs_TD: Tensor, config: Any) -> Tensor:

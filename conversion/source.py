@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .dense import OLD_NAMES
 from .errors import ConversionError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -81,11 +82,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Header:
-    """What a shard's header says of one tensor."""
+    """What a shard's header says of one tensor, and what the tensor is called in that shard."""
 
     file_name: str
     dtype: str
     shape: tuple[int, ...]
+    name: str
 
 
 class Source:
@@ -107,6 +109,9 @@ class Source:
             self.headers = self._headers_on_hub(source.partition("@")[0])
         else:
             self.headers = self._headers_of_files()
+        for old, new in OLD_NAMES.items():
+            if old in self.headers:
+                self.headers.setdefault(new, self.headers.pop(old))
 
     def _headers_on_hub(self, repository: str) -> dict[str, Header]:
         try:
@@ -116,7 +121,7 @@ class Source:
                 f"source={self.source}: no safetensors headers could be read from the Hub: {_first_line(error)}"
             ) from error
         return {
-            name: Header(file_name, str(info.dtype), tuple(info.shape))
+            name: Header(file_name, str(info.dtype), tuple(info.shape), name)
             for file_name, file in metadata.files_metadata.items()
             for name, info in file.tensors.items()
         }
@@ -164,7 +169,7 @@ class Source:
         """Opening a shard checks its header against its size, so a truncated one is found before any work is done."""
         with self._open(path) as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-            return {name: Header(path.name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            return {name: Header(path.name, s.get_dtype(), tuple(s.get_shape()), name) for name, s in slices.items()}
 
     def _open(self, path: Path) -> Any:
         try:
@@ -184,8 +189,9 @@ class Source:
         Raises:
             ConversionError: when a value is NaN or infinite.
         """
-        with self._open(self.folder / self.headers[name].file_name) as shard:
-            tensor: Tensor = shard.get_tensor(name) if stop is None else shard.get_slice(name)[start:stop]
+        held = self.headers[name]
+        with self._open(self.folder / held.file_name) as shard:
+            tensor: Tensor = shard.get_tensor(held.name) if stop is None else shard.get_slice(held.name)[start:stop]
         if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
             raise ConversionError(f"{name} of {self.source} holds NaN or infinity: it is damaged; fetch it again")
         return tensor

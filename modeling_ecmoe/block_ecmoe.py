@@ -47,7 +47,10 @@ class EcMoeBlock(nn.Module):
         if config.shared_expert_intermediate_size:
             shared_config = copy.copy(config)
             shared_config.intermediate_size = config.shared_expert_intermediate_size
+            shared_config.residual_dropout = 0.0  # below, once for the whole block
             self.shared_expert = dense_mlp_class(shared_config)
+        # StarCoder-2 alone drops out inside its FFN.
+        self.dropout = nn.Dropout(getattr(config, "residual_dropout", 0.0))
         # Set around a call: the real tokens by the model, another routing by `use_inference_routing`.
         self.token_mask: Tensor | None = None
         self.routing_overrides: list[str] = []
@@ -76,7 +79,7 @@ class EcMoeBlock(nn.Module):
             if self.config.shared_expert_weighting == "complement":
                 shared_TD = (1 - total_T)[:, None] * shared_TD
             routed_TD = routed_TD + shared_TD
-        return routed_TD.to(hidden_states.dtype).view_as(hidden_states)
+        return self.dropout(routed_TD.to(hidden_states.dtype).view_as(hidden_states))
 
     def _experts_choose(
         self, tokens_TD: Tensor, scores_TE: Tensor, batch_shape: torch.Size, learning: bool

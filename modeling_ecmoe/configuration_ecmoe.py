@@ -5,7 +5,39 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Cohere2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
+)
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """What a dense family calls the matrices of its FFN, and which there are.
+
+    into: the matrices from the hidden size to the FFN's width: gate and up, or both fused in that order, or one alone.
+    out: the matrix back.
+    has_gate: y = out(act(gate x) * (up x)); without it y = out(act(up x)).
+    has_bias: whether they have biases, or the config field that says so.
+    """
+
+    into: tuple[str, ...] = ("gate_proj", "up_proj")
+    out: str = "down_proj"
+    has_gate: bool = True
+    has_bias: bool | str = False
 
 
 @strict
@@ -43,12 +75,7 @@ class EcMoeConfigMixin:
     output_router_logits: return the router logits of each sparse layer, [B * S, E].
     """
 
-    # Whole experts per rank; `DistributedConfig(ep_size=...)` picks how rows reach them.
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
+    dense_ffn = DenseFFN()
 
     num_experts: int = 8
     moe_intermediate_size: int | None = None
@@ -119,8 +146,6 @@ class EcMoeConfigMixin:
                 f"mlp_layer_types={self.mlp_layer_types} must hold 'sparse' or 'dense' for each of the "
                 f"num_hidden_layers={self.num_hidden_layers} layers"
             )
-        if getattr(self, "mlp_bias", False):
-            raise ValueError("mlp_bias=True is not supported: the experts have no biases. Use a family without them")
 
     def _validate_regime(self) -> None:
         """What belongs to one way of routing and to no other."""
@@ -156,6 +181,50 @@ class EcMoeConfigMixin:
                 f"router_aux_loss_coef={self.router_aux_loss_coef} balances token choice; routing={self.routing} is "
                 "balanced by construction, set it to 0"
             )
+
+    @property
+    def ffn_has_bias(self) -> bool:
+        """Whether the matrices of the FFN, and so of the experts, have biases."""
+        said = self.dense_ffn.has_bias
+        return bool(getattr(self, said)) if isinstance(said, str) else said
+
+    @property
+    def expert_parameters(self) -> dict[str, tuple[int, ...]]:
+        """The stacked parameters of the experts, named as Transformers' experts back-ends read them, and their shapes:
+        [E, 2I or I, D], [E, D, I] and, where there are biases, [E, 2I or I] and [E, D]."""
+        first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"
+        width: Any = self.moe_intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            first: (self.num_experts, width * (2 if self.dense_ffn.has_gate else 1), self.hidden_size),
+            "down_proj": (self.num_experts, self.hidden_size, width),
+        }
+        biases = {f"{name}_bias": shape[:2] for name, shape in shapes.items()} if self.ffn_has_bias else {}
+        return shapes | biases
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """Whole experts per rank; `DistributedConfig(ep_size=...)` picks how rows reach them."""
+        plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in self.expert_parameters}
+        return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """The dense family's, its FFN being the shared expert too, and a part of every expert's width per rank.
+
+        Experts with biases stay whole on every rank: Transformers' styles would add their last bias once per rank.
+        """
+        dense = super().base_model_tp_plan
+        plan = dense | {
+            name.replace(".mlp.", ".mlp.shared_expert."): style for name, style in dense.items() if ".mlp." in name
+        }
+        if self.ffn_has_bias:
+            return plan
+        first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"
+        return plan | {
+            f"layers.*.mlp.experts.{first}": "packed_colwise" if self.dense_ffn.has_gate else "colwise",
+            "layers.*.mlp.experts.down_proj": "rowwise",
+            "layers.*.mlp.experts": "moe_tp_experts",
+        }
 
     @property
     def bounds_experts_per_token(self) -> bool:
@@ -207,6 +276,7 @@ _LOOK_ALIKES = {"num_experts_per_tok", "layer_types", "output_hidden_states", "n
 @strict
 class EcMoeLlamaConfig(EcMoeConfigMixin, LlamaConfig):
     model_type = "ecmoe_llama"
+    dense_ffn = DenseFFN(has_bias="mlp_bias")
 
 
 @strict
@@ -224,4 +294,83 @@ class EcMoeQwen3Config(EcMoeConfigMixin, Qwen3Config):
     model_type = "ecmoe_qwen3"
 
 
-__all__ = ["EcMoeLlamaConfig", "EcMoeMistralConfig", "EcMoeQwen2Config", "EcMoeQwen3Config"]
+@strict
+class EcMoePhi3Config(EcMoeConfigMixin, Phi3Config):
+    model_type = "ecmoe_phi3"
+    dense_ffn = DenseFFN(into=("gate_up_proj",))
+
+
+@strict
+class EcMoeSmolLM3Config(EcMoeConfigMixin, SmolLM3Config):
+    model_type = "ecmoe_smollm3"
+    dense_ffn = DenseFFN(has_bias="mlp_bias")
+
+
+@strict
+class EcMoeOlmo2Config(EcMoeConfigMixin, Olmo2Config):
+    model_type = "ecmoe_olmo2"
+
+
+@strict
+class EcMoeOlmo3Config(EcMoeConfigMixin, Olmo3Config):
+    model_type = "ecmoe_olmo3"
+
+
+@strict
+class EcMoeGemma2Config(EcMoeConfigMixin, Gemma2Config):
+    model_type = "ecmoe_gemma2"
+    attribute_map = {"hidden_act": "hidden_activation"}
+
+
+@strict
+class EcMoeGemma3TextConfig(EcMoeConfigMixin, Gemma3TextConfig):
+    model_type = "ecmoe_gemma3_text"
+    attribute_map = {"hidden_act": "hidden_activation"}
+
+
+@strict
+class EcMoeGraniteConfig(EcMoeConfigMixin, GraniteConfig):
+    model_type = "ecmoe_granite"
+    dense_ffn = DenseFFN(has_bias="mlp_bias")
+
+
+@strict
+class EcMoeGlm4Config(EcMoeConfigMixin, Glm4Config):
+    model_type = "ecmoe_glm4"
+    dense_ffn = DenseFFN(into=("gate_up_proj",))
+
+
+@strict
+class EcMoeCohere2Config(EcMoeConfigMixin, Cohere2Config):
+    model_type = "ecmoe_cohere2"
+
+
+@strict
+class EcMoeStarcoder2Config(EcMoeConfigMixin, Starcoder2Config):
+    model_type = "ecmoe_starcoder2"
+    dense_ffn = DenseFFN(into=("c_fc",), out="c_proj", has_gate=False, has_bias="use_bias")
+
+
+@strict
+class EcMoeGPTNeoXConfig(EcMoeConfigMixin, GPTNeoXConfig):
+    model_type = "ecmoe_gpt_neox"
+    dense_ffn = DenseFFN(into=("dense_h_to_4h",), out="dense_4h_to_h", has_gate=False, has_bias=True)
+
+
+__all__ = [  # noqa: RUF022 - in the order in which they are listed to users
+    "EcMoeLlamaConfig",
+    "EcMoeMistralConfig",
+    "EcMoeQwen2Config",
+    "EcMoeQwen3Config",
+    "EcMoePhi3Config",
+    "EcMoeSmolLM3Config",
+    "EcMoeOlmo2Config",
+    "EcMoeOlmo3Config",
+    "EcMoeGemma2Config",
+    "EcMoeGemma3TextConfig",
+    "EcMoeGraniteConfig",
+    "EcMoeGlm4Config",
+    "EcMoeCohere2Config",
+    "EcMoeStarcoder2Config",
+    "EcMoeGPTNeoXConfig",
+]

@@ -1,4 +1,4 @@
-"""The experts: gated FFNs with stacked weights, on equal or on any numbers of rows.
+"""The experts: FFNs with stacked weights, on equal or on any numbers of rows.
 
 Shapes: E experts, C rows of each, D hidden size, I expert width, T tokens, K experts of one token.
 """
@@ -15,30 +15,50 @@ from transformers.integrations import use_experts_implementation
 
 @use_experts_implementation
 class EcMoeRaggedExperts(nn.Module):
-    """Gated FFNs with stacked weights, any number of rows each; the contract of Transformers' experts back-ends."""
+    """FFNs with stacked weights, any number of rows each; the contract of Transformers' experts back-ends."""
 
-    config: Any  # set, like `_apply_gate`, by the decorator
+    config: Any  # set, like `_apply_gate` and `has_gate`, by the decorator
     _apply_gate: Callable[[Tensor], Tensor]
+    has_gate: bool
+    has_bias: bool
+    gate_up_proj: nn.Parameter  # [E, 2I, D]; up_proj [E, I, D] without a gate
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter  # [E, D, I]; each may have a bias, such as down_proj_bias [E, D]
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.num_experts = config.num_experts
-        hidden_size, width = config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))
+        for name, shape in config.expert_parameters.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D], one expert after the other."""
         output = torch.zeros_like(hidden_states)
+        into, into_bias, down, down_bias = self._stacks()
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
             if token.numel() == 0:
                 continue
-            hidden = self._apply_gate(nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]))
-            hidden = nn.functional.linear(hidden, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            bias = None if into_bias is None else into_bias[expert]
+            hidden = self._activate(nn.functional.linear(hidden_states[token], into[expert], bias))
+            bias = None if down_bias is None else down_bias[expert]
+            hidden = nn.functional.linear(hidden, down[expert], bias) * top_k_weights[token, slot, None]
             output.index_add_(0, token, hidden.to(output.dtype))
         return output
+
+    def _stacks(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The weights [E, 2I or I, D] into the experts' width and their biases, those back [E, D, I] and theirs."""
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+
+        def bias_of(name: str) -> Tensor | None:
+            return getattr(self, f"{name}_bias").to(dtype) if self.has_bias else None
+
+        return getattr(self, first).to(dtype), bias_of(first), self.down_proj.to(dtype), bias_of("down_proj")
+
+    def _activate(self, product: Tensor) -> Tensor:
+        """The first product [..., 2I or I] -> [..., I]."""
+        return self._apply_gate(product) if self.has_gate else self.act_fn(product)
 
 
 class EcMoeExperts(EcMoeRaggedExperts):
@@ -49,6 +69,11 @@ class EcMoeExperts(EcMoeRaggedExperts):
     """
 
     rows_per_expert: int | None = None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # The decorator says one thing for every model; the back-ends read it off the module.
+        self.has_gate, self.has_bias = config.dense_ffn.has_gate, config.ffn_has_bias
 
     def forward(
         self,
@@ -73,93 +98,114 @@ class EcMoeExperts(EcMoeRaggedExperts):
     def _equal_rows(self, hidden_states: Tensor, rows_per_expert: int) -> Tensor:
         """Two products per expert: no sorting, no sizes to exchange, static shapes."""
         device = hidden_states.device.type
-        dtype = self.gate_up_proj.dtype
+        dtype = self.down_proj.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         rows_ECD = hidden_states.to(dtype).view(self.num_experts, rows_per_expert, -1)
+        into, into_bias, down, down_bias = self._stacks(dtype)
         # The compiler fuses and plans memory itself; what an activation learns is not among EqualRows' gradients.
         if torch.compiler.is_compiling() or any(True for _ in self.act_fn.parameters()):
-            hidden_ECI = self._apply_gate(torch.bmm(rows_ECD, gate_up_proj.transpose(1, 2)))
-            return torch.bmm(hidden_ECI, down_proj.transpose(1, 2)).flatten(0, 1)
-        return EqualRows.apply(self._apply_gate, rows_ECD, gate_up_proj, down_proj).flatten(0, 1)
+            hidden_ECI = self._activate(_linear(rows_ECD, into, into_bias))
+            return _linear(hidden_ECI, down, down_bias).flatten(0, 1)
+        return EqualRows.apply(self._activate, rows_ECD, into, down, into_bias, down_bias).flatten(0, 1)
 
     def _suits_grouped_mm(self, hidden_states: Tensor) -> bool:
         """Whether torch's grouped product takes these tensors: no float64, rows on 16-byte borders."""
         if self.config._experts_implementation != "grouped_mm":
             return True
-        row_bytes = [weight.shape[-1] * weight.element_size() for weight in (self.gate_up_proj, self.down_proj)]
-        return self.gate_up_proj.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
+        into, _, down, _ = self._stacks()
+        row_bytes = [weight.shape[-1] * weight.element_size() for weight in (into, down)]
+        return into.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
+
+
+def _linear(rows_ECD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """C rows of every expert through its own linear layer."""
+    product = torch.bmm(rows_ECD, weight.mT)
+    return product if bias is None else product + bias[:, None]
 
 
 class EqualRows(torch.autograd.Function):
-    """C rows through each of E gated FFNs: rows [E, C, D], gate_up_proj [E, 2I, D], down_proj [E, D, I] -> [E, C, D].
+    """C rows through each of E FFNs: rows [E, C, D], weights [E, W, D] and [E, D, I], biases [E, W] and [E, D] or None
+    -> [E, C, D]; W is 2I with a gate and I without.
 
-    For backward it keeps the first product [E, C, 2I] and applies the activation to it again: half of what autograd
+    For backward it keeps the first product [E, C, W] and applies the activation to it again: half of what autograd
     would keep, at the cost of one elementwise pass. On a CPU it takes few experts at a time, so that what lies between
     the products stays in the cache and in memory that is touched already; elsewhere all at once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, apply_gate: Callable[[Tensor], Tensor], rows_ECD: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+        ctx: Any,
+        activate: Callable[[Tensor], Tensor],
+        rows_ECD: Tensor,
+        into: Tensor,
+        down: Tensor,
+        into_bias: Tensor | None,
+        down_bias: Tensor | None,
     ) -> Tensor:
         output_ECD = torch.empty_like(rows_ECD, memory_format=torch.contiguous_format)
         kept = []
         with torch.autocast(rows_ECD.device.type, enabled=False):  # the caller has chosen the precision
-            for part in _parts(rows_ECD, gate_up_proj.shape[1]):
-                rows, gate_up, down = (_computable(tensor[part]) for tensor in (rows_ECD, gate_up_proj, down_proj))
-                product = rows @ gate_up.mT
+            for part in _parts(rows_ECD, into.shape[1]):
+                rows, first, second = (_computable(tensor[part]) for tensor in (rows_ECD, into, down))
+                product = rows @ first.mT
+                if into_bias is not None:
+                    product += into_bias[part].unsqueeze(-2)
                 kept.append(product.to(rows_ECD.dtype))
-                _product(apply_gate(product), down.mT, output_ECD[part])
-        ctx.apply_gate = apply_gate
+                _product(activate(product), second.mT, output_ECD[part])
+        if down_bias is not None:
+            output_ECD += down_bias[:, None]
+        ctx.activate = activate
         # Frozen weights need no rows.
-        ctx.save_for_backward(rows_ECD if ctx.needs_input_grad[2] else None, gate_up_proj, down_proj, *kept)
+        ctx.save_for_backward(rows_ECD if ctx.needs_input_grad[2] else None, into, down, *kept)
         return output_ECD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ECD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ECD, gate_up_proj, down_proj, *kept = ctx.saved_tensors
+        rows_ECD, into, down, *kept = ctx.saved_tensors
         # Frozen weights and inputs need no gradient.
         grads = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
-            for tensor, needed in zip((grad_ECD, gate_up_proj, down_proj), ctx.needs_input_grad[1:], strict=True)
+            for tensor, needed in zip((grad_ECD, into, down, into[..., 0]), ctx.needs_input_grad[1:5], strict=True)
         ]
         with torch.autocast(grad_ECD.device.type, enabled=False):
-            for part, product in zip(_parts(grad_ECD, gate_up_proj.shape[1]), kept, strict=True):
-                grad, gate_up, down = (_computable(tensor[part]) for tensor in (grad_ECD, gate_up_proj, down_proj))
+            for part, product in zip(_parts(grad_ECD, into.shape[1]), kept, strict=True):
+                grad, first, second = (_computable(tensor[part]) for tensor in (grad_ECD, into, down))
                 rows = None if rows_ECD is None else _computable(rows_ECD[part])
                 wanted = (None if tensor is None else tensor[part] for tensor in grads)
-                _backward(ctx.apply_gate, _computable(product), grad, rows, gate_up, down, *wanted)
-        return None, *grads
+                _backward(ctx.activate, _computable(product), grad, rows, first, second, *wanted)
+        return None, *grads, grad_ECD.sum(1) if ctx.needs_input_grad[5] else None
 
 
 def _backward(
-    apply_gate: Callable[[Tensor], Tensor],
+    activate: Callable[[Tensor], Tensor],
     product: Tensor,
     grad: Tensor,
     rows: Tensor | None,
-    gate_up: Tensor,
+    into: Tensor,
     down: Tensor,
     grad_rows: Tensor | None,
-    grad_gate_up: Tensor | None,
+    grad_into: Tensor | None,
     grad_down: Tensor | None,
+    grad_into_bias: Tensor | None,
 ) -> None:
-    """Writes the gradients that are wanted of one expert, [C, D] and so on, or of all of them."""
+    """Writes the gradients that are wanted of one expert, [C, D] and so on, or of several."""
     with torch.enable_grad():
         product = product.detach().requires_grad_()
-        hidden = apply_gate(product)
+        hidden = activate(product)
     if grad_down is not None:
         _product(grad.mT, hidden.detach(), grad_down)
-    if grad_rows is None and grad_gate_up is None:
+    if grad_rows is None and grad_into is None and grad_into_bias is None:
         return
     (grad_product,) = torch.autograd.grad(hidden, product, grad @ down)
-    if grad_gate_up is not None:
+    if grad_into is not None:
         assert rows is not None
-        _product(grad_product.mT, rows, grad_gate_up)
+        _product(grad_product.mT, rows, grad_into)
+    if grad_into_bias is not None:
+        grad_into_bias.copy_(grad_product.sum(-2))
     if grad_rows is not None:
-        _product(grad_product, gate_up, grad_rows)
+        _product(grad_product, into, grad_rows)
 
 
 # Of the first product that is computed at once on a CPU; from 2 to 16 MiB little changes (docs/speed.md).

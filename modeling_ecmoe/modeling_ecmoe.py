@@ -1,432 +1,552 @@
-"""Expert-choice mixture-of-experts decoders: the dense classes of Transformers with another FFN.
+"""The families of expert-choice decoders: the dense classes of Transformers with another FFN.
 
-Everything but the FFN (block_ecmoe.py) is inherited. A dense family is declared at the end of the file.
-Shapes: B batch, S sequence, T = B * S tokens, D hidden size, E experts.
+Everything but the FFN (block_ecmoe.py) is inherited; what a family adds to its dense classes is in mixins_ecmoe.py.
 """
 
-from typing import Any
-
 import torch
-import transformers.initialization as init
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.distributed.expert_parallel import EPImplementationInterface
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaForQuestionAnswering,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    LlamaModel,
-    LlamaPreTrainedModel,
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
 )
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralForQuestionAnswering,
-    MistralForSequenceClassification,
-    MistralForTokenClassification,
-    MistralModel,
-    MistralPreTrainedModel,
-)
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2DecoderLayer,
-    Qwen2ForCausalLM,
-    Qwen2ForQuestionAnswering,
-    Qwen2ForSequenceClassification,
-    Qwen2ForTokenClassification,
-    Qwen2Model,
-    Qwen2PreTrainedModel,
-)
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3ForQuestionAnswering,
-    Qwen3ForSequenceClassification,
-    Qwen3ForTokenClassification,
-    Qwen3Model,
-    Qwen3PreTrainedModel,
-)
-from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.models.cohere2 import modeling_cohere2 as cohere2
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.glm4 import modeling_glm4 as glm4
+from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
+from transformers.models.granite import modeling_granite as granite
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
+from transformers.models.olmo3 import modeling_olmo3 as olmo3
+from transformers.models.phi3 import modeling_phi3 as phi3
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.smollm3 import modeling_smollm3 as smollm3
+from transformers.models.starcoder2 import modeling_starcoder2 as starcoder2
 
-from .block_ecmoe import EcMoeBlock, announce_tokens, use_inference_routing
-from .configuration_ecmoe import EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config
-from .experts_ecmoe import EcMoeRaggedExperts
+from .configuration_ecmoe import (
+    AUTO_CLASSES,
+    EcMoeCohere2Config,
+    EcMoeGemma2Config,
+    EcMoeGemma3TextConfig,
+    EcMoeGlm4Config,
+    EcMoeGPTNeoXConfig,
+    EcMoeGraniteConfig,
+    EcMoeLlamaConfig,
+    EcMoeMistralConfig,
+    EcMoeOlmo2Config,
+    EcMoeOlmo3Config,
+    EcMoePhi3Config,
+    EcMoeQwen2Config,
+    EcMoeQwen3Config,
+    EcMoeSmolLM3Config,
+    EcMoeStarcoder2Config,
+)
+from .configuration_ecmoe import __all__ as _config_names
+from .mixins_ecmoe import (
+    ROUTER_LOGITS,
+    EcMoeDecoderLayerMixin,
+    EcMoeForCausalLMMixin,
+    EcMoeHeadMixin,
+    EcMoeModelMixin,
+    EcMoePreTrainedMixin,
+)
 from .parallel_ecmoe import EqualSplitsEP
-from .router_ecmoe import EcMoeRouter
-from .routing_ecmoe import router_z_loss
 
 
-class EcMoeDecoderLayerMixin:
-    """A dense decoder layer whose `mlp` is the sparse block, and which hands the real tokens to it."""
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if config.mlp_layer_types[layer_idx] == "sparse":
-            self.mlp = EcMoeBlock(config, dense_mlp_class=type(self.mlp))
-
-    def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """token_mask: [B, S] bool, True for real tokens. A keyword, so that a recomputed layer gets it again."""
-        if not isinstance(self.mlp, EcMoeBlock) or torch.compiler.is_compiling():
-            return super().forward(hidden_states, *args, **kwargs)
-        self.mlp.token_mask = token_mask
-        try:
-            return super().forward(hidden_states, *args, **kwargs)
-        finally:
-            self.mlp.token_mask = None
+class EcMoeLlamaDecoderLayer(EcMoeDecoderLayerMixin, llama.LlamaDecoderLayer): ...
 
 
-class EcMoePreTrainedMixin:
-    """What every class of the family shares: how its own modules are initialised and which names they have."""
-
-    base_model_prefix = "model"
-    _keep_in_fp32_modules_strict = ["gate.threshold$"]  # a pattern: the count of updates stays an integer
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        """Transformers looks for `@use_experts_implementation` in this file's text; it stands in block_ecmoe.py."""
-        return True
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As Transformers', which looks for the code to copy where the class is: not torch's class under FSDP2."""
-        self.__module__ = next(c.__module__ for c in type(self).__mro__ if not c.__module__.startswith("torch."))
-        super().save_pretrained(*args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, EcMoeRaggedExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, EcMoeRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            for buffer in module.buffers():
-                init.zeros_(buffer)
-
-
-class EcMoeModelMixin:
-    """The base model: the dense one with other layers, its padding mask handed down to them."""
-
-    decoder_layer_class: type[nn.Module]
-
-    def __init__(self, config: Any) -> None:
-        # The dense constructor makes embedding, norm and rotary embedding; its layers give way to ours. Under
-        # from_pretrained that happens on the meta device and costs nothing.
-        super().__init__(config)
-        self.layers = nn.ModuleList(
-            self.decoder_layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        token_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> MoeModelOutputWithPast | tuple:
-        """As the dense model's. token_mask [B, S] bool, True for real tokens; read off a 2-D attention_mask."""
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        if (
-            token_mask is None
-            and inputs is not None
-            and isinstance(attention_mask, Tensor)
-            and attention_mask.dim() == 2
-        ):
-            # With a cache the mask covers past tokens too; the last S columns are the tokens at hand.
-            token_mask = attention_mask[:, -inputs.shape[1] :].bool()
-        with announce_tokens(self, token_mask):
-            outputs = super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                token_mask=token_mask,
-                **kwargs,
-            )
-        return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
-
-
-class EcMoeForCausalLMMixin:
-    """The language model: the dense head, the router logits among the outputs, causal routes in `generate`."""
-
-    base_model_class: type[PreTrainedModel]
-
-    def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)  # not the dense constructor, which would build the dense model
-        self.model = self.base_model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
-        """As the dense model's, with `router_logits` (one [B * S, E] per sparse layer) when they are asked for.
-
-        In training the z-loss and, for token choice, the balance loss join the loss by their coefficients;
-        `aux_loss` is the balance loss by itself.
-        """
-        asked = kwargs.pop("output_router_logits", None)
-        asked = self.config.output_router_logits if asked is None else asked
-        adds_loss = self.training and labels is not None and self._has_router_loss()
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_router_logits=asked or adds_loss,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss: Any = None
-        aux_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if asked or adds_loss:
-            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-            aux_loss, router_loss = self._router_losses(outputs.router_logits, kwargs.get("token_mask", mask))
-            if adds_loss and labels is not None:
-                items = kwargs.get("num_items_in_batch")
-                # Over several micro-batches the loss is a share of the step's predicted tokens, and so is this.
-                predicted = labels != -100  # the first label of a row is predicted by nothing
-                share = 1 if items is None else predicted[..., 1:].sum() / items
-                loss = loss + share * router_loss.to(loss.device)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits if asked else None,
-        )
-
-    def _has_router_loss(self) -> bool:
-        return self.config.router_z_loss_coef > 0 or self.config.router_aux_loss_coef > 0
-
-    def _router_losses(
-        self, router_logits: tuple[Tensor, ...], token_mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Token choice's balance loss (None otherwise), and what the coefficients add to the loss."""
-        config = self.config
-        routers = [module for module in self.modules() if isinstance(module, EcMoeRouter)]
-        learns = torch.is_grad_enabled() and any(router.weight.requires_grad for router in routers)
-        if self.training and self._has_router_loss() and learns and not router_logits[0].requires_grad:
-            raise ValueError(
-                "router_z_loss_coef and router_aux_loss_coef have no gradient under reentrant gradient checkpointing; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        added = router_logits[0].new_zeros(())
-        if config.router_z_loss_coef:
-            added = added + config.router_z_loss_coef * router_z_loss(
-                router_logits, None if token_mask is None else token_mask.flatten()
-            )
-        if config.routing != "token_choice":
-            return None, added
-        balance: Any = load_balancing_loss_func(
-            router_logits, config.num_experts, int(config.capacity_factor), token_mask
-        )
-        return balance, added + config.router_aux_loss_coef * balance
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers' `generate`, routed causally also when the model was left in train mode."""
-        with use_inference_routing(self):
-            return super().generate(*args, **kwargs)
-
-
-class EcMoeHeadMixin:
-    """A head on the base model, which Transformers builds through AutoModel.
-
-    As remote code a head's config may come from another copy of the configuration module than the one that this file
-    registered, so the class at hand is registered before it is needed.
-    """
-
-    def __init__(self, config: Any) -> None:
-        for registered, models in MODEL_CLASSES.items():
-            if registered.model_type == config.model_type:
-                AutoModel.register(type(config), models["AutoModel"], exist_ok=True)
-        super().__init__(config)
-
-
-_ROUTER_LOGITS = {"router_logits": OutputRecorder(EcMoeRouter, index=0)}
-
-
-class EcMoeLlamaDecoderLayer(EcMoeDecoderLayerMixin, LlamaDecoderLayer):
-    pass
-
-
-class EcMoeLlamaPreTrainedModel(EcMoePreTrainedMixin, LlamaPreTrainedModel):
+class EcMoeLlamaPreTrainedModel(EcMoePreTrainedMixin, llama.LlamaPreTrainedModel):
     config: EcMoeLlamaConfig
     _no_split_modules = ["EcMoeLlamaDecoderLayer"]
-    _can_record_outputs = LlamaPreTrainedModel._can_record_outputs | _ROUTER_LOGITS
+    _can_record_outputs = llama.LlamaPreTrainedModel._can_record_outputs | ROUTER_LOGITS
 
 
-class EcMoeLlamaModel(EcMoeModelMixin, EcMoeLlamaPreTrainedModel, LlamaModel):
+class EcMoeLlamaModel(EcMoeModelMixin, EcMoeLlamaPreTrainedModel, llama.LlamaModel):
     decoder_layer_class = EcMoeLlamaDecoderLayer
 
 
-class EcMoeLlamaForCausalLM(EcMoeForCausalLMMixin, EcMoeLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
+class EcMoeLlamaForCausalLM(EcMoeForCausalLMMixin, EcMoeLlamaPreTrainedModel, llama.LlamaForCausalLM, GenerationMixin):
     base_model_class = EcMoeLlamaModel
 
 
-class EcMoeLlamaForSequenceClassification(EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, LlamaForSequenceClassification):
-    pass
+class EcMoeLlamaForSequenceClassification(
+    EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, llama.LlamaForSequenceClassification
+): ...
 
 
-class EcMoeLlamaForTokenClassification(EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, LlamaForTokenClassification):
-    pass
+class EcMoeLlamaForTokenClassification(
+    EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, llama.LlamaForTokenClassification
+): ...
 
 
-class EcMoeLlamaForQuestionAnswering(EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, LlamaForQuestionAnswering):
-    pass
+class EcMoeLlamaForQuestionAnswering(EcMoeHeadMixin, EcMoeLlamaPreTrainedModel, llama.LlamaForQuestionAnswering): ...
 
 
-class EcMoeMistralDecoderLayer(EcMoeDecoderLayerMixin, MistralDecoderLayer):
-    pass
+class EcMoeMistralDecoderLayer(EcMoeDecoderLayerMixin, mistral.MistralDecoderLayer): ...
 
 
-class EcMoeMistralPreTrainedModel(EcMoePreTrainedMixin, MistralPreTrainedModel):
+class EcMoeMistralPreTrainedModel(EcMoePreTrainedMixin, mistral.MistralPreTrainedModel):
     config: EcMoeMistralConfig
     _no_split_modules = ["EcMoeMistralDecoderLayer"]
-    _can_record_outputs = MistralPreTrainedModel._can_record_outputs | _ROUTER_LOGITS
+    _can_record_outputs = mistral.MistralPreTrainedModel._can_record_outputs | ROUTER_LOGITS
 
 
-class EcMoeMistralModel(EcMoeModelMixin, EcMoeMistralPreTrainedModel, MistralModel):
+class EcMoeMistralModel(EcMoeModelMixin, EcMoeMistralPreTrainedModel, mistral.MistralModel):
     decoder_layer_class = EcMoeMistralDecoderLayer
 
 
-class EcMoeMistralForCausalLM(EcMoeForCausalLMMixin, EcMoeMistralPreTrainedModel, MistralForCausalLM, GenerationMixin):
+class EcMoeMistralForCausalLM(
+    EcMoeForCausalLMMixin, EcMoeMistralPreTrainedModel, mistral.MistralForCausalLM, GenerationMixin
+):
     base_model_class = EcMoeMistralModel
 
 
 class EcMoeMistralForSequenceClassification(
-    EcMoeHeadMixin, EcMoeMistralPreTrainedModel, MistralForSequenceClassification
-):
-    pass
+    EcMoeHeadMixin, EcMoeMistralPreTrainedModel, mistral.MistralForSequenceClassification
+): ...
 
 
-class EcMoeMistralForTokenClassification(EcMoeHeadMixin, EcMoeMistralPreTrainedModel, MistralForTokenClassification):
-    pass
+class EcMoeMistralForTokenClassification(
+    EcMoeHeadMixin, EcMoeMistralPreTrainedModel, mistral.MistralForTokenClassification
+): ...
 
 
-class EcMoeMistralForQuestionAnswering(EcMoeHeadMixin, EcMoeMistralPreTrainedModel, MistralForQuestionAnswering):
-    pass
+class EcMoeMistralForQuestionAnswering(
+    EcMoeHeadMixin, EcMoeMistralPreTrainedModel, mistral.MistralForQuestionAnswering
+): ...
 
 
-class EcMoeQwen2DecoderLayer(EcMoeDecoderLayerMixin, Qwen2DecoderLayer):
-    pass
+class EcMoeQwen2DecoderLayer(EcMoeDecoderLayerMixin, qwen2.Qwen2DecoderLayer): ...
 
 
-class EcMoeQwen2PreTrainedModel(EcMoePreTrainedMixin, Qwen2PreTrainedModel):
+class EcMoeQwen2PreTrainedModel(EcMoePreTrainedMixin, qwen2.Qwen2PreTrainedModel):
     config: EcMoeQwen2Config
     _no_split_modules = ["EcMoeQwen2DecoderLayer"]
-    _can_record_outputs = Qwen2PreTrainedModel._can_record_outputs | _ROUTER_LOGITS
+    _can_record_outputs = qwen2.Qwen2PreTrainedModel._can_record_outputs | ROUTER_LOGITS
 
 
-class EcMoeQwen2Model(EcMoeModelMixin, EcMoeQwen2PreTrainedModel, Qwen2Model):
+class EcMoeQwen2Model(EcMoeModelMixin, EcMoeQwen2PreTrainedModel, qwen2.Qwen2Model):
     decoder_layer_class = EcMoeQwen2DecoderLayer
 
 
-class EcMoeQwen2ForCausalLM(EcMoeForCausalLMMixin, EcMoeQwen2PreTrainedModel, Qwen2ForCausalLM, GenerationMixin):
+class EcMoeQwen2ForCausalLM(EcMoeForCausalLMMixin, EcMoeQwen2PreTrainedModel, qwen2.Qwen2ForCausalLM, GenerationMixin):
     base_model_class = EcMoeQwen2Model
 
 
-class EcMoeQwen2ForSequenceClassification(EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, Qwen2ForSequenceClassification):
-    pass
+class EcMoeQwen2ForSequenceClassification(
+    EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, qwen2.Qwen2ForSequenceClassification
+): ...
 
 
-class EcMoeQwen2ForTokenClassification(EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, Qwen2ForTokenClassification):
-    pass
+class EcMoeQwen2ForTokenClassification(
+    EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, qwen2.Qwen2ForTokenClassification
+): ...
 
 
-class EcMoeQwen2ForQuestionAnswering(EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, Qwen2ForQuestionAnswering):
-    pass
+class EcMoeQwen2ForQuestionAnswering(EcMoeHeadMixin, EcMoeQwen2PreTrainedModel, qwen2.Qwen2ForQuestionAnswering): ...
 
 
-class EcMoeQwen3DecoderLayer(EcMoeDecoderLayerMixin, Qwen3DecoderLayer):
-    pass
+class EcMoeQwen3DecoderLayer(EcMoeDecoderLayerMixin, qwen3.Qwen3DecoderLayer): ...
 
 
-class EcMoeQwen3PreTrainedModel(EcMoePreTrainedMixin, Qwen3PreTrainedModel):
+class EcMoeQwen3PreTrainedModel(EcMoePreTrainedMixin, qwen3.Qwen3PreTrainedModel):
     config: EcMoeQwen3Config
     _no_split_modules = ["EcMoeQwen3DecoderLayer"]
-    _can_record_outputs = Qwen3PreTrainedModel._can_record_outputs | _ROUTER_LOGITS
+    _can_record_outputs = qwen3.Qwen3PreTrainedModel._can_record_outputs | ROUTER_LOGITS
 
 
-class EcMoeQwen3Model(EcMoeModelMixin, EcMoeQwen3PreTrainedModel, Qwen3Model):
+class EcMoeQwen3Model(EcMoeModelMixin, EcMoeQwen3PreTrainedModel, qwen3.Qwen3Model):
     decoder_layer_class = EcMoeQwen3DecoderLayer
 
 
-class EcMoeQwen3ForCausalLM(EcMoeForCausalLMMixin, EcMoeQwen3PreTrainedModel, Qwen3ForCausalLM, GenerationMixin):
+class EcMoeQwen3ForCausalLM(EcMoeForCausalLMMixin, EcMoeQwen3PreTrainedModel, qwen3.Qwen3ForCausalLM, GenerationMixin):
     base_model_class = EcMoeQwen3Model
 
 
-class EcMoeQwen3ForSequenceClassification(EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, Qwen3ForSequenceClassification):
-    pass
+class EcMoeQwen3ForSequenceClassification(
+    EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, qwen3.Qwen3ForSequenceClassification
+): ...
 
 
-class EcMoeQwen3ForTokenClassification(EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, Qwen3ForTokenClassification):
-    pass
+class EcMoeQwen3ForTokenClassification(
+    EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, qwen3.Qwen3ForTokenClassification
+): ...
 
 
-class EcMoeQwen3ForQuestionAnswering(EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, Qwen3ForQuestionAnswering):
-    pass
+class EcMoeQwen3ForQuestionAnswering(EcMoeHeadMixin, EcMoeQwen3PreTrainedModel, qwen3.Qwen3ForQuestionAnswering): ...
+
+
+class EcMoePhi3DecoderLayer(EcMoeDecoderLayerMixin, phi3.Phi3DecoderLayer): ...
+
+
+class EcMoePhi3PreTrainedModel(EcMoePreTrainedMixin, phi3.Phi3PreTrainedModel):
+    config: EcMoePhi3Config
+    _no_split_modules = ["EcMoePhi3DecoderLayer"]
+    _can_record_outputs = phi3.Phi3PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoePhi3Model(EcMoeModelMixin, EcMoePhi3PreTrainedModel, phi3.Phi3Model):
+    decoder_layer_class = EcMoePhi3DecoderLayer
+
+
+class EcMoePhi3ForCausalLM(EcMoeForCausalLMMixin, EcMoePhi3PreTrainedModel, phi3.Phi3ForCausalLM, GenerationMixin):
+    base_model_class = EcMoePhi3Model
+
+
+class EcMoePhi3ForSequenceClassification(
+    EcMoeHeadMixin, EcMoePhi3PreTrainedModel, phi3.Phi3ForSequenceClassification
+): ...
+
+
+class EcMoePhi3ForTokenClassification(EcMoeHeadMixin, EcMoePhi3PreTrainedModel, phi3.Phi3ForTokenClassification): ...
+
+
+class EcMoePhi3ForQuestionAnswering(EcMoeHeadMixin, GenericForQuestionAnswering, EcMoePhi3PreTrainedModel): ...
+
+
+class EcMoeSmolLM3DecoderLayer(EcMoeDecoderLayerMixin, smollm3.SmolLM3DecoderLayer): ...
+
+
+class EcMoeSmolLM3PreTrainedModel(EcMoePreTrainedMixin, smollm3.SmolLM3PreTrainedModel):
+    config: EcMoeSmolLM3Config
+    _no_split_modules = ["EcMoeSmolLM3DecoderLayer"]
+    _can_record_outputs = smollm3.SmolLM3PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeSmolLM3Model(EcMoeModelMixin, EcMoeSmolLM3PreTrainedModel, smollm3.SmolLM3Model):
+    decoder_layer_class = EcMoeSmolLM3DecoderLayer
+
+
+class EcMoeSmolLM3ForCausalLM(
+    EcMoeForCausalLMMixin, EcMoeSmolLM3PreTrainedModel, smollm3.SmolLM3ForCausalLM, GenerationMixin
+):
+    base_model_class = EcMoeSmolLM3Model
+
+
+class EcMoeSmolLM3ForSequenceClassification(
+    EcMoeHeadMixin, EcMoeSmolLM3PreTrainedModel, smollm3.SmolLM3ForSequenceClassification
+): ...
+
+
+class EcMoeSmolLM3ForTokenClassification(
+    EcMoeHeadMixin, EcMoeSmolLM3PreTrainedModel, smollm3.SmolLM3ForTokenClassification
+): ...
+
+
+class EcMoeSmolLM3ForQuestionAnswering(
+    EcMoeHeadMixin, EcMoeSmolLM3PreTrainedModel, smollm3.SmolLM3ForQuestionAnswering
+): ...
+
+
+class EcMoeOlmo2DecoderLayer(EcMoeDecoderLayerMixin, olmo2.Olmo2DecoderLayer): ...
+
+
+class EcMoeOlmo2PreTrainedModel(EcMoePreTrainedMixin, olmo2.Olmo2PreTrainedModel):
+    config: EcMoeOlmo2Config
+    _no_split_modules = ["EcMoeOlmo2DecoderLayer"]
+    _can_record_outputs = olmo2.Olmo2PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeOlmo2Model(EcMoeModelMixin, EcMoeOlmo2PreTrainedModel, olmo2.Olmo2Model):
+    decoder_layer_class = EcMoeOlmo2DecoderLayer
+
+
+class EcMoeOlmo2ForCausalLM(EcMoeForCausalLMMixin, EcMoeOlmo2PreTrainedModel, olmo2.Olmo2ForCausalLM, GenerationMixin):
+    base_model_class = EcMoeOlmo2Model
+
+
+class EcMoeOlmo2ForSequenceClassification(
+    EcMoeHeadMixin, EcMoeOlmo2PreTrainedModel, olmo2.Olmo2ForSequenceClassification
+): ...
+
+
+class EcMoeOlmo2ForTokenClassification(EcMoeHeadMixin, GenericForTokenClassification, EcMoeOlmo2PreTrainedModel): ...
+
+
+class EcMoeOlmo2ForQuestionAnswering(EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeOlmo2PreTrainedModel): ...
+
+
+class EcMoeOlmo3DecoderLayer(EcMoeDecoderLayerMixin, olmo3.Olmo3DecoderLayer): ...
+
+
+class EcMoeOlmo3PreTrainedModel(EcMoePreTrainedMixin, olmo3.Olmo3PreTrainedModel):
+    config: EcMoeOlmo3Config
+    _no_split_modules = ["EcMoeOlmo3DecoderLayer"]
+    _can_record_outputs = olmo3.Olmo3PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeOlmo3Model(EcMoeModelMixin, EcMoeOlmo3PreTrainedModel, olmo3.Olmo3Model):
+    decoder_layer_class = EcMoeOlmo3DecoderLayer
+
+
+class EcMoeOlmo3ForCausalLM(EcMoeForCausalLMMixin, EcMoeOlmo3PreTrainedModel, olmo3.Olmo3ForCausalLM, GenerationMixin):
+    base_model_class = EcMoeOlmo3Model
+
+
+class EcMoeOlmo3ForSequenceClassification(
+    EcMoeHeadMixin, EcMoeOlmo3PreTrainedModel, olmo3.Olmo3ForSequenceClassification
+): ...
+
+
+class EcMoeOlmo3ForTokenClassification(EcMoeHeadMixin, GenericForTokenClassification, EcMoeOlmo3PreTrainedModel): ...
+
+
+class EcMoeOlmo3ForQuestionAnswering(EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeOlmo3PreTrainedModel): ...
+
+
+class EcMoeGemma2DecoderLayer(EcMoeDecoderLayerMixin, gemma2.Gemma2DecoderLayer): ...
+
+
+class EcMoeGemma2PreTrainedModel(EcMoePreTrainedMixin, gemma2.Gemma2PreTrainedModel):
+    config: EcMoeGemma2Config
+    _no_split_modules = ["EcMoeGemma2DecoderLayer"]
+    _can_record_outputs = gemma2.Gemma2PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeGemma2Model(EcMoeModelMixin, EcMoeGemma2PreTrainedModel, gemma2.Gemma2Model):
+    decoder_layer_class = EcMoeGemma2DecoderLayer
+
+
+class EcMoeGemma2ForCausalLM(
+    EcMoeForCausalLMMixin, EcMoeGemma2PreTrainedModel, gemma2.Gemma2ForCausalLM, GenerationMixin
+):
+    base_model_class = EcMoeGemma2Model
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class EcMoeGemma2ForSequenceClassification(
+    EcMoeHeadMixin, EcMoeGemma2PreTrainedModel, gemma2.Gemma2ForSequenceClassification
+): ...
+
+
+class EcMoeGemma2ForTokenClassification(
+    EcMoeHeadMixin, EcMoeGemma2PreTrainedModel, gemma2.Gemma2ForTokenClassification
+): ...
+
+
+class EcMoeGemma2ForQuestionAnswering(EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeGemma2PreTrainedModel): ...
+
+
+class EcMoeGemma3TextDecoderLayer(EcMoeDecoderLayerMixin, gemma3.Gemma3DecoderLayer): ...
+
+
+class EcMoeGemma3TextPreTrainedModel(EcMoePreTrainedMixin, gemma3.Gemma3PreTrainedModel):
+    config: EcMoeGemma3TextConfig
+    _no_split_modules = ["EcMoeGemma3TextDecoderLayer"]
+    _can_record_outputs = gemma3.Gemma3PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeGemma3TextModel(EcMoeModelMixin, EcMoeGemma3TextPreTrainedModel, gemma3.Gemma3TextModel):
+    decoder_layer_class = EcMoeGemma3TextDecoderLayer
+
+
+class EcMoeGemma3TextForCausalLM(
+    EcMoeForCausalLMMixin, EcMoeGemma3TextPreTrainedModel, gemma3.Gemma3ForCausalLM, GenerationMixin
+):
+    base_model_class = EcMoeGemma3TextModel
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class EcMoeGemma3TextForSequenceClassification(
+    EcMoeHeadMixin, EcMoeGemma3TextPreTrainedModel, gemma3.Gemma3TextForSequenceClassification
+): ...
+
+
+class EcMoeGemma3TextForTokenClassification(
+    EcMoeHeadMixin, GenericForTokenClassification, EcMoeGemma3TextPreTrainedModel
+): ...
+
+
+class EcMoeGemma3TextForQuestionAnswering(
+    EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeGemma3TextPreTrainedModel
+): ...
+
+
+class EcMoeGraniteDecoderLayer(EcMoeDecoderLayerMixin, granite.GraniteDecoderLayer): ...
+
+
+class EcMoeGranitePreTrainedModel(EcMoePreTrainedMixin, granite.GranitePreTrainedModel):
+    config: EcMoeGraniteConfig
+    _no_split_modules = ["EcMoeGraniteDecoderLayer"]
+    _can_record_outputs = granite.GranitePreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeGraniteModel(EcMoeModelMixin, EcMoeGranitePreTrainedModel, granite.GraniteModel):
+    decoder_layer_class = EcMoeGraniteDecoderLayer
+
+
+class EcMoeGraniteForCausalLM(
+    EcMoeForCausalLMMixin, EcMoeGranitePreTrainedModel, granite.GraniteForCausalLM, GenerationMixin
+):
+    base_model_class = EcMoeGraniteModel
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        return logits / self.config.logits_scaling
+
+
+class EcMoeGraniteForSequenceClassification(
+    EcMoeHeadMixin, GenericForSequenceClassification, EcMoeGranitePreTrainedModel
+): ...
+
+
+class EcMoeGraniteForTokenClassification(
+    EcMoeHeadMixin, GenericForTokenClassification, EcMoeGranitePreTrainedModel
+): ...
+
+
+class EcMoeGraniteForQuestionAnswering(EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeGranitePreTrainedModel): ...
+
+
+class EcMoeGlm4DecoderLayer(EcMoeDecoderLayerMixin, glm4.Glm4DecoderLayer): ...
+
+
+class EcMoeGlm4PreTrainedModel(EcMoePreTrainedMixin, glm4.Glm4PreTrainedModel):
+    config: EcMoeGlm4Config
+    _no_split_modules = ["EcMoeGlm4DecoderLayer"]
+    _can_record_outputs = glm4.Glm4PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeGlm4Model(EcMoeModelMixin, EcMoeGlm4PreTrainedModel, glm4.Glm4Model):
+    decoder_layer_class = EcMoeGlm4DecoderLayer
+
+
+class EcMoeGlm4ForCausalLM(EcMoeForCausalLMMixin, EcMoeGlm4PreTrainedModel, glm4.Glm4ForCausalLM, GenerationMixin):
+    base_model_class = EcMoeGlm4Model
+
+
+class EcMoeGlm4ForSequenceClassification(
+    EcMoeHeadMixin, EcMoeGlm4PreTrainedModel, glm4.Glm4ForSequenceClassification
+): ...
+
+
+class EcMoeGlm4ForTokenClassification(EcMoeHeadMixin, EcMoeGlm4PreTrainedModel, glm4.Glm4ForTokenClassification): ...
+
+
+class EcMoeGlm4ForQuestionAnswering(EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeGlm4PreTrainedModel): ...
+
+
+class EcMoeCohere2DecoderLayer(EcMoeDecoderLayerMixin, cohere2.Cohere2DecoderLayer): ...
+
+
+class EcMoeCohere2PreTrainedModel(EcMoePreTrainedMixin, cohere2.Cohere2PreTrainedModel):
+    config: EcMoeCohere2Config
+    _no_split_modules = ["EcMoeCohere2DecoderLayer"]
+    _can_record_outputs = cohere2.Cohere2PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeCohere2Model(EcMoeModelMixin, EcMoeCohere2PreTrainedModel, cohere2.Cohere2Model):
+    decoder_layer_class = EcMoeCohere2DecoderLayer
+
+
+class EcMoeCohere2ForCausalLM(
+    EcMoeForCausalLMMixin, EcMoeCohere2PreTrainedModel, cohere2.Cohere2ForCausalLM, GenerationMixin
+):
+    base_model_class = EcMoeCohere2Model
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        return logits * self.config.logit_scale
+
+
+class EcMoeCohere2ForSequenceClassification(
+    EcMoeHeadMixin, GenericForSequenceClassification, EcMoeCohere2PreTrainedModel
+): ...
+
+
+class EcMoeCohere2ForTokenClassification(
+    EcMoeHeadMixin, GenericForTokenClassification, EcMoeCohere2PreTrainedModel
+): ...
+
+
+class EcMoeCohere2ForQuestionAnswering(EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeCohere2PreTrainedModel): ...
+
+
+class EcMoeStarcoder2DecoderLayer(EcMoeDecoderLayerMixin, starcoder2.Starcoder2DecoderLayer): ...
+
+
+class EcMoeStarcoder2PreTrainedModel(EcMoePreTrainedMixin, starcoder2.Starcoder2PreTrainedModel):
+    config: EcMoeStarcoder2Config
+    _no_split_modules = ["EcMoeStarcoder2DecoderLayer"]
+    _can_record_outputs = starcoder2.Starcoder2PreTrainedModel._can_record_outputs | ROUTER_LOGITS
+
+
+class EcMoeStarcoder2Model(EcMoeModelMixin, EcMoeStarcoder2PreTrainedModel, starcoder2.Starcoder2Model):
+    decoder_layer_class = EcMoeStarcoder2DecoderLayer
+
+
+class EcMoeStarcoder2ForCausalLM(
+    EcMoeForCausalLMMixin, EcMoeStarcoder2PreTrainedModel, starcoder2.Starcoder2ForCausalLM, GenerationMixin
+):
+    base_model_class = EcMoeStarcoder2Model
+
+
+class EcMoeStarcoder2ForSequenceClassification(
+    EcMoeHeadMixin, EcMoeStarcoder2PreTrainedModel, starcoder2.Starcoder2ForSequenceClassification
+): ...
+
+
+class EcMoeStarcoder2ForTokenClassification(
+    EcMoeHeadMixin, EcMoeStarcoder2PreTrainedModel, starcoder2.Starcoder2ForTokenClassification
+): ...
+
+
+class EcMoeStarcoder2ForQuestionAnswering(
+    EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeStarcoder2PreTrainedModel
+): ...
+
+
+class EcMoeGPTNeoXDecoderLayer(EcMoeDecoderLayerMixin, gpt_neox.GPTNeoXLayer): ...
+
+
+class EcMoeGPTNeoXPreTrainedModel(EcMoePreTrainedMixin, gpt_neox.GPTNeoXPreTrainedModel):
+    config: EcMoeGPTNeoXConfig
+    _no_split_modules = ["EcMoeGPTNeoXDecoderLayer"]
+    _can_record_outputs = gpt_neox.GPTNeoXPreTrainedModel._can_record_outputs | ROUTER_LOGITS
+    base_model_prefix = "gpt_neox"
+
+
+class EcMoeGPTNeoXModel(EcMoeModelMixin, EcMoeGPTNeoXPreTrainedModel, gpt_neox.GPTNeoXModel):
+    decoder_layer_class = EcMoeGPTNeoXDecoderLayer
+
+
+class EcMoeGPTNeoXForCausalLM(
+    EcMoeForCausalLMMixin, EcMoeGPTNeoXPreTrainedModel, gpt_neox.GPTNeoXForCausalLM, GenerationMixin
+):
+    base_model_class = EcMoeGPTNeoXModel
+
+
+class EcMoeGPTNeoXForSequenceClassification(
+    EcMoeHeadMixin, GenericForSequenceClassification, EcMoeGPTNeoXPreTrainedModel
+):
+    base_model_prefix = "gpt_neox"
+
+
+class EcMoeGPTNeoXForTokenClassification(EcMoeHeadMixin, GenericForTokenClassification, EcMoeGPTNeoXPreTrainedModel):
+    base_model_prefix = "gpt_neox"
+
+
+class EcMoeGPTNeoXForQuestionAnswering(EcMoeHeadMixin, GenericForQuestionAnswering, EcMoeGPTNeoXPreTrainedModel):
+    base_model_prefix = "gpt_neox"
 
 
 MODEL_CLASSES: dict[type[PreTrainedConfig], dict[str, type[PreTrainedModel]]] = {
-    EcMoeLlamaConfig: {
-        "AutoModel": EcMoeLlamaModel,
-        "AutoModelForCausalLM": EcMoeLlamaForCausalLM,
-        "AutoModelForSequenceClassification": EcMoeLlamaForSequenceClassification,
-        "AutoModelForTokenClassification": EcMoeLlamaForTokenClassification,
-        "AutoModelForQuestionAnswering": EcMoeLlamaForQuestionAnswering,
-    },
-    EcMoeMistralConfig: {
-        "AutoModel": EcMoeMistralModel,
-        "AutoModelForCausalLM": EcMoeMistralForCausalLM,
-        "AutoModelForSequenceClassification": EcMoeMistralForSequenceClassification,
-        "AutoModelForTokenClassification": EcMoeMistralForTokenClassification,
-        "AutoModelForQuestionAnswering": EcMoeMistralForQuestionAnswering,
-    },
-    EcMoeQwen2Config: {
-        "AutoModel": EcMoeQwen2Model,
-        "AutoModelForCausalLM": EcMoeQwen2ForCausalLM,
-        "AutoModelForSequenceClassification": EcMoeQwen2ForSequenceClassification,
-        "AutoModelForTokenClassification": EcMoeQwen2ForTokenClassification,
-        "AutoModelForQuestionAnswering": EcMoeQwen2ForQuestionAnswering,
-    },
-    EcMoeQwen3Config: {
-        "AutoModel": EcMoeQwen3Model,
-        "AutoModelForCausalLM": EcMoeQwen3ForCausalLM,
-        "AutoModelForSequenceClassification": EcMoeQwen3ForSequenceClassification,
-        "AutoModelForTokenClassification": EcMoeQwen3ForTokenClassification,
-        "AutoModelForQuestionAnswering": EcMoeQwen3ForQuestionAnswering,
-    },
+    globals()[name]: {
+        auto_class: globals()[name.removesuffix("Config") + suffix] for auto_class, suffix in AUTO_CLASSES.items()
+    }
+    for name in _config_names
 }
+EcMoeHeadMixin.base_models = {config.model_type: models["AutoModel"] for config, models in MODEL_CLASSES.items()}
 
 # Here and not in __init__.py, which is not copied beside a checkpoint: with remote code the heads build their base
 # model through AutoModel, and a model that is saved again copies its code only if its class says which Auto class

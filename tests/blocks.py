@@ -5,6 +5,7 @@ import torch
 from conftest import build_config
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2MLP
 
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 from modeling_ecmoe.bounded_ecmoe import choose_tokens_within_bounds
@@ -13,12 +14,16 @@ BATCH, LENGTH = 2, 7
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 
 
-def build_block(hidden_size: int = 12, **fields: object) -> EcMoeBlock:
+DENSE_FFN = {"Llama": LlamaMLP, "Starcoder2": Starcoder2MLP}
+
+
+def build_block(hidden_size: int = 12, family: str = "Llama", **fields: object) -> EcMoeBlock:
     """A float64 block with random weights and thresholds near the middle of its scores."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}  # which a block does not have
-    config = build_config("Llama", hidden_size=hidden_size, **heads | {"intermediate_size": 10} | fields)
-    block = EcMoeBlock(config, LlamaMLP).double()
+    heads |= {"hidden_act": "silu"}  # the oracle's, whatever the family's own
+    config = build_config(family, hidden_size=hidden_size, **heads | {"intermediate_size": 10} | fields)
+    block = EcMoeBlock(config, DENSE_FFN[family]).double()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.4)
     share = 0.5 if config.router_score_function == "sigmoid" else 1 / config.num_experts

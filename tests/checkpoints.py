@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 
 import torch
 import transformers
+from families import FAMILIES, fill_zeros
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -48,7 +49,8 @@ def write_dense(
 ) -> PreTrainedModel:
     """Writes a random dense checkpoint whose layers all matter, and returns the model in eval mode."""
     config = getattr(transformers, f"{family}Config")(
-        **{
+        **FAMILIES[family]
+        | {
             "vocab_size": 300,
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -65,7 +67,8 @@ def write_dense(
         | fields
     )
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    fill_zeros(model)
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
     model.save_pretrained(folder, max_shard_size=max_shard_size)

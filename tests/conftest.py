@@ -1,14 +1,14 @@
-"""Shared fixtures: the four families as tiny random models on the CPU."""
+"""Shared fixtures: the families as tiny random models on the CPU."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from families import EVERY_FAMILY, FAMILIES, fill_zeros
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 TINY = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -40,14 +40,14 @@ def reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EVERY_FAMILY)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 def build_config(family: str, **fields: object) -> PreTrainedConfig:
     """A tiny config; its capacity factor moves between the bounds on the experts of a token when they are given."""
-    merged = TINY | fields
+    merged = TINY | FAMILIES[family] | fields
     least, most = merged.get("min_experts_per_token", 0), merged.get("max_experts_per_token")
     if "capacity_factor" not in fields and most in (1, 2, 3):
         merged["capacity_factor"] = min(TINY["capacity_factor"], most)
@@ -59,7 +59,9 @@ def build_config(family: str, **fields: object) -> PreTrainedConfig:
 def build_model(family: str, head: str = "ForCausalLM", seed: int = 0, **fields: object) -> PreTrainedModel:
     """A random model in eval mode; `head` is the end of the class name."""
     torch.manual_seed(seed)
-    return getattr(modeling_ecmoe, f"EcMoe{family}{head}")(build_config(family, **fields)).eval()
+    model = getattr(modeling_ecmoe, f"EcMoe{family}{head}")(build_config(family, **fields)).eval()
+    fill_zeros(model)
+    return model
 
 
 @pytest.fixture(scope="session")

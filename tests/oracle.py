@@ -182,10 +182,43 @@ def combine(scores_TE: Tensor, pairs: Pairs, normalize: bool) -> dict[tuple[int,
     return weights
 
 
-def gated_ffn(token_D: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
-    """[D] the dense gated FFN with SiLU."""
-    gate = gate_ID @ token_D
-    return down_DI @ (gate / (1 + torch.exp(-gate)) * (up_ID @ token_D))
+def ffn(
+    token_D: Tensor, into_WD: Tensor, down_DI: Tensor, into_bias_W: Tensor | None, down_bias_D: Tensor | None
+) -> Tensor:
+    """[D] the dense FFN with SiLU; W = 2I, gate before up, is gated, and W = I is not."""
+    first = into_WD @ token_D
+    if into_bias_W is not None:
+        first = first + into_bias_W
+    width = down_DI.shape[1]
+    hidden = first[:width] / (1 + torch.exp(-first[:width]))
+    if len(first) > width:
+        hidden = hidden * first[width:]
+    second = down_DI @ hidden
+    return second if down_bias_D is None else second + down_bias_D
+
+
+def expert_of(parameters: Mapping[str, Tensor], expert: int) -> list[Tensor | None]:
+    """One expert's matrices and biases, as `ffn` takes them."""
+    into = "experts.gate_up_proj" if "experts.gate_up_proj" in parameters else "experts.up_proj"
+    names = (into, "experts.down_proj", f"{into}_bias", "experts.down_proj_bias")
+    return [parameters[name][expert] if name in parameters else None for name in names]
+
+
+def shared_of(parameters: Mapping[str, Tensor]) -> list[Tensor | None] | None:
+    """The same of the shared expert; None without one."""
+    own = {
+        name.removeprefix("shared_expert."): tensor
+        for name, tensor in parameters.items()
+        if name.startswith("shared_expert.")
+    }
+    if not own:
+        return None
+    stacks: list[Tensor | None] = []
+    for kind in ("weight", "bias"):
+        into = [own[name] for name in (f"{part}.{kind}" for part in ("gate_proj", "up_proj", "c_fc")) if name in own]
+        down = [own[name] for name in (f"{part}.{kind}" for part in ("down_proj", "c_proj")) if name in own]
+        stacks += [torch.cat(into) if into else None, down[0] if down else None]
+    return stacks
 
 
 def block_output(
@@ -202,7 +235,7 @@ def block_output(
     parameters: a block's tensors by name; a shared expert takes part when it is among them.
     """
     weights = combine(scores_TE, pairs, normalize)
-    has_shared = "shared_expert.gate_proj.weight" in parameters
+    shared = shared_of(parameters)
     rows = []
     for token, hidden_D in enumerate(hidden_TD):
         output_D = torch.zeros_like(hidden_D)
@@ -210,15 +243,10 @@ def block_output(
         for (expert, chosen), weight in weights.items():
             if chosen != token:
                 continue
-            gate_up = parameters["experts.gate_up_proj"][expert]
-            width = gate_up.shape[0] // 2
-            down = parameters["experts.down_proj"][expert]
-            output_D = output_D + weight * gated_ffn(hidden_D, gate_up[:width], gate_up[width:], down)
+            output_D = output_D + weight * ffn(hidden_D, *expert_of(parameters, expert))
             total = total + weight
-        if has_shared:
-            shared_D = gated_ffn(
-                hidden_D, *(parameters[f"shared_expert.{name}_proj.weight"] for name in ("gate", "up", "down"))
-            )
+        if shared is not None:
+            shared_D = ffn(hidden_D, *shared)
             output_D = output_D + (shared_D if shared_weighting == "one" else (1 - total) * shared_D)
         rows.append(output_D)
     return torch.stack(rows)

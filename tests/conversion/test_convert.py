@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import CHAT_TEMPLATE, write_dense
+from families import EVERY_FAMILY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,11 +16,9 @@ from conversion import convert
 from conversion.initialisations import INITIALISATIONS
 from modeling_ecmoe import sparse_blocks
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-
 
 @pytest.mark.parametrize("init", ["blend", "copy"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_converted_model_computes_what_the_dense_one_does(
     tmp_path: Path, text: Path, family: str, init: str, make_tokens
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import STORIES_MODEL, STORIES_TEXT, all_tensors, contents, write_dense
-from conftest import FAMILIES
+from families import EVERY_FAMILY
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -86,7 +86,7 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("case", EXACT)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_step_0_is_exact(tmp_path: Path, make_dense: MakeDense, family: str, case: str, make_tokens) -> None:
     init = case.partition(",")[0]
     out = converted(make_dense(family), tmp_path / "out", init=init, **EXACT[case])

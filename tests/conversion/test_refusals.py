@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from checkpoints import all_tensors, write_dense
-from conftest import FAMILIES
+from families import MODEL_TYPES
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import save_file
 
@@ -96,8 +96,28 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 NO_MODEL = "describes no model that can be built"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unsupported family": (
+        lambda folder: edit_config(folder, model_type="codegen"),
+        f"model_type=codegen is not supported; supported are {', '.join(MODEL_TYPES.values())}",
+    ),
+    "FFN of another kind": (
         lambda folder: edit_config(folder, model_type="gpt2"),
-        f"model_type=gpt2 is not supported; supported are {', '.join(FAMILIES).lower()}",
+        "model_type=gpt2 is not supported: its FFN is no pair of linear layers but of Conv1D, stored transposed; ",
+    ),
+    "experts already": (
+        lambda folder: edit_config(folder, model_type="mixtral", num_local_experts=8),
+        "model_type=mixtral is not supported: it is a mixture of experts already; supported are llama, ",
+    ),
+    "encoder": (
+        lambda folder: edit_config(folder, model_type="t5", is_encoder_decoder=True),
+        "model_type=t5 is not supported: it is an encoder and a decoder; only decoders can be converted; ",
+    ),
+    "images": (
+        lambda folder: edit_config(folder, model_type="gemma3", vision_config={}),
+        "model_type=gemma3 is not supported: it reads images too; convert a text model (gemma3_text); ",
+    ),
+    "sounds": (
+        lambda folder: edit_config(folder, model_type="qwen2_audio", audio_config={}),
+        "model_type=qwen2_audio is not supported: it reads more than text; convert a text model; ",
     ),
     "family is no text": (lambda folder: edit_config(folder, model_type=[]), "model_type=[] is not supported"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
@@ -114,7 +134,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "padding beyond": (lambda folder: edit_config(folder, pad_token_id=400), NO_MODEL),
     "unknown rope": (lambda folder: edit_config(folder, rope_parameters={"rope_type": "foo"}), NO_MODEL),
     "no context": (lambda folder: edit_config(folder, max_position_embeddings=1), "max_position_embeddings=1"),
-    "biases": (lambda folder: edit_config(folder, mlp_bias=True), "mlp_bias=True is not supported"),
+    "no biases": (lambda folder: edit_config(folder, mlp_bias=True), "lacks the tensor"),
     "quantised": (lambda folder: edit_config(folder, quantization_config={"quant_method": "x"}), "is quantised"),
     "missing shard": (lambda folder: first_shard(folder).unlink(), "is missing"),
     "truncated shard": (lambda folder: os.truncate(first_shard(folder), 2000), "damaged or truncated"),

@@ -30,6 +30,9 @@ VARIANTS = {
         "shared_expert_weighting": "complement",
         "normalize_combine_weights": True,
     },
+    "biases": {"mlp_bias": True, "shared_expert_intermediate_size": 6, "shared_expert_weighting": "complement"},
+    "ungated": {"family": "Starcoder2", "use_bias": False, "shared_expert_intermediate_size": 6},
+    "ungated with biases": {"family": "Starcoder2"},
 }
 
 
@@ -260,7 +263,7 @@ def test_default_back_end_is_grouped_mm(family: str, make_model: Callable, tmp_p
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.config._experts_implementation == "grouped_mm"
-    assert loaded.model.layers[0].mlp.experts.config._experts_implementation == "grouped_mm"
+    assert loaded.base_model.layers[0].mlp.experts.config._experts_implementation == "grouped_mm"
 
 
 @pytest.mark.parametrize("widths", [{"intermediate_size": 46}, {"intermediate_size": 47, "max_experts_per_token": 2}])

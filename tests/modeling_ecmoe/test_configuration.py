@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from families import MODEL_TYPES
 from transformers import AutoConfig
 
 WRONG = [
@@ -137,16 +138,19 @@ def test_unknown_attributes_are_carried_along(family: str, carried: dict, make_c
         assert getattr(type(config).from_dict(config.to_dict()), name) == carried[name]
 
 
-def test_mlp_bias_is_refused(make_config: Callable) -> None:
-    with pytest.raises(Exception, match="mlp_bias=True"):
-        make_config("Llama", mlp_bias=True)
+def test_biases_are_those_of_the_dense_ffn(make_config: Callable) -> None:
+    assert not make_config("Llama").ffn_has_bias
+    assert make_config("Llama", mlp_bias=True).ffn_has_bias
+    assert not make_config("Qwen3", mlp_bias=True).ffn_has_bias  # a word that the dense family does not know
+    assert not make_config("Starcoder2", use_bias=False).ffn_has_bias
+    assert make_config("GPTNeoX").ffn_has_bias
 
 
 def test_derived_defaults(family: str, make_config: Callable) -> None:
     config = make_config(family)
     assert config.moe_intermediate_size == config.intermediate_size == 48
     assert config.mlp_layer_types == ["sparse", "sparse"]
-    assert config.model_type == f"ecmoe_{family.lower()}"
+    assert config.model_type == f"ecmoe_{MODEL_TYPES[family]}"
     assert config.inference_routing == "threshold"
 
 
@@ -182,7 +186,7 @@ def test_round_trip_keeps_every_field(family: str, make_config: Callable, tmp_pa
 def test_saved_file_names_the_model_type(family: str, make_config: Callable, tmp_path: Path) -> None:
     make_config(family).save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
-    assert f'"model_type": "ecmoe_{family.lower()}"' in text
+    assert f'"model_type": "ecmoe_{MODEL_TYPES[family]}"' in text
 
 
 @pytest.mark.parametrize("field", ["num_experts", "capacity_factor"])

@@ -1,10 +1,10 @@
 """The experts on equal rows: gradients, what is kept for them, 16 bits, and the way other devices take."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import build_config
 from torch import Tensor
 
 from benchmarks.harness import kept_bytes
@@ -14,10 +14,17 @@ from modeling_ecmoe.experts_ecmoe import EcMoeExperts
 E, C, D, I = 3, 5, 4, 6  # noqa: E741  the field's letters
 
 
-def make_experts(dtype: torch.dtype = torch.float64) -> EcMoeExperts:
-    config = SimpleNamespace(
-        num_experts=E, hidden_size=D, moe_intermediate_size=I, hidden_act="silu", _experts_implementation="eager"
-    )
+KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "gated": ("Llama", {}),
+    "gated with biases": ("Llama", {"mlp_bias": True}),
+    "ungated": ("Starcoder2", {"use_bias": False, "hidden_act": "silu"}),
+    "ungated with biases": ("Starcoder2", {"hidden_act": "silu"}),
+}
+
+
+def make_experts(dtype: torch.dtype = torch.float64, kind: str = "gated") -> EcMoeExperts:
+    family, fields = KINDS[kind]
+    config = build_config(family, num_experts=E, hidden_size=D, moe_intermediate_size=I, **fields)
     experts = EcMoeExperts(config).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
@@ -33,10 +40,18 @@ def run(experts: EcMoeExperts, rows: Tensor) -> Tensor:
 
 def reference(experts: EcMoeExperts, rows: Tensor) -> Tensor:
     """One dense FFN per expert, by plain autograd."""
+    linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
     outputs = []
     for expert, own in enumerate(rows.view(E, C, D)):
-        gate, up = (own @ experts.gate_up_proj[expert].T).chunk(2, -1)
-        outputs.append((torch.nn.functional.silu(gate) * up) @ experts.down_proj[expert].T)
+        into, down, *biases = (stack[expert] for stack in experts.parameters())
+        into_bias, down_bias = biases or (None, None)
+        hidden = linear(own, into, into_bias)
+        if experts.has_gate:
+            gate, up = hidden.chunk(2, -1)
+            hidden = silu(gate) * up
+        else:
+            hidden = silu(hidden)
+        outputs.append(linear(hidden, down, down_bias))
     return torch.cat(outputs)
 
 
@@ -58,12 +73,14 @@ def test_parts_fit_into_the_cache(size: int, expected: list, monkeypatch: pytest
     assert experts_ecmoe._parts(torch.empty(E, C, D, dtype=torch.float64), 2 * I) == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3)))
-def test_gradients_of_what_is_not_frozen(way: str, wanted: tuple[bool, bool, bool]) -> None:
-    experts = make_experts()
+def test_gradients_of_what_is_not_frozen(way: str, kind: str, wanted: tuple[bool, bool, bool]) -> None:
+    experts = make_experts(kind=kind)
     rows = torch.randn(E * C, D, dtype=torch.float64)
-    tensors = (rows, experts.gate_up_proj, experts.down_proj)
-    for tensor, is_wanted in zip(tensors, wanted, strict=True):
+    into, down, *biases = experts.parameters()
+    tensors = (rows, into, down, *biases)
+    for tensor, is_wanted in zip(tensors, (*wanted, *wanted[1:]), strict=False):
         tensor.requires_grad_(is_wanted)
     output = run(experts, rows)
     torch.testing.assert_close(output, reference(experts, rows))
@@ -76,10 +93,39 @@ def test_gradients_of_what_is_not_frozen(way: str, wanted: tuple[bool, bool, boo
             torch.testing.assert_close(found, other)
 
 
-def test_gradcheck(way: str) -> None:
-    experts = make_experts()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_alone_learns(way: str, kind: str) -> None:
+    experts = make_experts(kind=kind)
+    for name, parameter in experts.named_parameters():
+        parameter.requires_grad_(name.endswith("_bias"))
+    leaves = [parameter for parameter in experts.parameters() if parameter.requires_grad]
+    rows = torch.randn(E * C, D, dtype=torch.float64)
+    output = run(experts, rows)
+    assert output.requires_grad == experts.has_bias
+    if leaves:
+        expected = torch.autograd.grad(reference(experts, rows).square().sum(), leaves)
+        for found, other in zip(torch.autograd.grad(output.square().sum(), leaves), expected, strict=True):
+            torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(way: str, kind: str) -> None:
+    experts = make_experts(kind=kind)
     rows = torch.randn(E * C, D, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda rows, *_: run(experts, rows), (rows, *experts.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_rows(kind: str) -> None:
+    """The other way through the same experts, one expert after the other and by Transformers' back-ends."""
+    experts = make_experts(torch.float32, kind)
+    rows = torch.randn(E * C, D)
+    index = torch.arange(E).repeat_interleave(C)[:, None]
+    expected = reference(experts, rows)
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        experts.config._experts_implementation = implementation
+        found = experts(rows, index, torch.ones_like(rows[:, :1]))
+        torch.testing.assert_close(found, expected, msg=implementation)
 
 
 def test_keeps_the_first_product_alone(way: str) -> None:

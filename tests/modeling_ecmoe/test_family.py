@@ -48,9 +48,14 @@ def test_saved_and_loaded_model_is_equal(
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     for block in sparse_blocks(loaded).values():
-        for stack in (block.experts.gate_up_proj, block.experts.down_proj):
+        for stack in block.experts.parameters():
             assert len({tuple(expert.flatten().tolist()) for expert in stack}) == 4
     assert not list(tmp_path.glob("*.bin"))
+
+
+GATED = {"experts.gate_up_proj": [4, 96, 32], "experts.down_proj": [4, 32, 48]}
+UNGATED = {"experts.up_proj": [4, 48, 32], "experts.down_proj": [4, 32, 48]}
+UNGATED |= {"experts.up_proj_bias": [4, 48], "experts.down_proj_bias": [4, 32]}
 
 
 def test_saved_names_and_shapes(family: str, make_model: Callable, tmp_path: Path) -> None:
@@ -59,13 +64,11 @@ def test_saved_names_and_shapes(family: str, make_model: Callable, tmp_path: Pat
     make_model(family).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys() if "layers.1.mlp" in key}  # noqa: SIM118
-    assert {key.removeprefix("model.layers.1.mlp."): shape for key, shape in shapes.items()} == {
+    assert {key.partition("layers.1.mlp.")[2]: shape for key, shape in shapes.items()} == {
         "gate.weight": [4, 32],
         "gate.threshold": [4],
         "gate.threshold_updates": [],
-        "experts.gate_up_proj": [4, 96, 32],
-        "experts.down_proj": [4, 32, 48],
-    }
+    } | (UNGATED if family in ("Starcoder2", "GPTNeoX") else GATED)
 
 
 @pytest.mark.parametrize("auto_class", HEADS)
@@ -108,13 +111,13 @@ def test_router_logits_are_returned_when_asked_for(family: str, make_model: Call
     model = make_model(family, num_hidden_layers=3, mlp_layer_types=["sparse", "dense", "sparse"])
     ids = make_tokens(2, 9)
     assert model(ids).router_logits is None
-    for output in (model(ids, output_router_logits=True), model.model(ids, output_router_logits=True)):
+    for output in (model(ids, output_router_logits=True), model.base_model(ids, output_router_logits=True)):
         assert [logits.shape for logits in output.router_logits] == [(18, 4), (18, 4)]
         assert all(logits.dtype == torch.float32 for logits in output.router_logits)
     model.config.output_router_logits = True
     assert len(model(ids).router_logits) == 2
-    assert isinstance(model.model.layers[0].mlp, EcMoeBlock)
-    assert not isinstance(model.model.layers[1].mlp, EcMoeBlock)
+    assert isinstance(model.base_model.layers[0].mlp, EcMoeBlock)
+    assert not isinstance(model.base_model.layers[1].mlp, EcMoeBlock)
 
 
 def test_other_outputs(family: str, make_model: Callable, make_tokens: Callable) -> None:
@@ -134,9 +137,9 @@ def test_tuples_instead_of_dictionaries(family: str, make_model: Callable, make_
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
     assert torch.equal(as_tuple[-1][1], output.router_logits[1])
-    base = model.model(ids, return_dict=False)
+    base = model.base_model(ids, return_dict=False)
     assert isinstance(base, tuple)
-    assert torch.equal(base[0], model.model(ids).last_hidden_state)
+    assert torch.equal(base[0], model.base_model(ids).last_hidden_state)
 
 
 def test_loss_is_the_next_token_cross_entropy(family: str, make_model: Callable, make_tokens: Callable) -> None:
@@ -264,7 +267,7 @@ def test_resized_embeddings(family: str, make_routed_model: Callable, make_token
 
 def test_tied_embeddings(family: str, make_model: Callable, make_tokens: Callable, tmp_path: Path) -> None:
     model = make_model(family, tie_word_embeddings=True)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight is model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

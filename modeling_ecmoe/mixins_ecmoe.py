@@ -1,0 +1,242 @@
+"""What every expert-choice family adds to its dense classes, as mixins: layer, base model, heads.
+
+Shapes: B batch, S sequence, D hidden size, E experts.
+"""
+
+from typing import Any
+
+import torch
+import transformers.initialization as init
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .block_ecmoe import EcMoeBlock, announce_tokens, use_inference_routing
+from .experts_ecmoe import EcMoeRaggedExperts
+from .router_ecmoe import EcMoeRouter
+from .routing_ecmoe import router_z_loss
+
+
+class EcMoeDecoderLayerMixin:
+    """A dense decoder layer whose `mlp` is the sparse block, and which hands the real tokens to it."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.mlp_layer_types[layer_idx] == "sparse":
+            self.mlp = EcMoeBlock(config, dense_mlp_class=type(self.mlp))
+
+    def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """token_mask: [B, S] bool, True for real tokens. A keyword, so that a recomputed layer gets it again."""
+        if not isinstance(self.mlp, EcMoeBlock) or torch.compiler.is_compiling():
+            return super().forward(hidden_states, *args, **kwargs)
+        self.mlp.token_mask = token_mask
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self.mlp.token_mask = None
+
+
+class EcMoePreTrainedMixin:
+    """What every class of the family shares: how its own modules are initialised and which names they have."""
+
+    base_model_prefix = "model"
+    _keep_in_fp32_modules_strict = ["gate.threshold$"]  # a pattern: the count of updates stays an integer
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Transformers looks for `@use_experts_implementation` in this file's text; it stands in block_ecmoe.py."""
+        return True
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As Transformers', which looks for the code to copy where the class is: not torch's class under FSDP2."""
+        self.__module__ = next(c.__module__ for c in type(self).__mro__ if not c.__module__.startswith("torch."))
+        super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, EcMoeRaggedExperts):
+            for name, parameter in module.named_parameters():
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                elif name in self.config.expert_parameters:  # an activation may have parameters of its own
+                    init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, EcMoeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            for buffer in module.buffers():
+                init.zeros_(buffer)
+
+
+class EcMoeModelMixin:
+    """The base model: the dense one with other layers, its padding mask handed down to them."""
+
+    decoder_layer_class: type[nn.Module]
+
+    def __init__(self, config: Any) -> None:
+        # The dense constructor makes embedding, norm and rotary embedding; its layers give way to ours. Under
+        # from_pretrained that happens on the meta device and costs nothing.
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            self.decoder_layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        token_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast | tuple:
+        """As the dense model's. token_mask [B, S] bool, True for real tokens; read off a 2-D attention_mask."""
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if (
+            token_mask is None
+            and inputs is not None
+            and isinstance(attention_mask, Tensor)
+            and attention_mask.dim() == 2
+        ):
+            # With a cache the mask covers past tokens too; the last S columns are the tokens at hand.
+            token_mask = attention_mask[:, -inputs.shape[1] :].bool()
+        with announce_tokens(self, token_mask):
+            outputs = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                token_mask=token_mask,
+                **kwargs,
+            )
+        return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
+
+
+class EcMoeForCausalLMMixin:
+    """The language model: the dense head, the router logits among the outputs, causal routes in `generate`."""
+
+    base_model_class: type[PreTrainedModel]
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)  # not the dense constructor, which would build the dense model
+        setattr(self, self.base_model_prefix, self.base_model_class(config))
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As the dense model's, with `router_logits` (one [B * S, E] per sparse layer) when they are asked for.
+
+        In training the z-loss and, for token choice, the balance loss join the loss by their coefficients;
+        `aux_loss` is the balance loss by itself.
+        """
+        asked = kwargs.pop("output_router_logits", None)
+        asked = self.config.output_router_logits if asked is None else asked
+        adds_loss = self.training and labels is not None and self._has_router_loss()
+        outputs = self.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=asked or adds_loss,
+            **kwargs,
+        )
+        logits = self.scale_logits(self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)))
+        loss: Any = None
+        aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if asked or adds_loss:
+            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+            aux_loss, router_loss = self._router_losses(outputs.router_logits, kwargs.get("token_mask", mask))
+            if adds_loss and labels is not None:
+                items = kwargs.get("num_items_in_batch")
+                # Over several micro-batches the loss is a share of the step's predicted tokens, and so is this.
+                predicted = labels != -100  # the first label of a row is predicted by nothing
+                share = 1 if items is None else predicted[..., 1:].sum() / items
+                loss = loss + share * router_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if asked else None,
+        )
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """What the dense family does to its logits: nothing, unless a family says otherwise."""
+        return logits
+
+    def _has_router_loss(self) -> bool:
+        return self.config.router_z_loss_coef > 0 or self.config.router_aux_loss_coef > 0
+
+    def _router_losses(
+        self, router_logits: tuple[Tensor, ...], token_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Token choice's balance loss (None otherwise), and what the coefficients add to the loss."""
+        config = self.config
+        routers = [module for module in self.modules() if isinstance(module, EcMoeRouter)]
+        learns = torch.is_grad_enabled() and any(router.weight.requires_grad for router in routers)
+        if self.training and self._has_router_loss() and learns and not router_logits[0].requires_grad:
+            raise ValueError(
+                "router_z_loss_coef and router_aux_loss_coef have no gradient under reentrant gradient checkpointing; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        added = router_logits[0].new_zeros(())
+        if config.router_z_loss_coef:
+            added = added + config.router_z_loss_coef * router_z_loss(
+                router_logits, None if token_mask is None else token_mask.flatten()
+            )
+        if config.routing != "token_choice":
+            return None, added
+        balance: Any = load_balancing_loss_func(
+            router_logits, config.num_experts, int(config.capacity_factor), token_mask
+        )
+        return balance, added + config.router_aux_loss_coef * balance
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' `generate`, routed causally also when the model was left in train mode."""
+        with use_inference_routing(self):
+            return super().generate(*args, **kwargs)
+
+
+class EcMoeHeadMixin:
+    """A head on the base model, which Transformers builds through AutoModel.
+
+    As remote code a head's config may come from another copy of the configuration module than the one that this file
+    registered, so the class at hand is registered before it is needed.
+    """
+
+    base_models: dict[str, type[PreTrainedModel]]  # by model_type; set where the families are declared
+
+    def __init__(self, config: Any) -> None:
+        AutoModel.register(type(config), self.base_models[config.model_type], exist_ok=True)
+        super().__init__(config)
+
+
+ROUTER_LOGITS = {"router_logits": OutputRecorder(EcMoeRouter, index=0)}
