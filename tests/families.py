@@ -20,11 +20,13 @@ FAMILIES: dict[str, dict[str, object]] = {
     "Glm4": {},
     "Cohere2": SLIDING | {"logit_scale": 0.25},
     "Starcoder2": {"sliding_window": 64},
-    "GPTNeoX": {},
+    "GPTNeoX": {"num_key_value_heads": 4},  # no field of its own, but caches would read it
 }
 MODEL_TYPES = {name: name.lower() for name in FAMILIES} | {"Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox"}
 # Their first FFN sees the normalised embedding alone, so that equal tokens have equal scores there.
 PARALLEL = ("Cohere2", "GPTNeoX")
+# Those whose tiny model keeps a window of the past alone, in some layers or all.
+SLIDING_CACHE = ("Mistral", "Olmo3", "Gemma2", "Gemma3Text", "Cohere2", "Starcoder2")
 # One of each kind: the plain one, norms inside attention, norms on both sides and capped logits, no gate but biases.
 CORE = ("Llama", "Qwen3", "Gemma2", "GPTNeoX")
 EVERY_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.families) for name in FAMILIES]
