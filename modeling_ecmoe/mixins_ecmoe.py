@@ -46,6 +46,18 @@ class EcMoePreTrainedMixin:
     base_model_prefix = "model"
     _keep_in_fp32_modules_strict = ["gate.threshold$"]  # a pattern: the count of updates stays an integer
 
+    supports_pipeline = True  # whether Transformers' pipeline computes the same, for the dense family to begin with
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any) -> Any:
+        """As Transformers', which would cut any model into stages; here and not later, where other ranks wait."""
+        if distributed_config is not None and distributed_config.pp_size > 1 and not model.supports_pipeline:
+            raise ValueError(
+                f"pp_size={distributed_config.pp_size}: Transformers' pipeline computes something else for "
+                f"{model.config.model_type.removeprefix('ecmoe_')} models, the dense ones too; use tp_size or fsdp_size"
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """Transformers looks for `@use_experts_implementation` in this file's text; it stands in block_ecmoe.py."""

@@ -380,6 +380,7 @@ class EcMoeGraniteDecoderLayer(EcMoeDecoderLayerMixin, granite.GraniteDecoderLay
 class EcMoeGranitePreTrainedModel(EcMoePreTrainedMixin, granite.GranitePreTrainedModel):
     config: EcMoeGraniteConfig
     _no_split_modules = ["EcMoeGraniteDecoderLayer"]
+    supports_pipeline = False  # every stage would scale by embedding_multiplier again
     _can_record_outputs = granite.GranitePreTrainedModel._can_record_outputs | ROUTER_LOGITS
 
 
@@ -512,6 +513,7 @@ class EcMoeGPTNeoXDecoderLayer(EcMoeDecoderLayerMixin, gpt_neox.GPTNeoXLayer): .
 class EcMoeGPTNeoXPreTrainedModel(EcMoePreTrainedMixin, gpt_neox.GPTNeoXPreTrainedModel):
     config: EcMoeGPTNeoXConfig
     _no_split_modules = ["EcMoeGPTNeoXDecoderLayer"]
+    supports_pipeline = False  # the pipeline looks for embed_tokens and norm, which have other names here
     _can_record_outputs = gpt_neox.GPTNeoXPreTrainedModel._can_record_outputs | ROUTER_LOGITS
     base_model_prefix = "gpt_neox"
 

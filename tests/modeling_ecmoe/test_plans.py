@@ -1,0 +1,37 @@
+"""Every family under Transformers' parallel plans, on two gloo ranks: what the whole model computes, gradients too."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import CORE, FAMILIES
+
+from benchmarks.parallel import on_ranks
+
+from .plan_process import PLANS, compare, pipeline_refusal
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+WITH_BIASES = ("Starcoder2", "GPTNeoX")
+NOT_IN_STAGES = ("Granite", "GPTNeoX")
+OTHERS = pytest.param([name for name in FAMILIES if name not in CORE], marks=pytest.mark.families)
+
+
+@pytest.mark.parametrize("families", [CORE, OTHERS], ids=["core", "others"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_parallel_plans(families: list[str], plan: str, make_routed_model: Callable, tmp_path: Path) -> None:
+    names = [name for name in families if plan != "pipeline" or name not in NOT_IN_STAGES]
+    for name in names:
+        make_routed_model(name).save_pretrained(tmp_path / name)
+    for name, found in on_ranks(2, compare, [tmp_path / name for name in names], plan).items():
+        assert max(found["apart"].values()) < 2e-5, (name, found)
+        assert found["greedy_same"], name
+        is_whole = plan == "tensor" and name in WITH_BIASES
+        assert found["held"] == (1 if is_whole else 0.5), name
+
+
+@pytest.mark.parametrize("name", NOT_IN_STAGES)
+def test_what_a_pipeline_would_get_wrong_is_refused(name: str, make_routed_model: Callable, tmp_path: Path) -> None:
+    make_routed_model(name).save_pretrained(tmp_path)
+    assert "pp_size=2: Transformers' pipeline computes something else" in on_ranks(2, pipeline_refusal, tmp_path)
