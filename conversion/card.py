@@ -86,8 +86,8 @@ def _exactness(plan: PlainPlan) -> list[str]:
             f"Not exact: the routes. Every token takes {form.top_k}, also one that no expert of the source chose or "
             f"that more chose, and the load is balanced no more. {title} has no threshold and no bias"
             + (
-                ": the router rows are moved along the direction in which their input is nearly constant, so that they "
-                "rank by the distance to the threshold."
+                ". A layer's router rows were moved along the direction in which their input is nearly constant, to "
+                "rank by the distance to the threshold, where that left less error on the text."
                 if plan.measured
                 else ", and the router rows are the source's as they are."
             )

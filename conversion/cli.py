@@ -22,7 +22,7 @@ from .plan import FAMILIES
 from .settings import NAMED_LAYERS, ROUTERS
 from .targets import DESTINATIONS
 
-_DESTINATIONS_HELP = """--to, for tools that know plain classes alone; the routing changes, the change of the loss is measured:
+_DESTINATIONS_HELP = """--to, for tools that know plain classes alone; what the loss changed by is measured:
   token-choice  Mixtral (from Llama, Mistral), Qwen2-MoE, Qwen3-MoE: top-k instead of thresholds
   glm4-moe      GLM-4-MoE, from sigmoid scores (--init blend, shared): thresholds as biases, nearly exact"""
 

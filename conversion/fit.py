@@ -22,22 +22,33 @@ _RIDGE = 1e-4
 def fit(model: Any, form: Form, batches: list[Tensor]) -> dict[str, Tensor]:
     """The router rows [E, D] and the scales [E] of every sparse layer, as the form needs them: "0.rows", "0.scales".
 
+    Of the rows as they are and those moved by the thresholds a layer gets what leaves less error on the text: moving
+    improves the ranking, and with several experts per token changes how they are weighted against each other.
+
     batches: token ids [B, S] without padding.
     """
     layers = {str(i): layer.mlp for i, layer in enumerate(model.get_decoder().layers)}
     blocks = {name: block for name, block in layers.items() if isinstance(block, EcMoeBlock)}
-    rows = {name: block.gate.weight.float() for name, block in blocks.items()}
-    found: dict[str, Tensor] = {}
+    candidates = {name: [_Candidate(block, block.gate.weight.float(), form)] for name, block in blocks.items()}
     if form.is_shifted:
         constants = {name: _Constant(block) for name, block in blocks.items()}
         _run(model, batches, blocks, {name: constant.add for name, constant in constants.items()}, "Router rows")
-        rows = {name: constant.shifted_rows() for name, constant in constants.items()}
-        found |= {f"{name}.rows": value.cpu() for name, value in rows.items()}
+        for name, constant in constants.items():
+            candidates[name].append(_Candidate(blocks[name], constant.shifted_rows(), form))
+
+    def add_to(name: str) -> Callable[[Tensor, Tensor], None]:
+        def add(inputs_TD: Tensor, outputs_TD: Tensor) -> None:
+            for candidate in candidates[name]:
+                candidate.add(inputs_TD, outputs_TD)
+
+        return add
+
+    _run(model, batches, blocks, {name: add_to(name) for name in blocks}, "Experts")
+    best = {name: min(found, key=_Candidate.error) for name, found in candidates.items()}
+    measured = {f"{name}.rows": candidate.rows_ED.cpu() for name, candidate in best.items() if form.is_shifted}
     if form.is_scaled:
-        scales = {name: _Scales(block, rows[name], form.top_k) for name, block in blocks.items()}
-        _run(model, batches, blocks, {name: scale.add for name, scale in scales.items()}, "Scales")
-        found |= {f"{name}.scales": scale.solve().cpu() for name, scale in scales.items()}
-    return found
+        measured |= {f"{name}.scales": candidate.scales().cpu() for name, candidate in best.items()}
+    return measured
 
 
 def _run(
@@ -91,26 +102,29 @@ class _Constant:
         return gate.weight.float() - (border_E - border_E.mean())[:, None] * direction_D
 
 
-class _Scales:
-    """The scales a [E] for which the sum of p a_e E_e(x) is nearest to what the source adds to its shared expert.
+class _Candidate:
+    """Router rows, and the scales a [E] for which the sum of p a_e E_e(x) is nearest to what the source adds to its
+    shared expert; all ones where the form has no scales.
 
-    With complement weighting E_e is taken less the shared expert. p: softmax weights of the K experts of a token.
+    With complement weighting E_e is taken less the shared expert. p: the plain block's weights of a token's K experts.
     """
 
-    def __init__(self, block: EcMoeBlock, rows_ED: Tensor, top_k: int) -> None:
-        self.block, self.rows_ED, self.top_k = block, rows_ED, top_k
+    def __init__(self, block: EcMoeBlock, rows_ED: Tensor, form: Form) -> None:
+        self.block, self.rows_ED, self.form = block, rows_ED, form
         num_experts = len(rows_ED)
-        self.gram_EE = torch.zeros(num_experts, num_experts, device=rows_ED.device)
-        self.moment_E = torch.zeros(num_experts, device=rows_ED.device)
-        self.weight, self.num_tokens = torch.zeros((), device=rows_ED.device), 0
+        self.gram_EE = rows_ED.new_zeros(num_experts, num_experts)
+        self.moment_E, self.square = rows_ED.new_zeros(num_experts), rows_ED.new_zeros(())
+        self.weight, self.num_tokens = rows_ED.new_zeros(()), 0
 
     def add(self, inputs_TD: Tensor, outputs_TD: Tensor) -> None:
-        block, num_tokens = self.block, len(inputs_TD)
-        logits_TK, expert_TK = (inputs_TD.float() @ self.rows_ED.T).topk(self.top_k)
-        weight_TK = logits_TK.softmax(-1)
-        rows_RD = inputs_TD.repeat_interleave(self.top_k, dim=0)
+        block, num_tokens, top_k = self.block, len(inputs_TD), self.form.top_k
+        logits_TE = inputs_TD.float() @ self.rows_ED.T
+        weight_TK, expert_TK = logits_TE.softmax(-1).topk(top_k)
+        if self.form.normalised:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        rows_RD = inputs_TD.repeat_interleave(top_k, dim=0)
         experts_RD = block.experts(rows_RD, expert_TK.reshape(-1, 1), torch.ones_like(rows_RD[:, :1]))
-        added_TKD = experts_RD.float().view(num_tokens, self.top_k, -1)
+        added_TKD = experts_RD.float().view(num_tokens, top_k, -1)
         wanted_TD = outputs_TD.float()
         if block.shared_expert is not None:
             shared_TD = block.shared_expert(inputs_TD).float()
@@ -122,12 +136,15 @@ class _Scales:
         pairs = (expert_TK[:, :, None].expand_as(products_TKK), expert_TK[:, None].expand_as(products_TKK))
         self.gram_EE.index_put_(pairs, products_TKK, accumulate=True)
         self.moment_E.index_add_(0, expert_TK.flatten(), (added_TKD @ wanted_TD[..., None]).flatten())
+        self.square += wanted_TD.square().sum()
         _, scores_TE, _ = block.gate(inputs_TD)
         self.weight += (scores_TE * block.routes(scores_TE)).sum()
         self.num_tokens += num_tokens
 
-    def solve(self) -> Tensor:
+    def scales(self) -> Tensor:
         """Never negative; where experts do not differ from the shared one, the mean sum of a token's weights."""
+        if not self.form.is_scaled:
+            return torch.ones_like(self.moment_E)
         mean_weight = self.weight / self.num_tokens
         if self.block.config.normalize_combine_weights:
             mean_weight = torch.ones_like(mean_weight)
@@ -135,6 +152,11 @@ class _Scales:
         if not self.gram_EE.any():
             return usual_E.clone()
         return (usual_E + _ridge(self.gram_EE, self.moment_E - self.gram_EE @ usual_E)).clamp(min=0)
+
+    def error(self) -> float:
+        """The squared distance to what is wanted, summed over the tokens."""
+        scales_E = self.scales()
+        return (self.square - 2 * scales_E @ self.moment_E + scales_E @ self.gram_EE @ scales_E).item()
 
 
 def _ridge(gram_NN: Tensor, moment_N: Tensor) -> Tensor:

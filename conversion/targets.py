@@ -94,7 +94,8 @@ def _obstacles(config: Any, target: Target) -> list[str]:
     if dense and target is GLM4_MOE and dense != list(range(len(dense))):
         found.append(f"mlp_layer_types has dense layers ({_listed(dense)}), and those of GLM-4-MoE come first")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if target is GLM4_MOE and (len(layer_types) > 1 or _window(config)):
+    window = _window(config)
+    if target is GLM4_MOE and (len(layer_types) > 1 or (window and window < config.max_position_embeddings)):
         found.append(f"sliding_window={config.sliding_window}: GLM-4-MoE attends to everything")
     if target is QWEN3_MOE and len(layer_types) > 1:
         found.append("layer_types has full and sliding attention, and all layers of Qwen3-MoE have the same")
