@@ -43,9 +43,11 @@ VERIFICATION_BATCH = 4  # windows whose logits of two models are held at once
 COMPANIONS = ["*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "additional_chat_templates/*"]
 COMPANIONS += ["generation_config.json", "LICENSE*", "NOTICE*"]
 
+VERSIONS = {module.__name__: module.__version__ for module in (torch, transformers, accelerate, safetensors)}
+
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     """What the models are run on: token ids [W, L] of text to calibrate on and of other text to verify on."""
 
     tokenizer: Any
@@ -109,12 +111,7 @@ def convert(
         ConversionError: for anything the user can put right, and when an exact initialisation is not exact.
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
-    target = Path(destination).expanduser().resolve()  # a link to an empty folder could not be renamed over
-    sweep(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConversionError(f"destination={target} exists; name a folder that does not, or remove it")
-    if target.is_mount():
-        raise ConversionError(f"destination={target} is a mount point and cannot be replaced; name a folder in it")
+    target = free_place(destination)
     shard_size = parse_size(max_shard_size)
     if num_gpus < 1:
         raise ConversionError(f"num_gpus={num_gpus} must be at least 1")
@@ -135,10 +132,10 @@ def convert(
         "calibration_tokens": texts.calibration.numel() if texts and verify else 0,
         **asdict(plan.settings),
         "parameters": parameters(plan),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, accelerate, safetensors)},
+        "versions": VERSIONS,
     }
     options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
-    purpose = record | options | {"files": _fingerprints(sources, text, router_prompts)}
+    purpose = record | options | {"files": fingerprints(sources, text, router_prompts)}
     try:
         with Workspace(target, purpose) as work:
             _fill(plan, work, shard_size, texts, prompts, device, verify, record)
@@ -150,11 +147,26 @@ def convert(
     return record
 
 
+def free_place(destination: str) -> Path:
+    """The folder that a checkpoint may take, after a look at what is there.
+
+    Raises:
+        ConversionError: when something is.
+    """
+    target = Path(destination).expanduser().resolve()  # a link to an empty folder could not be renamed over
+    sweep(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConversionError(f"destination={target} exists; name a folder that does not, or remove it")
+    if target.is_mount():
+        raise ConversionError(f"destination={target} is a mount point and cannot be replaced; name a folder in it")
+    return target
+
+
 def _fill(
     plan: Plan,
     work: Workspace,
     shard_size: int,
-    texts: _Texts | None,
+    texts: Texts | None,
     prompts: list[list[str]] | None,
     device: str | None,
     verify: bool,
@@ -176,7 +188,8 @@ def _fill(
         plan.router_rows.update(measured)
     config: Any = plan.config
     write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
-    _write_companions(plan, folder)
+    copy_companions(plan.sources[0].folder, folder)
+    custom_object_save(plan.model, folder)
 
     thresholds = work.recall("thresholds")
     if thresholds is None and not verify:
@@ -207,14 +220,22 @@ def _fill(
         write_whole(folder / "config.json", (Path(scratch) / "config.json").read_text(encoding="utf-8"))
 
 
-def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> _Texts | None:
+def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> Texts | None:
     """Tokenizer and windows, where something is measured on text."""
     for source in plan.sources[1:]:
         check_same_tokenizer(plan.sources[0], source)
     if not verify and plan.settings.router == "normal":
         return None
-    tokenizer = load_tokenizer(plan.sources[0].folder)
-    config: Any = plan.config
+    return read_texts(plan.sources[0], plan.config, text, seed)
+
+
+def read_texts(source: Source, config: Any, text: str | None, seed: int) -> Texts:
+    """The source's tokenizer, and windows of the user's text or of Python's own.
+
+    Raises:
+        ConversionError: when there is no tokenizer, or too little text, or the two do not fit the model.
+    """
+    tokenizer = load_tokenizer(source.folder)
     length = min(WINDOW, config.max_position_embeddings)
     if length < 2:
         raise ConversionError(f"max_position_embeddings={length} in config.json is too short to run the model on text")
@@ -223,11 +244,11 @@ def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> _Texts | No
     windows = sample_windows(tokenizer, documents, length, wanted, seed)
     if int(windows.max()) >= config.vocab_size:
         raise ConversionError(
-            f"the tokenizer of source={plan.sources[0].source} makes token {int(windows.max())}, beyond "
+            f"the tokenizer of source={source.source} makes token {int(windows.max())}, beyond "
             f"vocab_size={config.vocab_size}; they do not belong together"
         )
     held_out = max(1, len(windows) * VERIFICATION_TOKENS // (CALIBRATION_TOKENS + VERIFICATION_TOKENS))
-    return _Texts(tokenizer, windows[:-held_out], windows[-held_out:])
+    return Texts(tokenizer, windows[:-held_out], windows[-held_out:])
 
 
 def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:
@@ -244,7 +265,16 @@ def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:
 
 
 def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> None:
-    """Disk for the output, and memory for the models that will be run; before anything is written.
+    """Disk for the output, and memory for the models that will be run; before anything is written."""
+    check_disk(target, plan.nbytes)
+    router = plan.settings.router
+    dense_bytes = plan.sources[0].nbytes if verify or router != "normal" else 0
+    remedy = "verify=False (--no-verify)" if router == "normal" else "router=normal with --no-verify"
+    check_memory(dense_bytes + plan.nbytes * verify, device, f"verify={verify}, router={router}", remedy)
+
+
+def check_disk(target: Path, nbytes: int) -> None:
+    """Room for the output, counting what an earlier run has written of it already.
 
     Raises:
         ConversionError: with what is needed and what is there.
@@ -253,53 +283,63 @@ def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> N
     written = target.parent / f".{target.name}.partial"
     there = sum(path.stat().st_size for path in written.rglob("*") if path.is_file()) if written.is_dir() else 0
     free = shutil.disk_usage(place).free + there
-    if free < plan.nbytes:
+    if free < nbytes:
         raise ConversionError(
-            f"destination={target} needs {plan.nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; "
+            f"destination={target} needs {nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; "
             "free some, or choose another disk"
         )
-    runs_dense = verify or plan.settings.router != "normal"
-    dense_bytes = sum(path.stat().st_size for path in plan.sources[0].weight_files) if runs_dense else 0
-    needed = dense_bytes + plan.nbytes * verify
+
+
+def check_memory(nbytes: int, device: str | None, options: str, remedy: str) -> None:
+    """Memory for the models that will be run, where they run on the CPU.
+
+    Raises:
+        ConversionError: naming the options that ask for it, with what is needed and what is there.
+    """
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if device == "auto" or on_gpu:
         return
     available = psutil.virtual_memory().available
-    if needed > available:
-        remedy = "verify=False (--no-verify)" if plan.settings.router == "normal" else "router=normal with --no-verify"
+    if nbytes > available:
         raise ConversionError(
-            f"verify={verify}, router={plan.settings.router}: the models that are run need {needed / 1e9:.1f} GB of "
-            f"memory and {available / 1e9:.1f} GB are free; say {remedy}, or device=auto to run them off the disk"
+            f"{options}: the models that are run need {nbytes / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB "
+            f"are free; say {remedy}, or device=auto to run them off the disk"
         )
 
 
-def _fingerprints(sources: list[Source], *texts: str | None) -> dict[str, Any]:
+def fingerprints(sources: list[Source], *texts: str | None) -> dict[str, Any]:
     """What tells one state of the input files from another, without reading the weights."""
     stats = {str(path): path.stat() for source in sources for path in source.folder.glob("*") if path.is_file()}
     read = {name: hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest() for name in texts if name}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()} | read
 
 
-def _write_companions(plan: Plan, folder: Path) -> None:
-    """Tokenizer, templates and licence of the first source, byte for byte, and the family's code."""
-    source = plan.sources[0].folder
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, templates, generation defaults and licence of the source folder, byte for byte."""
     for pattern in COMPANIONS:
         for path in filter(Path.is_file, source.glob(pattern)):
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-    custom_object_save(plan.model, folder)
 
 
 def _load(plan: Plan, folder: Path, device: str | None) -> Any:
     """The dense model of a source folder, or the converted one, whose folder has no config.json yet."""
     is_dense = (folder / "config.json").is_file()
+    return load_model(AutoModelForCausalLM if is_dense else type(plan.model), folder, plan.dtype, device, plan.config)
+
+
+def load_model(model_class: Any, folder: Path, dtype: torch.dtype, device: str | None, config: Any) -> Any:
+    """The model of a folder in eval mode; `config` is used where the folder has no config.json yet.
+
+    Raises:
+        ConversionError: when the device is unknown or cannot hold it.
+    """
+    kwargs: dict[str, Any] = {} if (folder / "config.json").is_file() else {"config": config}
     try:
-        model_class = AutoModelForCausalLM if is_dense else type(plan.model)
-        kwargs: dict[str, Any] = {} if is_dense else {"config": plan.config}
         if device == "auto":
-            return model_class.from_pretrained(folder, dtype=plan.dtype, device_map="auto", **kwargs).eval()
-        model: Any = model_class.from_pretrained(folder, dtype=plan.dtype, **kwargs)
+            return model_class.from_pretrained(folder, dtype=dtype, device_map="auto", **kwargs).eval()
+        model: Any = model_class.from_pretrained(folder, dtype=dtype, **kwargs)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

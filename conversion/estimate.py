@@ -49,6 +49,7 @@ def estimate(plan: Plan, num_gpus: int) -> dict[str, Any]:
     rows = round(config.capacity_factor * TOKENS_PER_GPU)
     others = counted["total"] - counted["experts"]
     return {
+        "init": plan.settings.init,
         "parameters": counted,
         "sparse_layers": sparse_layers,
         "flops_per_token": {

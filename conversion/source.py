@@ -200,6 +200,11 @@ class Source:
     def weight_files(self) -> list[Path]:
         return sorted({self.folder / header.file_name for header in self.headers.values()})
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weight files on disk."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
 
 class Digests(threading.Thread):
     """sha256 of every weight file of the sources, computed beside the writing: hashing holds no interpreter lock."""

@@ -21,33 +21,46 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 def compare(dense: Any, converted: Any, tokenizer: Any, windows: Tensor, batch_size: int) -> dict[str, Any]:
     """Loss, divergence and greedy text of both models, and how the converted one routes, on windows [W, L] it was
     not calibrated on. Losses and divergence are nats per token."""
-    batches = windows.split(batch_size)
-    totals = torch.zeros(3, dtype=torch.float64)
     with record_routing(converted) as record:
-        for batch in tqdm(batches, desc="Verifying", unit="batch", disable=None):
-            totals += _losses(dense, converted, batch) * len(batch)
-    loss_dense, loss_converted, divergence = (totals / len(windows)).tolist()
-    measured: dict[str, Any] = {
+        measured = side_by_side({"dense": dense, "converted": converted}, windows, batch_size)
+    measured["layer_errors"] = layer_errors(dense, converted, windows[:batch_size])
+    return measured | greedy_texts({"dense": dense, "converted": converted}, tokenizer, windows) | record.summary()
+
+
+@torch.no_grad()
+def side_by_side(models: dict[str, Any], windows: Tensor, batch_size: int) -> dict[str, Any]:
+    """Next-token loss of each of two models, the change from the first to the second, and KL(first || second), all in
+    nats per token, on windows [W, L]. The keys hold the models' names."""
+    (first_name, first), (second_name, second) = models.items()
+    totals = torch.zeros(3, dtype=torch.float64)
+    for batch in tqdm(windows.split(batch_size), desc="Verifying", unit="batch", disable=None):
+        totals += _losses(first, second, batch) * len(batch)
+    loss_first, loss_second, divergence = (totals / len(windows)).tolist()
+    return {
         "tokens": windows.numel(),
-        "loss_dense": loss_dense,
-        "loss_converted": loss_converted,
-        "loss_change": loss_converted - loss_dense,
+        f"loss_{first_name}": loss_first,
+        f"loss_{second_name}": loss_second,
+        "loss_change": loss_second - loss_first,
         "kl_divergence": divergence,
-        "layer_errors": layer_errors(dense, converted, batches[0]),
     }
+
+
+def greedy_texts(models: dict[str, Any], tokenizer: Any, windows: Tensor) -> dict[str, Any]:
+    """What each of two models makes of the beginning of the first window, and whether it is the same."""
     prompt = windows[:1, : min(32, windows.shape[1] // 2)]
-    dense_ids, converted_ids = greedy_ids(dense, prompt), greedy_ids(converted, prompt)
-    measured["greedy_same"] = dense_ids == converted_ids
-    measured["greedy_prompt"] = tokenizer.decode(prompt[0], skip_special_tokens=True)
-    measured["greedy_dense"] = tokenizer.decode(dense_ids, skip_special_tokens=True)
-    measured["greedy_converted"] = tokenizer.decode(converted_ids, skip_special_tokens=True)
-    return measured | record.summary()
+    ids = {name: greedy_ids(model, prompt) for name, model in models.items()}
+    first, second = ids.values()
+    texts = {f"greedy_{name}": tokenizer.decode(found, skip_special_tokens=True) for name, found in ids.items()}
+    return {
+        "greedy_same": first == second,
+        "greedy_prompt": tokenizer.decode(prompt[0], skip_special_tokens=True),
+    } | texts
 
 
-def _losses(dense: Any, converted: Any, batch: Tensor) -> Tensor:
-    """[3] float64: both next-token losses of a batch [B, L], and the divergence KL(dense || converted)."""
-    logits = [model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1] for model in (dense, converted)]
-    log_p, log_q = (values.to(dense.device).float().log_softmax(-1).flatten(0, 1) for values in logits)
+def _losses(first: Any, second: Any, batch: Tensor) -> Tensor:
+    """[3] float64: both next-token losses of a batch [B, L], and the divergence KL(first || second)."""
+    logits = [model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1] for model in (first, second)]
+    log_p, log_q = (values.to(first.device).float().log_softmax(-1).flatten(0, 1) for values in logits)
     targets = batch[:, 1:].flatten().to(log_p.device)
     divergence = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().mean()
     losses = [nn.functional.nll_loss(values, targets, reduction="none").double().mean() for values in (log_p, log_q)]

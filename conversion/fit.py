@@ -1,0 +1,166 @@
+"""Numbers that stand for thresholds and weights where a plain block has neither; found by running the source on text.
+
+Letters: T tokens, E experts, K experts of one token, D hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modeling_ecmoe.block_ecmoe import EcMoeBlock, use_inference_routing
+
+from .plain import Form
+
+# Of the mean diagonal; keeps the solutions finite where inputs or experts hardly differ.
+_RIDGE = 1e-4
+
+
+@torch.no_grad()
+def fit(model: Any, form: Form, batches: list[Tensor]) -> dict[str, Tensor]:
+    """The router rows [E, D] and the scales [E] of every sparse layer, as the form needs them: "0.rows", "0.scales".
+
+    Of the rows as they are and those moved by the thresholds a layer gets what leaves less error on the text: moving
+    improves the ranking, and with several experts per token changes how they are weighted against each other.
+
+    batches: token ids [B, S] without padding.
+    """
+    layers = {str(i): layer.mlp for i, layer in enumerate(model.get_decoder().layers)}
+    blocks = {name: block for name, block in layers.items() if isinstance(block, EcMoeBlock)}
+    candidates = {name: [_Candidate(block, block.gate.weight.float(), form)] for name, block in blocks.items()}
+    if form.is_shifted:
+        constants = {name: _Constant(block) for name, block in blocks.items()}
+        _run(model, batches, blocks, {name: constant.add for name, constant in constants.items()}, "Router rows")
+        for name, constant in constants.items():
+            candidates[name].append(_Candidate(blocks[name], constant.shifted_rows(), form))
+
+    def add_to(name: str) -> Callable[[Tensor, Tensor], None]:
+        def add(inputs_TD: Tensor, outputs_TD: Tensor) -> None:
+            for candidate in candidates[name]:
+                candidate.add(inputs_TD, outputs_TD)
+
+        return add
+
+    _run(model, batches, blocks, {name: add_to(name) for name in blocks}, "Experts")
+    best = {name: min(found, key=_Candidate.error) for name, found in candidates.items()}
+    measured = {f"{name}.rows": candidate.rows_ED.cpu() for name, candidate in best.items() if form.is_shifted}
+    if form.is_scaled:
+        measured |= {f"{name}.scales": candidate.scales().cpu() for name, candidate in best.items()}
+    return measured
+
+
+def _run(
+    model: Any,
+    batches: list[Tensor],
+    blocks: dict[str, EcMoeBlock],
+    add: dict[str, Callable[[Tensor, Tensor], None]],
+    title: str,
+) -> None:
+    """Runs the model and hands the block's inputs and outputs [T, D] of every layer to `add`."""
+
+    def hook_of(name: str) -> Any:
+        return lambda _module, inputs, output: add[name](inputs[0].flatten(0, -2), output.flatten(0, -2))
+
+    handles = [block.register_forward_hook(hook_of(name)) for name, block in blocks.items()]
+    routing = "token_choice" if model.config.routing == "token_choice" else "threshold"
+    try:
+        with use_inference_routing(model, routing):
+            for batch in tqdm(batches, desc=title, unit="batch", disable=None):
+                model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Constant:
+    """The direction c whose product with every FFN input is nearest to one, by least squares.
+
+    A plain router has no bias. Taking (b_e - mean b) c from row e moves the experts' logits by nearly constant numbers
+    against each other, b_e being the logit (or for softmax scores the logarithm) of the threshold: the order of the
+    moved logits is the order of the distances to the thresholds.
+    """
+
+    def __init__(self, block: EcMoeBlock) -> None:
+        self.block = block
+        hidden = block.gate.hidden_size
+        self.gram_DD = torch.zeros(hidden, hidden, device=block.gate.weight.device)
+        self.sum_D = torch.zeros(hidden, device=block.gate.weight.device)
+
+    def add(self, inputs_TD: Tensor, _outputs_TD: Tensor) -> None:
+        inputs_TD = inputs_TD.float()
+        self.gram_DD += inputs_TD.T @ inputs_TD
+        self.sum_D += inputs_TD.sum(0)
+
+    def shifted_rows(self) -> Tensor:
+        direction_D = _ridge(self.gram_DD, self.sum_D)
+        gate = self.block.gate
+        # Thresholds that were never calibrated are zero, which has no logarithm.
+        threshold_E = gate.threshold.float().clamp(1e-6, 1 - 1e-6)
+        border_E = threshold_E.log() if gate.score_function == "softmax" else threshold_E.logit()
+        return gate.weight.float() - (border_E - border_E.mean())[:, None] * direction_D
+
+
+class _Candidate:
+    """Router rows, and the scales a [E] for which the sum of p a_e E_e(x) is nearest to what the source adds to its
+    shared expert; all ones where the form has no scales.
+
+    With complement weighting E_e is taken less the shared expert. p: the plain block's weights of a token's K experts.
+    """
+
+    def __init__(self, block: EcMoeBlock, rows_ED: Tensor, form: Form) -> None:
+        self.block, self.rows_ED, self.form = block, rows_ED, form
+        num_experts = len(rows_ED)
+        self.gram_EE = rows_ED.new_zeros(num_experts, num_experts)
+        self.moment_E, self.square = rows_ED.new_zeros(num_experts), rows_ED.new_zeros(())
+        self.weight, self.num_tokens = rows_ED.new_zeros(()), 0
+
+    def add(self, inputs_TD: Tensor, outputs_TD: Tensor) -> None:
+        block, num_tokens, top_k = self.block, len(inputs_TD), self.form.top_k
+        logits_TE = inputs_TD.float() @ self.rows_ED.T
+        weight_TK, expert_TK = logits_TE.softmax(-1).topk(top_k)
+        if self.form.normalised:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        rows_RD = inputs_TD.repeat_interleave(top_k, dim=0)
+        experts_RD = block.experts(rows_RD, expert_TK.reshape(-1, 1), torch.ones_like(rows_RD[:, :1]))
+        added_TKD = experts_RD.float().view(num_tokens, top_k, -1)
+        wanted_TD = outputs_TD.float()
+        if block.shared_expert is not None:
+            shared_TD = block.shared_expert(inputs_TD).float()
+            wanted_TD = wanted_TD - shared_TD
+            if block.config.shared_expert_weighting == "complement":
+                added_TKD = added_TKD - shared_TD[:, None]
+        added_TKD = added_TKD * weight_TK[..., None]
+        products_TKK = added_TKD @ added_TKD.transpose(1, 2)
+        pairs = (expert_TK[:, :, None].expand_as(products_TKK), expert_TK[:, None].expand_as(products_TKK))
+        self.gram_EE.index_put_(pairs, products_TKK, accumulate=True)
+        self.moment_E.index_add_(0, expert_TK.flatten(), (added_TKD @ wanted_TD[..., None]).flatten())
+        self.square += wanted_TD.square().sum()
+        _, scores_TE, _ = block.gate(inputs_TD)
+        self.weight += (scores_TE * block.routes(scores_TE)).sum()
+        self.num_tokens += num_tokens
+
+    def scales(self) -> Tensor:
+        """Never negative; where experts do not differ from the shared one, the mean sum of a token's weights."""
+        if not self.form.is_scaled:
+            return torch.ones_like(self.moment_E)
+        mean_weight = self.weight / self.num_tokens
+        if self.block.config.normalize_combine_weights:
+            mean_weight = torch.ones_like(mean_weight)
+        usual_E = mean_weight.expand(len(self.gram_EE))
+        if not self.gram_EE.any():
+            return usual_E.clone()
+        return (usual_E + _ridge(self.gram_EE, self.moment_E - self.gram_EE @ usual_E)).clamp(min=0)
+
+    def error(self) -> float:
+        """The squared distance to what is wanted, summed over the tokens."""
+        scales_E = self.scales()
+        return (self.square - 2 * scales_E @ self.moment_E + scales_E @ self.gram_EE @ scales_E).item()
+
+
+def _ridge(gram_NN: Tensor, moment_N: Tensor) -> Tensor:
+    """The least-squares solution, in float64 on the CPU."""
+    gram_NN = gram_NN.double().cpu()
+    gram_NN = gram_NN + _RIDGE * gram_NN.diagonal().mean() * torch.eye(len(gram_NN), dtype=torch.float64)
+    return torch.linalg.solve(gram_NN, moment_N.double().cpu()).float().to(moment_N.device)

@@ -1,0 +1,377 @@
+"""Leaving the family: plain files that Transformers itself would write, exact where they can be, measured where not."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import STORIES_MODEL, STORIES_TEXT, all_tensors, contents, tiny_tokenizer, write_dense
+from conftest import build_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import conversion
+from conversion import ConversionError, convert, export_plain
+from conversion.cli import main
+from conversion.source import Source
+from modeling_ecmoe import calibrate_thresholds, sparse_blocks
+
+FAMILIES = {"Llama": "Mixtral", "Mistral": "Mixtral", "Qwen2": "Qwen2Moe", "Qwen3": "Qwen3Moe"}
+TOKEN_CHOICE = {"routing": "token_choice", "inference_routing": "token_choice", "capacity_factor": 2}
+# What the converter's initialisations set.
+BLEND = {"router_score_function": "sigmoid", "shared_expert_weighting": "complement"}
+BLEND |= {"shared_expert_intermediate_size": 40}
+SHARED = {"router_score_function": "sigmoid", "shared_expert_intermediate_size": 40}
+COPY = {"normalize_combine_weights": True, "min_experts_per_token": 1}
+SPLIT = COPY | {"shared_expert_intermediate_size": 24, "moe_intermediate_size": 24}
+FORMS = {"blend": BLEND, "shared": SHARED, "copy": COPY, "split": SPLIT, "plain": {}}
+
+
+@pytest.fixture
+def some_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than usual, and enough for figures that are compared."""
+    monkeypatch.setitem(convert.__globals__, "CALIBRATION_TOKENS", 4096)
+    monkeypatch.setitem(convert.__globals__, "VERIFICATION_TOKENS", 1024)
+
+
+def write_source(folder: Path, family: str, make_tokens: Callable[..., torch.Tensor], **fields: Any) -> PreTrainedModel:
+    """A random expert-choice checkpoint with decided routers and calibrated thresholds, and its model."""
+    model = build_model(family, vocab_size=300, **fields)
+    with torch.no_grad():
+        for block in sparse_blocks(model).values():
+            block.gate.weight.mul_(3)
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):
+                parameter.normal_()
+    if fields.get("routing") != "token_choice":
+        calibrate_thresholds(model, [{"input_ids": make_tokens(8, 64, seed=9)}])
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def largest_error(source: PreTrainedModel, folder: Path, ids: torch.Tensor) -> float:
+    written = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return (logits_of(written, ids) - logits_of(source, ids)).abs().max().item()
+
+
+EXACT = {
+    "normalised": ("Llama", {"normalize_combine_weights": True}),
+    "Mistral's window": ("Mistral", {"normalize_combine_weights": True, "sliding_window": 8}),
+    "tied": ("Llama", {"normalize_combine_weights": True, "tie_word_embeddings": True}),
+    "long context": (
+        "Llama",
+        {
+            "normalize_combine_weights": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+        },
+    ),
+    "Qwen2": ("Qwen2", {"normalize_combine_weights": True}),
+    "Qwen2, weights as they are": ("Qwen2", {"mlp_layer_types": ["dense", "sparse"]}),
+    "Qwen2, shared expert": ("Qwen2", {"shared_expert_intermediate_size": 40}),
+    "Qwen3": ("Qwen3", {"normalize_combine_weights": True, "attention_bias": True}),
+    "Qwen3, weights as they are": ("Qwen3", {"mlp_layer_types": ["sparse", "dense"]}),
+    "shared expert inside": ("Llama", {"normalize_combine_weights": True, "shared_expert_intermediate_size": 40}),
+}
+
+
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("case", EXACT)
+def test_token_choice_leaves_exactly(
+    tmp_path: Path, text: Path, case: str, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    family, fields = EXACT[case]
+    source = write_source(tmp_path / "source", family, make_tokens, **TOKEN_CHOICE, **fields)
+    record = export_plain(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
+    assert record["is_exact"] and record["num_experts_per_tok"] == 2
+    assert record["architecture"] == f"{FAMILIES[family]}ForCausalLM"
+    assert abs(record["verification"]["loss_change"]) <= 1e-5
+    assert largest_error(source, tmp_path / "out", make_tokens(3, 40)) <= 1e-5
+
+
+@pytest.mark.parametrize("form", ["blend", "shared"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biased_scores_express_thresholds(
+    tmp_path: Path, family: str, form: str, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """With room for all experts GLM-4-MoE computes what the thresholds do; with less, nearly."""
+    source = write_source(tmp_path / "source", family, make_tokens, **FORMS[form])
+    options = {"to": "glm4-moe", "verify": False}
+    record = export_plain(str(tmp_path / "source"), str(tmp_path / "all"), num_experts_per_tok=4, **options)
+    assert record["is_exact"] and (record["num_experts"], record["architecture"]) == (8, "Glm4MoeForCausalLM")
+    ids = make_tokens(3, 40)
+    assert largest_error(source, tmp_path / "all", ids) <= 5e-5
+    record = export_plain(str(tmp_path / "source"), str(tmp_path / "one"), num_experts_per_tok=1, **options)
+    assert not record["is_exact"]
+    assert largest_error(source, tmp_path / "one", ids) > 1e-2  # 1.5 experts on average lose a third of them
+
+
+WRITTEN = [("Llama", "blend"), ("Llama", "split"), ("Mistral", "copy"), ("Mistral", "shared"), ("Qwen2", "blend")]
+WRITTEN += [("Qwen2", "shared"), ("Qwen2", "plain"), ("Qwen3", "blend"), ("Qwen3", "split"), ("Qwen3", "plain")]
+BY_SCORE = [("Llama", "blend"), ("Mistral", "shared"), ("Qwen2", "shared"), ("Qwen3", "blend")]
+
+
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize(
+    ("to", "family", "form"),
+    [("token-choice", *case) for case in WRITTEN] + [("glm4-moe", *case) for case in BY_SCORE],
+)
+def test_the_files_are_those_that_transformers_writes(
+    tmp_path: Path, family: str, form: str, to: str, text: Path, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """Names, shapes and dtypes of every tensor, and the config, after Transformers has loaded and saved it."""
+    write_source(tmp_path / "source", family, make_tokens, **FORMS[form])
+    export_plain(str(tmp_path / "source"), str(tmp_path / "out"), to, text=str(text), max_shard_size="100KB")
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+    assert type(model).__module__.startswith("transformers.")
+    model.save_pretrained(tmp_path / "again")
+    written, again = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "again")
+    assert written.keys() == again.keys()
+    assert all(torch.equal(written[name], again[name]) for name in again)
+    assert all(written[name].dtype == again[name].dtype for name in again)
+    config, expected = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "again"))
+    added = {name: value for name, value in config.items() if name not in expected}
+    assert config == expected | added
+    assert added.items() >= {"rope_theta": 10000.0, "torch_dtype": "float32"}.items()
+    assert added.keys() <= {"rope_theta", "torch_dtype", "num_experts", "qkv_bias"}
+
+
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize(("family", "init"), [("Llama", "blend"), ("Qwen2", "blend"), ("Qwen3", "split")])
+def test_an_upcycled_model_leaves_as_what_it_was(
+    tmp_path: Path, family: str, init: str, text: Path, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """Before any training copies of the dense FFN compute it by whatever routes, and so does the plain model."""
+    dense = write_dense(tmp_path / "dense", family)
+    convert(str(tmp_path / "dense"), str(tmp_path / "sparse"), num_experts=4, init=init, text=str(text))
+    export_plain(str(tmp_path / "sparse"), str(tmp_path / "plain"), text=str(text))
+    assert largest_error(dense, tmp_path / "plain", make_tokens(3, 40)) <= 5e-5
+
+
+@pytest.mark.usefixtures("some_tokens")
+@pytest.mark.parametrize("form", ["blend", "shared", "copy"])
+def test_what_is_measured_beats_what_is_not(
+    tmp_path: Path, form: str, text: Path, make_tokens: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: without the moved rows, and with weights of one for scales, the export is further away."""
+    write_source(tmp_path / "source", "Llama", make_tokens, **FORMS[form], capacity_factor=1)
+    measured = export_plain(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
+    nothing = {f"{layer}.scales": torch.ones(4) for layer in range(2)} if form != "copy" else {}
+    monkeypatch.setattr(conversion.export, "fit", lambda *_: nothing)
+    naive = export_plain(str(tmp_path / "source"), str(tmp_path / "naive"), text=str(text))
+    assert measured["verification"]["kl_divergence"] < naive["verification"]["kl_divergence"]
+
+
+def test_an_export_that_is_not_exact_fails(
+    tmp_path: Path, text: Path, make_tokens: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the check of exact forms: an expert that is a little off, and nothing is left."""
+    write_source(tmp_path / "source", "Llama", make_tokens, **TOKEN_CHOICE, normalize_combine_weights=True)
+    block = conversion.plain._Maker._block
+    monkeypatch.setattr(conversion.plain._Maker, "_block", lambda *arguments: block(*arguments) * 1.01)
+    with pytest.raises(ConversionError, match="the export does not compute what its source does"):
+        export_plain(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.usefixtures("few_tokens")
+def test_the_warning_the_record_and_the_card_say_the_same(
+    tmp_path: Path, text: Path, make_tokens: Callable[..., torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_source(tmp_path / "source", "Qwen3", make_tokens, **BLEND)
+    (tmp_path / "source" / "LICENSE").write_text("terms\n")
+    main(["--to=token-choice", str(tmp_path / "source"), str(tmp_path / "out"), f"--text={text}"])
+    record = json.loads((tmp_path / "out" / "ecmoe_conversion.json").read_text())
+    measured, parameters = record["verification"], record["parameters"]
+    warning = capsys.readouterr().err
+    assert "warning: the routing changed: each token takes its 2 best experts" in warning
+    assert f"The loss changed by {measured['loss_change']:+.4f} nats per token." in warning
+    assert measured["loss_change"] == measured["loss_export"] - measured["loss_source"] != 0
+    assert measured["kl_divergence"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+?) \| (.*) \|$", card, re.MULTILINE))
+    loss = rows["causal loss (nats per token, 256 tokens of `topics.txt`)"]
+    assert loss == f"{measured['loss_source']:.4f} | {measured['loss_export']:.4f}"
+    assert rows["change of the loss"] == f"| {measured['loss_change']:+.4f}"
+    assert rows["parameters"] == f"{parameters['source']:,} | {parameters['total']:,}"
+    assert "routing of this checkpoint is not that of its source" in card and "Not exact: the routes." in card
+    assert str(tmp_path) not in card
+    assert sum(parameter.numel() for parameter in source.parameters()) == parameters["source"]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(parameter.numel() for parameter in written.parameters()) == parameters["total"]
+    for name in ("tokenizer.json", "LICENSE"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_a_dry_run_reads_no_weights_and_writes_nothing(
+    tmp_path: Path,
+    make_tokens: Callable[..., torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_source(tmp_path / "source", "Llama", make_tokens, **BLEND)
+    before = contents(tmp_path / "source")
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "read", lambda *_: pytest.fail("weights were read"))
+        main(["--to=glm4-moe", str(tmp_path / "source"), str(tmp_path / "out"), "--dry-run"])
+        plan = export_plain(str(tmp_path / "source"), str(tmp_path / "out"), "glm4-moe", dry_run=True)
+    printed = capsys.readouterr().out
+    assert "Nothing was written." in printed and f"{plan['parameters']['total']:,}" in printed
+    assert contents(tmp_path / "source") == before and [path.name for path in tmp_path.iterdir()] == ["source"]
+    record = export_plain(str(tmp_path / "source"), str(tmp_path / "out"), "glm4-moe", verify=False)
+    assert record["parameters"] == plan["parameters"]
+    assert plan["output_bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
+
+
+@pytest.mark.usefixtures("few_tokens")
+def test_killed_it_goes_on_with_the_same_bytes(
+    tmp_path: Path, text: Path, make_tokens: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before every 25th piece of a tensor: nothing loads before the end, nothing is measured twice."""
+    write_source(tmp_path / "source", "Llama", make_tokens, **BLEND)
+    options = {"text": str(text), "max_shard_size": "60KB"}
+    source = str(tmp_path / "source")
+    export_plain(source, str(tmp_path / "reference" / "out"), **options)
+    reference = contents(tmp_path / "reference" / "out")
+    count, real, fits = 0, conversion.writer._bytes, []
+    fit = conversion.export.fit
+    monkeypatch.setattr(conversion.export, "fit", lambda *arguments: fits.append(1) or fit(*arguments))
+
+    class Killed(BaseException):
+        pass
+
+    def piece(tensor: torch.Tensor) -> memoryview:
+        nonlocal count
+        count += 1
+        if count % 25 == 0:
+            raise Killed
+        return real(tensor)
+
+    monkeypatch.setattr(conversion.writer, "_bytes", piece)
+    kills = 0
+    while not (tmp_path / "place" / "out").exists():
+        try:
+            export_plain(source, str(tmp_path / "place" / "out"), **options)
+        except Killed:
+            kills += 1
+            assert [path.name for path in (tmp_path / "place").iterdir()] == [".out.partial"]
+            assert not list((tmp_path / "place").rglob("config.json"))
+    assert kills >= 2 and len(fits) == 1
+    assert contents(tmp_path / "place" / "out") == reference
+    assert [path.name for path in (tmp_path / "place").iterdir()] == ["out"]
+
+
+OBSTACLES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "output bias": ("Llama", {"attention_bias": True}, "token-choice", "attention_bias=True: Mixtral has no bias"),
+    "dense layer": ("Llama", {"mlp_layer_types": ["dense", "sparse"]}, "token-choice", "every layer of Mixtral has"),
+    "late dense layer": (
+        "Llama",
+        BLEND | {"mlp_layer_types": ["sparse", "dense"]},
+        "glm4-moe",
+        "dense layers (1), and those of GLM-4-MoE come first",
+    ),
+    "window": ("Mistral", BLEND | {"sliding_window": 8}, "glm4-moe", "sliding_window=8: GLM-4-MoE attends"),
+    "two windows": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "token-choice",
+        "all layers of Qwen3-MoE have the same",
+    ),
+    "wide heads": ("Qwen2", {"head_dim": 16}, "token-choice", "head_dim=16: the heads of Qwen2-MoE are"),
+    "softmax": ("Llama", COPY, "glm4-moe", "router_score_function=softmax of ecmoe_llama: GLM-4-MoE scores by sigmoid"),
+    "divided": ("Llama", SHARED | {"normalize_combine_weights": True}, "glm4-moe", "normalize_combine_weights=True"),
+    "baseline": ("Llama", TOKEN_CHOICE | SHARED, "glm4-moe", "routing=token_choice has no thresholds"),
+}
+
+
+@pytest.mark.parametrize("case", OBSTACLES)
+def test_what_no_plain_class_can_hold(
+    tmp_path: Path, case: str, make_tokens: Callable[..., torch.Tensor], refuse
+) -> None:
+    family, fields, to, message = OBSTACLES[case]
+    write_source(tmp_path / "source", family, make_tokens, **fields)
+    refuse([f"--to={to}", str(tmp_path / "source"), str(tmp_path / "out")], message, left=["source"])
+
+
+OPTIONS = {
+    "--to=mixtral": "to=mixtral is unknown; choose token-choice or glm4-moe",
+    "--to=token-choice --init=blend": "init=blend does not go with --to token-choice; leave it out",
+    "--to=token-choice --num-experts=4": "num_experts=4 does not go with --to token-choice",
+    "--to=token-choice --capacity-factor=1": "capacity_factor=1.0 does not go with --to token-choice",
+    "--to=token-choice --router=normal": "router=normal does not go with --to token-choice",
+    "--to=token-choice --num-gpus=8": "num_gpus=8 does not go with --to token-choice",
+    "--num-experts-per-tok=2": "num_experts_per_tok=2 belongs to --to; leave it out",
+    "--to=token-choice --num-experts-per-tok=5": "num_experts_per_tok=5 must be between 1 and num_experts=4",
+    "--to=token-choice --num-experts-per-tok=0": "num_experts_per_tok=0 must be between 1 and num_experts=4",
+    "--to=token-choice --no-verify": "the scales that stand for the combine weights are measured on text",
+    "--to=token-choice --text=missing.txt": "text=missing.txt cannot be read",
+    "--to=token-choice --max-shard-size=5": "max_shard_size=5 is no size",
+}
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory: pytest.TempPathFactory, make_tokens: Callable[..., torch.Tensor]) -> Path:
+    folder = tmp_path_factory.mktemp("blend")
+    write_source(folder, "Llama", make_tokens, **BLEND)
+    return folder
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_wrong_option(tmp_path: Path, blend: Path, options: str, refuse) -> None:
+    refuse([str(blend), str(tmp_path / "out"), *options.split()], OPTIONS[options], left=[])
+
+
+def test_wrong_sources(tmp_path: Path, blend: Path, make_tokens: Callable[..., torch.Tensor], refuse) -> None:
+    """A dense checkpoint, one of another family, one without a tensor, one with too many, and a NaN."""
+    write_dense(tmp_path / "source", "Llama")
+    command = ["--to=token-choice", str(tmp_path / "source"), str(tmp_path / "out")]
+    refuse(command, "has model_type=llama, and --to takes an expert-choice checkpoint (ecmoe_", left=["source"])
+
+    def damage(message: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        for path in blend.iterdir():
+            if path.is_file():
+                (tmp_path / "source" / path.name).write_bytes(path.read_bytes())
+        tensors = load_file(blend / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+        refuse(command, message, left=["source"])
+
+    gate, experts = "model.layers.0.mlp.gate.threshold", "model.layers.1.mlp.experts.down_proj"
+    damage(f"lacks the tensor {gate}", lambda tensors: tensors.pop(gate))
+    damage("config.json promises", lambda tensors: tensors.update({experts: tensors[experts][:2]}))
+    damage("holds extra (1 such tensors)", lambda tensors: tensors.update(extra=torch.ones(1)))
+    damage("damaged; fetch", lambda tensors: tensors[experts].fill_(float("nan")))
+
+
+def test_another_family_is_refused(tmp_path: Path, blend: Path, refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is added to the family and that no plain class was found for yet."""
+    monkeypatch.delitem(conversion.targets.DESTINATIONS["token-choice"], "ecmoe_llama")
+    message = "model_type=ecmoe_llama: no plain class that --to token-choice writes computes its attention"
+    refuse(["--to=token-choice", str(blend), str(tmp_path / "out")], message, left=[])
+
+
+@pytest.mark.skipif(
+    not (STORIES_MODEL.is_dir() and STORIES_TEXT.is_file()),
+    reason="stories260K and its text are not beside the repository (ECMOE_TEST_DATA)",
+)
+@pytest.mark.usefixtures("some_tokens")
+def test_a_real_model_whose_experts_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twentieth of every expert's neurons redrawn, so that routes matter: moving the router rows by the thresholds
+    keeps more of them than leaving the rows as they are."""
+    convert(str(STORIES_MODEL), str(tmp_path / "drop"), init="drop", ratio=0.05, text=str(STORIES_TEXT))
+    moved = export_plain(str(tmp_path / "drop"), str(tmp_path / "moved"), text=str(STORIES_TEXT))["verification"]
+    monkeypatch.setattr(conversion.export, "fit", lambda *_: {})
+    left = export_plain(str(tmp_path / "drop"), str(tmp_path / "left"), text=str(STORIES_TEXT))["verification"]
+    print(moved["loss_change"], moved["kl_divergence"], left["loss_change"], left["kl_divergence"])
+    assert abs(moved["loss_change"]) < abs(left["loss_change"])
+    assert 0 < moved["kl_divergence"] < left["kl_divergence"] / 2
