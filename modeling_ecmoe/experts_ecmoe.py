@@ -60,11 +60,12 @@ class EcMoeExperts(EcMoeRaggedExperts):
         """The contract of `EcMoeRaggedExperts`, with a short cut for expert choice.
 
         rows_per_expert: when given, hidden_states [E * C, D] holds C = rows_per_expert rows of each expert in
-            turn, top_k_index and top_k_weights are not read, and the rows come back unweighted.
+            turn, top_k_index says so too, top_k_weights are ones, and the rows come back unweighted.
         """
-        if rows_per_expert is not None:
+        is_quantized = _is_quantized(self.gate_up_proj)
+        if rows_per_expert is not None and not is_quantized:
             return self._equal_rows(hidden_states, rows_per_expert)
-        if not self._suits_grouped_mm(hidden_states):
+        if is_quantized or not self._suits_grouped_mm(hidden_states):
             # The body above, without the dispatch to a back-end that would refuse these tensors.
             eager = EcMoeRaggedExperts.forward.__wrapped__  # type: ignore[attr-defined]
             return eager(self, hidden_states, top_k_index, top_k_weights)
@@ -90,6 +91,11 @@ class EcMoeExperts(EcMoeRaggedExperts):
             return True
         row_bytes = [weight.shape[-1] * weight.element_size() for weight in (self.gate_up_proj, self.down_proj)]
         return self.gate_up_proj.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
+
+
+def _is_quantized(weight: Tensor) -> bool:
+    """Whether torchao holds it: one expert of such a weight goes through `linear`, all together through no product."""
+    return type(weight).__module__.startswith("torchao.")
 
 
 class EqualRows(torch.autograd.Function):
