@@ -111,7 +111,7 @@ def _refuse_quantized(model: nn.Module, experts: list[str]) -> None:
     if kind is not nn.Parameter:
         raise RecipeError(
             f"lora.target_parameters names experts that are quantised ({kind.__name__}), and PEFT cannot add adapters "
-            "to them; name only target_modules, such as ['q_proj', 'v_proj'], or train on a model whose experts are not"
+            "to them; train on the checkpoint before it was quantised, or on one whose experts were left out"
         )
 
 

@@ -62,7 +62,7 @@ class EcMoeExperts(EcMoeRaggedExperts):
         rows_per_expert: when given, hidden_states [E * C, D] holds C = rows_per_expert rows of each expert in
             turn, top_k_index says so too, top_k_weights are ones, and the rows come back unweighted.
         """
-        is_quantized = _is_quantized(self.gate_up_proj)
+        is_quantized = _is_quantized(self.down_proj)
         if rows_per_expert is not None and not is_quantized:
             return self._equal_rows(hidden_states, rows_per_expert)
         if is_quantized or not self._suits_grouped_mm(hidden_states):

@@ -28,19 +28,19 @@ def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None
         quantizer: Transformers' `HfQuantizer`.
         dtype: that the weights are loaded in; None is their own.
     """
-    experts = [name for name, module in model.named_modules() if isinstance(module, EcMoeRaggedExperts)]
-    names = [f"{name}.{weight}" for name in experts for weight in ("gate_up_proj", "down_proj")]
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, EcMoeRaggedExperts)}
+    names = [f"{name}.{weight}" for name, module in experts.items() for weight, _ in module.named_parameters()]
     left = [name for name in names if not quantizer.param_needs_quantization(model, name)]
     if not left:
         return
     parameters = dict(model.named_parameters())
     size = sum(parameters[name].numel() for name in left)
-    total = sum(parameter.nelement() for parameter in parameters.values())
+    total = sum(parameter.numel() for parameter in parameters.values())
     dtype = dtype or parameters[left[0]].dtype
     method = getattr(quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method)
     logger.warning_once(
         f"quantization_config={method} leaves the stacked experts in {str(dtype).removeprefix('torch.')}: {size:,} "
-        f"parameters, {size * dtype.itemsize / 1e9:.2g} GB, {size / max(total, size):.0%} of the model. They are no "
+        f"parameters, {size * dtype.itemsize / 1e9:.2g} GB, {size / total:.0%} of the model. They are no "
         f"linear layers. torchao quantises what is named: quantization_config={_QUANTISE}"
     )
 

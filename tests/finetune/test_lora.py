@@ -178,7 +178,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "transposed": ({"fan_in_fan_out": True}, "lora.fan_in_fan_out=True is not possible on stacked experts"),
     "dropout on bare names": ({"lora_dropout": 0.1, "target_parameters": ["gate_up_proj"]}, "is not possible on"),
     "as a module": ({"target_modules": ["q_proj", "gate_up_proj"]}, "names the stacked experts, which are no linear"),
-    "as a module's pattern": ({"target_modules": r".*\.experts\..*"}, "target_parameters names ['mlp.experts.gate_up_pr"),
+    "as a module's pattern": (
+        {"target_modules": r".*\.experts\..*"},
+        "target_parameters names ['mlp.experts.gate_up_pr",
+    ),
     "excluded as a module": ({"exclude_modules": ["experts"]}, "lora.exclude_modules=['experts'] names the stacked"),
     "all linear layers": ({"target_modules": "all-linear"}, "leaves the routed experts frozen"),
     "a bias of the adapter": ({"lora_bias": True}, "lora.lora_bias=True is not possible on stacked experts"),
