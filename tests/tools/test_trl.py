@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.sources import DOCUMENT_SEPARATOR
-from modeling_ecmoe import record_routing, sparse_blocks
+from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks
 
 pytest.importorskip("trl", reason="trl is not installed")
 
@@ -91,6 +91,33 @@ def test_dpo(tiny: Path, tmp_path: Path, reference: str) -> None:
     else:
         originals = [block.gate.original_module for block in sparse_blocks(trainer.model).values()]
         assert [int(gate.threshold_updates) for gate in originals] == before
+
+
+def test_dpo_begins_at_its_reference(tiny: Path, tmp_path: Path) -> None:
+    """A separate reference routes by threshold; so does the model that is trained with routing="threshold".
+
+    With expert choice it does not, and where experts differ its rewards do not begin at 0. The reference that is the
+    model without its adapters is in train mode too, and routes as the model does.
+    """
+    model = AutoModelForCausalLM.from_pretrained(tiny / "ecmoe")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "ecmoe")
+    texts = [row["prompt"] + row[answer] for row in preferences() for answer in ("chosen", "rejected")]
+    with torch.no_grad():
+        for block in sparse_blocks(model).values():
+            block.experts.down_proj.mul_(torch.linspace(5, 20, 4)[:, None, None])
+    calibrate_thresholds(model, [tokenizer(texts, padding=True, return_tensors="pt")])
+    model.save_pretrained(tmp_path / "ecmoe")
+    tokenizer.save_pretrained(tmp_path / "ecmoe")
+    rewards = {}
+    for routing, config in (("expert_choice", None), ("threshold", None), ("expert_choice", adapters())):
+        trainer = dpo_trainer(tmp_path, tmp_path / "out", config, max_steps=1, per_device_train_batch_size=8)
+        trainer.model.config.routing = routing
+        trainer.train()
+        first = trainer.state.log_history[0]
+        rewards[routing, config is None] = max(abs(first[f"rewards/{answer}"]) for answer in ("chosen", "rejected"))
+    print(rewards)
+    assert rewards["threshold", True] < 1e-5 and rewards["expert_choice", False] < 1e-5
+    assert rewards["expert_choice", True] > 1e-4
 
 
 def test_dpo_evaluates_causally(tiny: Path, tmp_path: Path) -> None:
