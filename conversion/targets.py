@@ -88,6 +88,8 @@ def _obstacles(config: Any, target: Target) -> list[str]:
     kind = config.model_type
     if getattr(config, "attention_bias", False) and target is not QWEN3_MOE:
         found.append(f"attention_bias=True: {target.title} has no bias in the attention's output projection")
+    if config.ffn_has_bias:
+        found.append(f"the FFNs have biases, and experts of {target.title} have none")
     dense = _dense_layers(config)
     if dense and target is MIXTRAL:
         found.append(f"mlp_layer_types has dense layers ({_listed(dense)}), and every layer of Mixtral has experts")

@@ -12,8 +12,16 @@ from .recipe import RecipeError, refuse_unknown
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# PEFT adapts a stacked parameter by adding to it; nothing of these has a meaning there.
-_IMPOSSIBLE_ON_EXPERTS: dict[str, Any] = {"lora_dropout": 0, "use_dora": False, "bias": "none", "fan_in_fan_out": False}
+# PEFT adapts a stacked parameter by adding to it, in every layer: what these fields may be there, the default first.
+_POSSIBLE_ON_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "lora_dropout": (0,),
+    "use_dora": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian"),
+    "layers_to_transform": (None,),
+}
 _FIELDS = [item.name for item in fields(peft.LoraConfig) if item.init]
 
 
@@ -29,6 +37,8 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
             were asked for and stay frozen.
     """
     refuse_unknown(lora, _FIELDS, "lora (peft.LoraConfig)")
+    if str(lora.get("peft_type", "LORA")).upper() != "LORA":  # which LoraConfig would take and pass over
+        raise RecipeError(f"lora.peft_type={lora['peft_type']!r} is another method than LoRA; leave it out")
     for field in ("target_parameters", "modules_to_save"):
         if not isinstance(lora.get(field) or [], list):
             raise RecipeError(f"lora.{field}={lora[field]!r} must be a list of names")
@@ -42,13 +52,21 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
     settings = defaults | lora
     if has_experts:  # whatever else is saved: without the gate an adapter would lose the thresholds it was trained with
         settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), "gate"})
-    experts = [name for name in _named_parameters(model, settings) if ".experts." in name]
+    named = _named_parameters(model, settings)
+    experts = [name for name in named if ".experts." in name]
     if experts:
         _refuse_impossible(settings)
-    _refuse_experts_as_modules(settings, has_experts)
+        _refuse_quantized(model, experts)
+    if any(".gate." in name for name in named):
+        raise RecipeError(
+            f"lora.target_parameters={settings['target_parameters']} names the router, which is trained whole, with "
+            "its thresholds, beside the adapters; take it out"
+        )
+    if has_experts:
+        _refuse_experts_as_modules(settings)
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecipeError(f"lora={lora}: PEFT refuses it: {' '.join(str(error).split())}") from error
     trained = [name for name, p in adapted.named_parameters() if ".experts." in name and p.requires_grad]
     if len(trained) < 2 * len(experts):
@@ -78,22 +96,39 @@ def _named_parameters(model: nn.Module, settings: dict[str, Any]) -> list[str]:
 
 
 def _refuse_impossible(settings: dict[str, Any]) -> None:
-    for name, possible in _IMPOSSIBLE_ON_EXPERTS.items():
-        if settings.get(name, possible) != possible:
+    for name, possible in _POSSIBLE_ON_EXPERTS.items():
+        if settings.get(name, possible[0]) not in possible:
             raise RecipeError(
                 f"lora.{name}={settings[name]!r} is not possible on stacked experts: PEFT adds the adapter to the "
-                f"weights; set {name}={possible!r}, or leave the experts out of lora.target_parameters"
+                f"weights of every layer; set {name}={possible[0]!r}, or leave the experts out of "
+                "lora.target_parameters"
             )
 
 
-def _refuse_experts_as_modules(settings: dict[str, Any], has_experts: bool) -> None:
-    """A stacked weight is no linear layer: named as a module it would stay frozen without a word."""
-    targets = settings.get("target_modules") or []
-    named = [targets] if isinstance(targets, str) else list(targets)
-    if has_experts and any(("expert" in name and "shared" not in name) or name == "gate_up_proj" for name in named):
+def _refuse_quantized(model: nn.Module, experts: list[str]) -> None:
+    """The sum of weight and adapter has no quantised form, and PEFT would find out in the first forward pass."""
+    kind = type(model.get_parameter(experts[0]))
+    if kind is not nn.Parameter:
         raise RecipeError(
-            f"lora.target_modules={targets!r} names the stacked experts, which are no linear layers; put "
-            f"{_EXPERTS} into lora.target_parameters"
+            f"lora.target_parameters names experts that are quantised ({kind.__name__}), and PEFT cannot add adapters "
+            "to them; train on the checkpoint before it was quantised, or on one whose experts were left out"
+        )
+
+
+def _refuse_experts_as_modules(settings: dict[str, Any]) -> None:
+    """A stacked weight is no linear layer: named as a module it would stay frozen, or be adapted, without a word."""
+    for field in ("target_modules", "exclude_modules"):
+        targets = settings.get(field) or []
+        named = [targets] if isinstance(targets, str) else list(targets)
+        if any(("expert" in name and "shared" not in name) or name == "gate_up_proj" for name in named):
+            raise RecipeError(
+                f"lora.{field}={targets!r} names the stacked experts, which are no linear layers; they are adapted "
+                f"when lora.target_parameters names {_EXPERTS}, and only then"
+            )
+    if settings.get("target_modules") == "all-linear" and not settings.get("target_parameters"):
+        raise RecipeError(
+            "lora.target_modules='all-linear' leaves the routed experts frozen, for stacked experts are no linear "
+            f"layers; add target_parameters={_EXPERTS}, or name the modules to adapt"
         )
 
 

@@ -236,6 +236,11 @@ def announce_tokens(model: nn.Module, token_mask: Tensor | None) -> Iterator[Non
             "process per GPU with `accelerate launch` or torchrun, or show this process a single GPU"
         )
     for block in blocks:
+        if not hasattr(block.gate, "threshold"):  # PEFT's wrapper of a parameter shows nothing of what it wraps
+            raise ValueError(
+                "mlp.gate.weight cannot have an adapter: the thresholds belong to the router as a whole. Take it out "
+                'of target_parameters and train the router itself: modules_to_save=["gate"]'
+            )
         block.token_mask = token_mask
         if learning:
             block.gate._allocate_pending()

@@ -85,11 +85,12 @@ class EcMoeExperts(EcMoeRaggedExperts):
         """The contract of `EcMoeRaggedExperts`, with a short cut for expert choice.
 
         rows_per_expert: when given, hidden_states [E * C, D] holds C = rows_per_expert rows of each expert in
-            turn, top_k_index and top_k_weights are not read, and the rows come back unweighted.
+            turn, top_k_index says so too, top_k_weights are ones, and the rows come back unweighted.
         """
-        if rows_per_expert is not None:
+        is_quantized = _is_quantized(self.down_proj)
+        if rows_per_expert is not None and not is_quantized:
             return self._equal_rows(hidden_states, rows_per_expert)
-        if not self._suits_grouped_mm(hidden_states):
+        if is_quantized or not self._suits_grouped_mm(hidden_states):
             # The body above, without the dispatch to a back-end that would refuse these tensors.
             eager = EcMoeRaggedExperts.forward.__wrapped__  # type: ignore[attr-defined]
             return eager(self, hidden_states, top_k_index, top_k_weights)
@@ -122,6 +123,11 @@ def _linear(rows_ECD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """C rows of every expert through its own linear layer."""
     product = torch.bmm(rows_ECD, weight.mT)
     return product if bias is None else product + bias[:, None]
+
+
+def _is_quantized(weight: Tensor) -> bool:
+    """Whether torchao holds it: one expert of such a weight goes through `linear`, all together through no product."""
+    return hasattr(weight, "qdata")  # the name of the small numbers in each of its types; a compiler can trace this
 
 
 class EqualRows(torch.autograd.Function):

@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .block_ecmoe import EcMoeBlock, announce_tokens, use_inference_routing
 from .experts_ecmoe import EcMoeRaggedExperts
+from .notices_ecmoe import warn_frozen_experts, warn_unquantized
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
 
@@ -67,6 +68,21 @@ class EcMoePreTrainedMixin:
         """As Transformers', which looks for the code to copy where the class is: not torch's class under FSDP2."""
         self.__module__ = next(c.__module__ for c in type(self).__mro__ if not c.__module__.startswith("torch."))
         super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Transformers'; where a quantiser passes the experts by, says so while there is memory left."""
+        if load_config.hf_quantizer is not None:
+            warn_unquantized(model, load_config.hf_quantizer, load_config.dtype)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; where PEFT's adapters leave the experts frozen, says so."""
+        if mode:
+            warn_frozen_experts(self)
+        return super().train(mode)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,146 @@
+"""What quantisers and adapters leave out is said in one line, with its size and the remedy, and else nothing is."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from finetune.adapters import add_lora
+from modeling_ecmoe import sparse_blocks
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# 2 layers of 4 experts, D 32, I 48; beside them the dense FFN as shared expert.
+IN_EXPERTS = 2 * 4 * 3 * 32 * 48
+
+
+def check_unquantized(line: str, method: str, dtype: str, model: Any) -> None:
+    assert line.startswith(f"quantization_config={method} leaves the stacked experts in {dtype}: {IN_EXPERTS:,} ")
+    share = int(re.search(r"(\d+)% of the model", line)[1])
+    total = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(model.config).parameters())
+    assert share == round(100 * IN_EXPERTS / total)
+    assert "FqnToConfig({r're:" in line and "\n" not in line
+
+
+def bitsandbytes_config(bits: int) -> BitsAndBytesConfig:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes(tiny: Path, tmp_path: Path, said: list[str], bits: int) -> None:
+    """nn.Linear is converted, the stacked experts and the router are not; said again of the saved checkpoint."""
+    config = bitsandbytes_config(bits)
+    model = AutoModelForCausalLM.from_pretrained(tiny / "ecmoe", quantization_config=config, dtype=torch.bfloat16)
+    (line,) = said
+    check_unquantized(line, "bitsandbytes", "bfloat16", model)
+    for block in sparse_blocks(model).values():
+        assert block.experts.gate_up_proj.dtype == block.gate.weight.dtype == torch.bfloat16
+        assert block.gate.threshold.dtype == torch.float32
+        assert block.shared_expert.up_proj.weight.dtype in (torch.uint8, torch.int8)
+    model.save_pretrained(tmp_path / "saved")
+    said.clear()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    (line,) = said
+    check_unquantized(line, "bitsandbytes", "bfloat16", model)
+
+
+def test_torchao(tiny: Path, said: list[str]) -> None:
+    """Said unless the experts are named, of both weights or of the one that was forgotten."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+
+    def load(config: Any) -> Any:
+        said.clear()
+        return AutoModelForCausalLM.from_pretrained(tiny / "ecmoe", quantization_config=TorchAoConfig(config))
+
+    model = load(Int8WeightOnlyConfig())
+    (line,) = said
+    check_unquantized(line, "torchao", "float32", model)
+    remedy = {re.compile(pattern) for pattern in re.findall(r"r're:(\S+)'", line)}
+    load(FqnToConfig({r"re:.*\.gate_up_proj": Int8WeightOnlyConfig()}))
+    (line,) = said
+    assert f"{IN_EXPERTS // 3:,} parameters" in line
+    model = load(FqnToConfig({f"re:{pattern.pattern}": Int8WeightOnlyConfig() for pattern in remedy}))
+    assert said == []
+    assert all(type(block.experts.down_proj) is not nn.Parameter for block in sparse_blocks(model).values())
+
+
+def test_nothing_is_said_without_need(tiny: Path, said: list[str]) -> None:
+    """Of a model that is not quantised, has no adapters, or whose adapters hold experts and thresholds."""
+    AutoModelForCausalLM.from_pretrained(tiny / "ecmoe").train()
+    add_lora(AutoModelForCausalLM.from_pretrained(tiny / "ecmoe"), {}).train()
+    add_lora(AutoModelForCausalLM.from_pretrained(tiny / "dense"), {}).train()
+    assert said == []
+
+
+FROZEN: dict[str, tuple[peft.PeftConfig, list[str]]] = {
+    "all linear layers": (
+        peft.LoraConfig(target_modules="all-linear"),
+        ["leaves the routed experts frozen", "thresholds"],
+    ),
+    "attention": (
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"]),
+        ["leaves the routed experts frozen"],
+    ),
+    "experts without thresholds": (peft.LoraConfig(target_parameters=EXPERTS), ["thresholds follow the training"]),
+    "the whole block": (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]), []),
+    "IA3": (
+        peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
+        ["leaves the routed experts frozen", "thresholds"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FROZEN)
+def test_adapters(tiny: Path, said: list[str], what: str) -> None:
+    """Plain PEFT, when training begins; an adapter that is loaded to generate says nothing."""
+    config, expected = FROZEN[what]
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny / "ecmoe"), config)
+    assert said == []
+    model.train()
+    assert len(said) == len(expected)
+    assert all(part in line and "\n" not in line for part, line in zip(expected, said, strict=True))
+    frozen = all(
+        not parameter.requires_grad
+        for block in sparse_blocks(model).values()
+        for parameter in block.experts.parameters()
+    )
+    assert frozen == any("frozen" in line for line in said)
+    saved = [name for name in peft.get_peft_model_state_dict(model) if name.endswith(".threshold")]
+    assert (saved == []) == any("thresholds" in line for line in said)
+
+
+def test_an_adapter_on_the_router_alone(tiny: Path) -> None:
+    """PEFT's wrapper of a parameter hides the thresholds: said in the first pass, in train and in eval mode."""
+    config = peft.LoraConfig(target_parameters=["mlp.gate.weight"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny / "ecmoe"), config)
+    ids = torch.tensor([[5, 6, 7]])
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r'mlp.gate.weight cannot have an adapter.*modules_to_save=\["gate"\]'):
+            model.train(mode)(input_ids=ids)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lora_beside_bitsandbytes(tiny: Path, bits: int) -> None:
+    """QLoRA: quantised attention, experts in 16 bit, adapters on both; the thresholds follow."""
+    config = bitsandbytes_config(bits)
+    base = AutoModelForCausalLM.from_pretrained(tiny / "ecmoe", quantization_config=config, dtype=torch.bfloat16)
+    model = add_lora(base, {"r": 4})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    before = [int(block.gate.threshold_updates) for block in sparse_blocks(model).values()]
+    rows = torch.randint(3, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(4):
+        loss = model.train()(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    after = [int(block.gate.threshold_updates) for block in sparse_blocks(model).values()]
+    assert after == [count + 4 for count in before]
