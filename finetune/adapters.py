@@ -10,8 +10,6 @@ from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
 from .recipe import RecipeError, refuse_unknown
 
-_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # PEFT adapts a stacked parameter by adding to it, in every layer: what these fields may be there, the default first.
 _POSSIBLE_ON_EXPERTS: dict[str, tuple[Any, ...]] = {
     "lora_dropout": (0,),
@@ -46,7 +44,7 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
     names_nothing = not lora.keys() & {"target_modules", "target_parameters"}
     defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
     if names_nothing and has_experts:
-        defaults |= {"target_modules": _ATTENTION, "target_parameters": _EXPERTS}
+        defaults |= {"target_modules": attention_modules(model), "target_parameters": stacked_experts(model)}
     elif names_nothing:
         defaults["target_modules"] = "all-linear"
     settings = defaults | lora
@@ -63,7 +61,7 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
             "its thresholds, beside the adapters; take it out"
         )
     if has_experts:
-        _refuse_experts_as_modules(settings)
+        _refuse_experts_as_modules(model, settings)
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -72,9 +70,22 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
     if len(trained) < 2 * len(experts):
         raise RecipeError(
             f"lora.target_parameters={settings['target_parameters']} names the routed experts, and some stay frozen; "
-            f"name them as {_EXPERTS}"
+            f"name them as {stacked_experts(model)}"
         )
     return adapted
+
+
+def attention_modules(model: nn.Module) -> list[str]:
+    """The names of the linear layers of attention, whatever the family calls them."""
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return sorted({name.rpartition(".")[2] for name in linear if ".self_attn." in name or ".attention." in name})
+
+
+def stacked_experts(model: nn.Module) -> list[str]:
+    """The stacked weights of the routed experts, as `target_parameters` takes them; biases cannot be adapted."""
+    blocks = (module for module in model.modules() if isinstance(module, EcMoeBlock))
+    weights = {name for block in blocks for name, weight in block.experts.named_parameters() if weight.dim() == 3}
+    return [f"mlp.experts.{name}" for name in sorted(weights, reverse=True)]
 
 
 def _named_parameters(model: nn.Module, settings: dict[str, Any]) -> list[str]:
@@ -90,7 +101,7 @@ def _named_parameters(model: nn.Module, settings: dict[str, Any]) -> list[str]:
         if not matches:
             raise RecipeError(
                 f"lora.target_parameters names {target!r}, which is no parameter of the model; routed experts are "
-                f"{_EXPERTS}"
+                f"{stacked_experts(model)}"
             )
     return sorted({name for matches in found.values() for name in matches})
 
@@ -115,30 +126,40 @@ def _refuse_quantized(model: nn.Module, experts: list[str]) -> None:
         )
 
 
-def _refuse_experts_as_modules(settings: dict[str, Any]) -> None:
+def _refuse_experts_as_modules(model: nn.Module, settings: dict[str, Any]) -> None:
     """A stacked weight is no linear layer: named as a module it would stay frozen, or be adapted, without a word."""
+    stacked = stacked_experts(model)
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {name.rpartition(".")[2] for name in stacked} - linear
     for field in ("target_modules", "exclude_modules"):
         targets = settings.get(field) or []
         named = [targets] if isinstance(targets, str) else list(targets)
-        if any(("expert" in name and "shared" not in name) or name == "gate_up_proj" for name in named):
+        if any(("expert" in name and "shared" not in name) or name in weights for name in named):
             raise RecipeError(
                 f"lora.{field}={targets!r} names the stacked experts, which are no linear layers; they are adapted "
-                f"when lora.target_parameters names {_EXPERTS}, and only then"
+                f"when lora.target_parameters names {stacked}, and only then"
             )
     if settings.get("target_modules") == "all-linear" and not settings.get("target_parameters"):
         raise RecipeError(
             "lora.target_modules='all-linear' leaves the routed experts frozen, for stacked experts are no linear "
-            f"layers; add target_parameters={_EXPERTS}, or name the modules to adapt"
+            f"layers; add target_parameters={stacked}, or name the modules to adapt"
         )
 
 
-_GROUPS = {"router": ".mlp.gate.", "routed experts": ".mlp.experts.", "shared expert": ".mlp.shared_expert."}
-_GROUPS |= {"attention": ".self_attn.", "dense FFN": ".mlp.", "embedding": "embed_tokens", "head": "lm_head"}
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "router": (".mlp.gate.",),
+    "routed experts": (".mlp.experts.",),
+    "shared expert": (".mlp.shared_expert.",),
+    "attention": (".self_attn.", ".attention."),
+    "dense FFN": (".mlp.",),
+    "embedding": ("embed_tokens", "embed_in"),
+    "head": ("lm_head",),
+}
 
 
 def group_of(name: str) -> str:
     """The part of the model that a parameter belongs to."""
-    return next((group for group, mark in _GROUPS.items() if mark in name), "other")
+    return next((group for group, marks in _GROUPS.items() if any(mark in name for mark in marks)), "other")
 
 
 def size_of(parameter: nn.Parameter) -> int:

@@ -23,7 +23,8 @@ class EcMoeRaggedExperts(nn.Module):
     has_bias: bool
     gate_up_proj: nn.Parameter  # [E, 2I, D]; up_proj [E, I, D] without a gate
     up_proj: nn.Parameter
-    down_proj: nn.Parameter  # [E, D, I]; each may have a bias, such as down_proj_bias [E, D]
+    down_proj: nn.Parameter  # [E, D, I]; each may have a bias
+    down_proj_bias: nn.Parameter  # [E, D]
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -48,13 +49,16 @@ class EcMoeRaggedExperts(nn.Module):
         return output
 
     def _stacks(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """The weights [E, 2I or I, D] into the experts' width and their biases, those back [E, D, I] and theirs."""
+        """The weights [E, 2I or I, D] into the experts' width and their biases, those back [E, D, I] and theirs; None
+        is the dtype they have."""
         first = "gate_up_proj" if self.has_gate else "up_proj"
-
-        def bias_of(name: str) -> Tensor | None:
-            return getattr(self, f"{name}_bias").to(dtype) if self.has_bias else None
-
-        return getattr(self, first).to(dtype), bias_of(first), self.down_proj.to(dtype), bias_of("down_proj")
+        into, down = getattr(self, first), self.down_proj
+        into_bias = getattr(self, f"{first}_bias") if self.has_bias else None
+        down_bias = self.down_proj_bias if self.has_bias else None
+        if dtype is None:
+            return into, into_bias, down, down_bias
+        biases = (None if bias is None else bias.to(dtype) for bias in (into_bias, down_bias))
+        return into.to(dtype), next(biases), down.to(dtype), next(biases)
 
     def _activate(self, product: Tensor) -> Tensor:
         """The first product [..., 2I or I] -> [..., I]."""

@@ -24,6 +24,7 @@ CODE_FILES = {
     "parallel_ecmoe.py",
     "block_ecmoe.py",
     "mixins_ecmoe.py",
+    "notices_ecmoe.py",
     "modeling_ecmoe.py",
 }
 SUFFIXES = {
