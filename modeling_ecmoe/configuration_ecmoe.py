@@ -101,6 +101,8 @@ class EcMoeConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_misspelled(kwargs)
+        if hasattr(self, "hidden_activation"):  # Gemma's word for what experts, back-ends and quantisers look for
+            kwargs["hidden_act"] = self.hidden_activation
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         if self.mlp_layer_types is None:
@@ -319,13 +321,11 @@ class EcMoeOlmo3Config(EcMoeConfigMixin, Olmo3Config):
 @strict
 class EcMoeGemma2Config(EcMoeConfigMixin, Gemma2Config):
     model_type = "ecmoe_gemma2"
-    attribute_map = {"hidden_act": "hidden_activation"}
 
 
 @strict
 class EcMoeGemma3TextConfig(EcMoeConfigMixin, Gemma3TextConfig):
     model_type = "ecmoe_gemma3_text"
-    attribute_map = {"hidden_act": "hidden_activation"}
 
 
 @strict

@@ -38,10 +38,13 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
     """Checks that the command fails with one line that holds the message, and leaves nothing in `tmp_path` but that."""
 
     def check(arguments: list[str], message: str, left: list[str]) -> None:
+        capsys.readouterr()  # what making the source said
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1, said
+        line = said.rstrip()
         assert line.startswith("ecmoe-convert: error:")
         assert message in line
         assert sorted(path.name for path in tmp_path.iterdir()) == left

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import CHAT_TEMPLATE, write_dense
 from families import EVERY_FAMILY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import conversion
@@ -36,6 +36,27 @@ def test_converted_model_computes_what_the_dense_one_does(
     assert torch.equal(dense.generate(ids, **greedy), converted.generate(ids, **greedy))
     assert record["verification"]["greedy_same"]
     assert abs(record["verification"]["loss_change"]) <= 1e-5
+
+
+def test_a_pythia_file_as_the_hub_has_it(tmp_path: Path, text: Path, make_tokens) -> None:
+    """The head under its old name, and buffers of old attention that no model reads, one of them no float."""
+    dense = write_dense(tmp_path / "dense", "GPTNeoX")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors.pop("embed_out.weight", None)
+    tensors["embed_out.weight"] = tensors.pop("lm_head.weight") if head is None else head
+    for layer in range(2):
+        attention = f"gpt_neox.layers.{layer}.attention"
+        tensors[f"{attention}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        tensors[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+        tensors[f"{attention}.rotary_emb.inv_freq"] = torch.ones(1)
+    save_file(tensors, path, metadata={"format": "pt"})
+    record = convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, text=str(text))
+    assert record["parameters"]["dense"] == sum(parameter.numel() for parameter in dense.parameters())
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = make_tokens(3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(ids).logits, dense(ids).logits, atol=2e-5, rtol=2e-5)
 
 
 def test_routes_are_decided_and_the_load_is_near_its_share(tmp_path: Path, text: Path) -> None:

@@ -146,6 +146,14 @@ def test_biases_are_those_of_the_dense_ffn(make_config: Callable) -> None:
     assert make_config("GPTNeoX").ffn_has_bias
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "Gemma3Text"])
+def test_gemma_s_activation_is_its_own_whatever_else_a_file_says(name: str, make_config: Callable) -> None:
+    """The dense classes read `hidden_activation`; files hold `hidden_act` beside it, not always the same."""
+    config = make_config(name, hidden_act="gelu", hidden_activation="gelu_pytorch_tanh")
+    assert config.hidden_act == config.hidden_activation == "gelu_pytorch_tanh"
+    assert type(config).from_dict(config.to_dict()).hidden_act == "gelu_pytorch_tanh"
+
+
 def test_derived_defaults(family: str, make_config: Callable) -> None:
     config = make_config(family)
     assert config.moe_intermediate_size == config.intermediate_size == 48
