@@ -320,6 +320,15 @@ def test_unverified_conversion_runs_no_model_and_estimates_thresholds(
     assert 0.5 < report["summary"]["load_min"] < report["summary"]["load_max"] < 2
 
 
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_estimated_thresholds_know_the_family_s_norms(tmp_path: Path, family: str, make_tokens) -> None:
+    """Or there would be none: OLMo's FFNs see sums of many layers, Gemma's norms multiply by 1 + weight."""
+    write_dense(tmp_path / "dense", family, num_hidden_layers=4)
+    convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, capacity_factor=1.5, verify=False)
+    report = routing_report(load(tmp_path / "out"), [{"input_ids": make_tokens(16, 64)}])
+    assert 1.1 < report["summary"]["experts_per_token"] < 1.9
+
+
 @pytest.mark.skipif(
     not (STORIES_MODEL.is_dir() and STORIES_TEXT.is_file()),
     reason="stories260K and its text are not beside the repository (ECMOE_TEST_DATA)",
