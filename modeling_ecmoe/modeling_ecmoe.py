@@ -10,9 +10,7 @@ import torch
 import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -59,6 +57,7 @@ from .experts_ecmoe import EcMoeRaggedExperts
 from .parallel_ecmoe import EqualSplitsEP
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
+from .versions_ecmoe import EPImplementationInterface, slice_logits_to_keep
 
 
 class EcMoeDecoderLayerMixin:
@@ -437,6 +436,7 @@ for _config_class, _model_classes in MODEL_CLASSES.items():
     for _auto_class, _model_class in _model_classes.items():
         _model_class.register_for_auto_class(_auto_class)
 
-EPImplementationInterface.register("equal_splits", EqualSplitsEP)
+if EPImplementationInterface is not None:
+    EPImplementationInterface.register("equal_splits", EqualSplitsEP)
 
 __all__ = [model.__name__ for models in MODEL_CLASSES.values() for model in models.values()]

@@ -7,6 +7,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from checkpointing import recompute_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -140,7 +141,7 @@ def test_gradient_checkpointing_leaves_the_mean(
     plain = make_model("Llama").train()
     training_step(plain, *batches, optimizer=frozen_sgd(plain))
     model = make_model("Llama").train()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    recompute_layers(model, use_reentrant=use_reentrant)
     training_step(model, *batches, optimizer=frozen_sgd(model))
     assert_thresholds(model, {name: gate.threshold for name, gate in gates(plain).items()})
 
