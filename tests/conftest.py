@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from deprecations import no_deprecations  # noqa: F401  (autouse)
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
