@@ -6,8 +6,9 @@ SOURCE ?=
 OUTPUT ?= demo_output
 CHECKPOINT ?=
 TEXT ?=
+OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-families test-slow pictures lint clean
+.PHONY: demo test test-families test-slow test-oldest pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -35,6 +36,16 @@ test-families: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow -s
 
+$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet torch==2.13.0
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[tests]"
+	touch $@
+
+## The family and the converter with the oldest Transformers, Accelerate, PEFT and Datasets that pyproject.toml allows.
+test-oldest: $(OLDEST)/.dev
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not families" tests/modeling_ecmoe tests/conversion
+
 ## The pictures of the README, into docs/: CHECKPOINT=folder or Hub id, TEXT=file; needs chromium.
 pictures: $(VENV)/.runtime
 	$(BIN)/python -m examples.pictures "$(CHECKPOINT)" "$(TEXT)"
@@ -45,4 +56,4 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(OUTPUT) build *.egg-info

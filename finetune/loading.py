@@ -55,7 +55,7 @@ def _distributed_config(recipe: Recipe) -> DistributedConfig:
         config: Any = DistributedConfig(**content)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"distributed={content} is refused: {' '.join(str(error).split())}") from error
-    if config.ep_implementation == "equal_splits" and not recipe.packing:
+    if content.get("ep_implementation") == "equal_splits" and not recipe.packing:
         raise RecipeError(
             "packing=false makes batches of other lengths on each rank, which ep_implementation=equal_splits cannot "
             "divide equally; leave packing on, or set ep_implementation=all_to_all"

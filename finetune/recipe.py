@@ -113,6 +113,12 @@ _ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - {
 }
 _OWN = {item.name for item in fields(Recipe)} - {"training", "routing_fields"}
 _TRAINING = {item.name for item in fields(TrainingArguments) if item.init} - {"output_dir"}
+# What Transformers before 5.23 calls otherwise.
+_OLDER_NAMES = {
+    name: name.replace("activation", "gradient")
+    for name in ("activation_checkpointing", "activation_checkpointing_kwargs")
+    if name not in _TRAINING
+}
 _HINTS = typing.get_type_hints(TrainingArguments)
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # YAML 1.1 reads 1e-3 as a string.
@@ -162,7 +168,8 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
     own: dict[str, Any] = {}
     training: dict[str, Any] = {}
     routing: dict[str, Any] = {}
-    for name, value in content.items():
+    for given, value in content.items():
+        name = _OLDER_NAMES.get(given, given)
         value = float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
         if name in _OWN:
             own[name] = value

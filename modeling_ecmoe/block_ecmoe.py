@@ -70,7 +70,7 @@ class EcMoeBlock(nn.Module):
             routed_TD, total_T = self._tokens_choose(tokens_TD, scores_TE, learning)
         elif routing == "expert_choice" or learning:
             routed_TD, total_T = self._experts_choose(tokens_TD, scores_TE, hidden_states.shape[:-1], learning)
-        elif torch.compiler.is_compiling() or self.config.max_experts_per_token is not None:
+        elif self._wants_slots():
             routed_TD, total_T = self._thresholds_in_slots(tokens_TD, scores_TE, threshold_E)
         else:
             routed_TD, total_T = self._rows(tokens_TD, scores_TE, self.routes(scores_TE, threshold_E))
@@ -168,10 +168,22 @@ class EcMoeBlock(nn.Module):
         rows_RD = self.experts(tokens_TD.index_select(0, index_R), expert_R[:, None], ones_R1)
         return _combine(rows_RD, weight_R, index_R, len(scores_TE)), total_T
 
+    def _wants_slots(self) -> bool:
+        """Whether every token gets as many slots: for static shapes, where a bound makes them few, and for a server.
+
+        vLLM and SGLang put a kernel of their own in place of the experts, which wants `config.num_experts_per_tok`
+        slots of every token. Its weights have other names; adapters and quantisers keep ours, and take any rows.
+        """
+        if torch.compiler.is_compiling() or self.config.max_experts_per_token is not None:
+            return True
+        if isinstance(self.experts, EcMoeExperts):
+            return False
+        return not any("down_proj" in name for name, _ in self.experts.named_parameters())
+
     def _thresholds_in_slots(self, tokens_TD: Tensor, scores_TE: Tensor, threshold_E: Tensor) -> tuple[Tensor, Tensor]:
         """Threshold routing with a fixed number of slots per token, the unused ones weighted 0: static shapes."""
         routes_TE = self.routes(scores_TE, threshold_E)
-        num_slots = self.config.max_experts_per_token or routes_TE.shape[1]
+        num_slots = self.config.num_experts_per_tok
         margin_TE = (scores_TE - threshold_E).masked_fill(~routes_TE, -torch.inf)
         expert_TK = margin_TE.topk(num_slots, dim=-1).indices
         weight_TK = (scores_TE * routes_TE).gather(-1, expert_TK)

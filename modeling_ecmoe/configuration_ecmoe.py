@@ -234,6 +234,21 @@ class EcMoeConfigMixin:
         most = self.max_experts_per_token
         return self.min_experts_per_token > 0 or (most is not None and most < self.num_experts)
 
+    @property
+    def num_experts_per_tok(self) -> int:
+        """The most experts a token can have at inference: what inference servers size the slots of a token by."""
+        if self.inference_routing == "token_choice":
+            return int(self.capacity_factor)
+        return self.max_experts_per_token or self.num_experts
+
+    @num_experts_per_tok.setter
+    def num_experts_per_tok(self, value: int) -> None:
+        if value != self.num_experts_per_tok:
+            raise ValueError(
+                f"num_experts_per_tok={value} follows from other fields and is {self.num_experts_per_tok} here; set "
+                "max_experts_per_token to bound the experts of a token, or capacity_factor for token choice"
+            )
+
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Saves with a complete `auto_map`, so that the folder loads as remote code with every Auto class.
 

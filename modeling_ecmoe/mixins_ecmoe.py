@@ -10,7 +10,6 @@ import transformers.initialization as init
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
@@ -20,6 +19,7 @@ from .experts_ecmoe import EcMoeRaggedExperts
 from .notices_ecmoe import warn_frozen_experts, warn_unquantized
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
+from .versions_ecmoe import slice_logits_to_keep
 
 
 class EcMoeDecoderLayerMixin:

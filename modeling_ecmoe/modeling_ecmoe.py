@@ -6,7 +6,6 @@ Everything but the FFN (block_ecmoe.py) is inherited; what a family adds to its 
 import torch
 from torch import Tensor
 from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -56,6 +55,7 @@ from .mixins_ecmoe import (
     EcMoePreTrainedMixin,
 )
 from .parallel_ecmoe import EqualSplitsEP
+from .versions_ecmoe import EPImplementationInterface
 
 
 class EcMoeLlamaDecoderLayer(EcMoeDecoderLayerMixin, llama.LlamaDecoderLayer): ...
@@ -559,6 +559,7 @@ for _config_class, _model_classes in MODEL_CLASSES.items():
     for _auto_class, _model_class in _model_classes.items():
         _model_class.register_for_auto_class(_auto_class)
 
-EPImplementationInterface.register("equal_splits", EqualSplitsEP)
+if EPImplementationInterface is not None:
+    EPImplementationInterface.register("equal_splits", EqualSplitsEP)
 
 __all__ = [model.__name__ for models in MODEL_CLASSES.values() for model in models.values()]

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.distributed.expert_parallel import AutoEP
+
+from .versions_ecmoe import AutoEP
 
 
 class EqualSplitsEP(AutoEP):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from deprecations import no_deprecations  # noqa: F401  (autouse)
 from families import EVERY_FAMILY, FAMILIES, fill_zeros
 from transformers import PreTrainedConfig, PreTrainedModel
 

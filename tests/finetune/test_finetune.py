@@ -97,7 +97,7 @@ FEW = {"max_steps": 4, "learning_rate": 1e-2, "max_eval_sequences": 4}
 MODES = {
     "bf16": {"bf16": True},
     "weights in bfloat16": {"dtype": "bfloat16"},
-    "gradient checkpointing": {"gradient_checkpointing": True},
+    "gradient checkpointing": {"activation_checkpointing": True},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "threshold": {"routing": "threshold", "threshold_after_steps": 2},

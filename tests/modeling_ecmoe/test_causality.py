@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checkpointing import recompute_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -162,7 +163,7 @@ def test_generate_in_train_mode_is_generate_in_eval_mode(
     thresholds = {name: block.gate.threshold.clone() for name, block in sparse_blocks(model).items()}
     model.train()
     if checkpointing:  # Transformers drops the cache of a checkpointed layer in train mode, in the dense model too
-        model.activation_checkpointing_enable()
+        recompute_layers(model)
     assert torch.equal(model.generate(**inputs, use_cache=not checkpointing), expected)
     with torch.no_grad():  # the same model does route by expert choice when it trains
         assert (model(ids).logits - model.eval()(ids).logits).abs().max() > 1e-3

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from checkpointing import recompute_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -72,7 +73,7 @@ def compiled_and_plain(
     model.train()
     plain = training_step(model, model, inputs)
     if checkpointing is not None:
-        model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        recompute_layers(model, use_reentrant=checkpointing)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for _ in range(2):
         assert_equal_steps(training_step(model, compiled, inputs), plain)
@@ -105,7 +106,7 @@ def test_compiled_checkpointed_step_of_other_regimes(
 def test_router_losses_refuse_reentrant_checkpointing(make_model: Callable, make_tokens: Callable) -> None:
     """The logits it records are those of the pass without gradients; a loss on them would train nothing, silently."""
     model = make_model("Qwen3", use_cache=False, router_z_loss_coef=0.1).train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    recompute_layers(model, use_reentrant=True)
     ids = make_tokens(2, 9)
     with pytest.raises(ValueError, match="use_reentrant"):
         model(ids, labels=ids)
@@ -129,7 +130,7 @@ def test_checkpointed_step_of_other_regimes(
     steps = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            recompute_layers(model, use_reentrant=use_reentrant)
         torch.manual_seed(5)
         steps.append(training_step(model, model, make_inputs(make_tokens, True)))
     for name, tensor in steps[1].items():
@@ -206,7 +207,7 @@ def test_checkpointed_step_is_exactly_the_plain_step(
     model = make_model(family, use_cache=False, **FIELDS[fields]).train()
     inputs = make_inputs(make_tokens, padded)
     plain = training_step(model, model, inputs)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    recompute_layers(model, use_reentrant=use_reentrant)
     checkpointed = training_step(model, model, inputs)
     for name, tensor in checkpointed.items():
         if not name.endswith("pending"):

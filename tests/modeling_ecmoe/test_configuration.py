@@ -123,7 +123,6 @@ def test_misspelled_fields_are_refused_with_the_nearest(written: str, meant: str
     [
         {"pretraining_tp": 1},
         {"torch_dtype": "bfloat16"},
-        {"num_experts_per_tok": 2},
         {"num_local_experts": 8},
         {"output_hidden_states": True},
         {"quantization_bits": 4},

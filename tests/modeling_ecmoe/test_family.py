@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from checkpointing import recompute_layers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
@@ -175,7 +176,7 @@ def test_padded_training_batch_gives_each_sequence_what_it_gets_alone(
     """With the sequence as pool: same logits at the real tokens, and gradients that add up."""
     padded, alone = (make_model(family, routing_pool="sequence").train() for _ in range(2))
     if checkpointing is not None:
-        padded.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        recompute_layers(padded, use_reentrant=checkpointing)
     lengths = (5, 9)
     ids = make_tokens(2, 9)
     mask = torch.stack([torch.arange(9) >= 9 - n if side == "left" else torch.arange(9) < n for n in lengths])

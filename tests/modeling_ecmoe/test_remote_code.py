@@ -21,6 +21,7 @@ CODE_FILES = {
     "bounded_ecmoe.py",
     "router_ecmoe.py",
     "experts_ecmoe.py",
+    "versions_ecmoe.py",
     "parallel_ecmoe.py",
     "block_ecmoe.py",
     "mixins_ecmoe.py",

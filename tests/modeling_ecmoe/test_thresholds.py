@@ -7,9 +7,11 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from checkpointing import recompute_layers
 from families import PARALLEL
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from modeling_ecmoe import calibrate_thresholds, record_routing, use_inference_routing
 from modeling_ecmoe.block_ecmoe import EcMoeRouter
@@ -141,7 +143,7 @@ def test_gradient_checkpointing_leaves_the_mean(
     plain = make_model("Llama").train()
     training_step(plain, *batches, optimizer=frozen_sgd(plain))
     model = make_model("Llama").train()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    recompute_layers(model, use_reentrant=use_reentrant)
     training_step(model, *batches, optimizer=frozen_sgd(model))
     assert_thresholds(model, {name: gate.threshold for name, gate in gates(plain).items()})
 
@@ -375,6 +377,9 @@ def test_record_routing_counts_the_routes(
     assert sum(record.tokens.values()) == total_tokens  # closed: no longer counting
 
 
+@pytest.mark.skipif(
+    not is_accelerate_available("1.15.0"), reason="Accelerate before 1.15 refuses to put a whole model on the disk"
+)
 @pytest.mark.parametrize("offload_buffers", [False, True])
 def test_a_model_offloaded_to_disk(
     offload_buffers: bool, make_routed_model: Callable, make_tokens: Callable, tmp_path: Path
