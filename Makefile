@@ -8,7 +8,7 @@ CHECKPOINT ?=
 TEXT ?=
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-families test-slow test-oldest pictures lint clean
+.PHONY: demo test test-families test-tools test-oldest test-slow pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -32,8 +32,16 @@ test: $(VENV)/.dev lint
 test-families: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "families and not slow"
 
+$(VENV)/.tools: $(VENV)/.dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tests,peers,harness]"
+	touch $@
+
+## The tools of others, lm-evaluation-harness among them.
+test-tools: $(VENV)/.tools
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests/tools
+
 ## The minutes-long tests; -s shows the figures they measure, the README's table among them.
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -m slow -s
 
 $(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
