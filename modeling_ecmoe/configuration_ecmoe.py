@@ -108,6 +108,8 @@ class EcMoeConfigMixin:
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        # On the instance: biases are a matter of its fields. Transformers leaves it out of config.json.
+        self.base_model_tp_plan = self.base_model_tp_plan | self._tp_plan_of_experts()
 
     def validate_expert_choice(self) -> None:
         """Part of the validation that `@strict` runs; each message names the field, the value and the remedy."""
@@ -209,16 +211,13 @@ class EcMoeConfigMixin:
         plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in self.expert_parameters}
         return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """The dense family's, its FFN being the shared expert too, and a part of every expert's width per rank.
+    def _tp_plan_of_experts(self) -> dict[str, str]:
+        """The shared expert is cut as the dense FFN is, the experts by their width.
 
         Experts with biases stay whole on every rank: Transformers' styles would add their last bias once per rank.
         """
-        dense = super().base_model_tp_plan
-        plan = dense | {
-            name.replace(".mlp.", ".mlp.shared_expert."): style for name, style in dense.items() if ".mlp." in name
-        }
+        dense = type(self).base_model_tp_plan
+        plan = {name.replace(".mlp.", ".mlp.shared_expert."): style for name, style in dense.items() if ".mlp." in name}
         if self.ffn_has_bias:
             return plan
         first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"

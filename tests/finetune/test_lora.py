@@ -297,3 +297,28 @@ def test_stopped_and_run_again(recipe_of: Callable, tmp_path: Path, monkeypatch:
     assert_same_run(out, tmp_path / "whole")
     first, last = (all_tensors(out / name) for name in ("checkpoint-2", "checkpoint-4"))
     assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_the_default_adapters_of_every_family(family: str, make_model: Callable, make_tokens: Callable) -> None:
+    """On every linear layer of attention and both stacks of every expert, whatever the family calls them; they learn,
+    and the merged model computes what the adapted one does."""
+    model = add_lora(make_model(family), {"r": 2})
+    ids = make_tokens(2, 9)
+    before = model(ids).logits
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    attention = {name.partition(".lora_")[0] for name in names if "attn" in name or ".attention." in name}
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.endswith(".base_layer") and "mlp" not in name
+    }
+    assert attention == {name.removesuffix(".base_layer") for name in linear} and len(attention) >= 2 * 2
+    assert sum(".experts." in name for name in names) == 2 * 2 * 2  # A and B of two stacks in two layers
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
+    for _ in range(2):  # B starts at zero, so A learns from the second step on
+        model.train()(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted = model.eval()(ids).logits
+    assert (adapted - before).abs().max() > 1e-3
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, adapted, atol=1e-4, rtol=1e-4)

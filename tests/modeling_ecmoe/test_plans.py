@@ -23,7 +23,8 @@ OTHERS = pytest.param([name for name in FAMILIES if name not in CORE], marks=pyt
 def test_parallel_plans(families: list[str], plan: str, make_routed_model: Callable, tmp_path: Path) -> None:
     names = [name for name in families if plan != "pipeline" or name not in NOT_IN_STAGES]
     for name in names:
-        make_routed_model(name).save_pretrained(tmp_path / name)
+        shared = {"shared_expert_intermediate_size": 24, "shared_expert_weighting": "complement"}
+        make_routed_model(name, **shared).save_pretrained(tmp_path / name)
     for name, found in on_ranks(2, compare, [tmp_path / name for name in names], plan).items():
         assert max(found["apart"].values()) < 2e-5, (name, found)
         assert found["greedy_same"], name
