@@ -7,6 +7,8 @@ import pytest
 import torch
 from families import CORE, FAMILIES
 
+pytest.importorskip("transformers.distributed.expert_parallel", reason="Transformers before 5.23")
+
 from benchmarks.parallel import on_ranks
 
 from .plan_process import PLANS, compare, pipeline_refusal
