@@ -30,10 +30,14 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 def test_attention_back_ends_agree_with_eager(
-    model: PreTrainedModel, implementation: str, monkeypatch: pytest.MonkeyPatch
+    family: str, model: PreTrainedModel, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flex attention is run uncompiled: not every processor has what its compiled form needs."""
     monkeypatch.setattr(flex_integration.WrappedFlexAttention, "__call__", lambda _self: flex_attention)
+    if implementation == "sdpa" and family == "Gemma2" and model._supports_sdpa:
+        pytest.skip(
+            "an older Transformers, whose SDPA leaves out what caps Gemma-2's attention, also of the dense model"
+        )
     if implementation == "sdpa" and not model._supports_sdpa:
         with pytest.raises(ValueError, match="scaled_dot_product_attention"):
             model.set_attn_implementation("sdpa")
