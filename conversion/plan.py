@@ -3,6 +3,7 @@
 A plan is made from configs and shard headers alone; no weights are read before its tensors are asked for.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
+from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
 
 from .dense import Part, ffn_parts, is_unread, parts_of_stack, why_not
 from .errors import ConversionError
@@ -26,6 +28,8 @@ FAMILIES = {config.model_type.removeprefix("ecmoe_"): config for config in model
 
 # What may differ between the configs of checkpoints that are mixed.
 _FREE_FIELDS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
+# What only this family reads; the conversion's options and initialisation set it.
+_EXPERT_CHOICE_FIELDS = [field.name for field in dataclasses.fields(EcMoeConfigMixin)] + ["num_experts_per_tok"]
 # Verbatim tensors are copied in pieces of this size, so that an embedding of any size costs no more memory.
 _PIECE_BYTES = 1 << 26
 
@@ -138,7 +142,8 @@ def _last_line(error: Exception) -> str:
 
 def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> PreTrainedConfig:
     fields = dense.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+    # Some dense files carry a mixture's fields, which their own class passes over.
+    for name in ("model_type", "architectures", "auto_map", "transformers_version", *_EXPERT_CHOICE_FIELDS):
         fields.pop(name, None)
     fields |= config_fields(settings.initialisation, dense.intermediate_size, settings.ratio, settings.num_shards) | {
         "num_experts": settings.num_experts,

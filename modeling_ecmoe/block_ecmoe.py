@@ -44,13 +44,14 @@ class EcMoeBlock(nn.Module):
         self.gate = EcMoeRouter(config)
         self.experts = EcMoeExperts(config)
         self.shared_expert = None
+        dropout = config.dense_ffn.dropout
         if config.shared_expert_intermediate_size:
             shared_config = copy.copy(config)
             shared_config.intermediate_size = config.shared_expert_intermediate_size
-            shared_config.residual_dropout = 0.0  # below, once for the whole block
+            if dropout is not None:
+                setattr(shared_config, dropout, 0.0)  # below, once for the whole block
             self.shared_expert = dense_mlp_class(shared_config)
-        # StarCoder-2 alone drops out inside its FFN.
-        self.dropout = nn.Dropout(getattr(config, "residual_dropout", 0.0))
+        self.dropout = nn.Dropout(0.0 if dropout is None else getattr(config, dropout))
         # Set around a call: the real tokens by the model, another routing by `use_inference_routing`.
         self.token_mask: Tensor | None = None
         self.routing_overrides: list[str] = []

@@ -32,12 +32,14 @@ class DenseFFN:
     out: the matrix back.
     has_gate: y = out(act(gate x) * (up x)); without it y = out(act(up x)).
     has_bias: whether they have biases, or the config field that says so.
+    dropout: the config field that says with which probability the FFN's output is dropped; None where nothing is.
     """
 
     into: tuple[str, ...] = ("gate_proj", "up_proj")
     out: str = "down_proj"
     has_gate: bool = True
     has_bias: bool | str = False
+    dropout: str | None = None
 
 
 @strict
@@ -362,7 +364,7 @@ class EcMoeCohere2Config(EcMoeConfigMixin, Cohere2Config):
 @strict
 class EcMoeStarcoder2Config(EcMoeConfigMixin, Starcoder2Config):
     model_type = "ecmoe_starcoder2"
-    dense_ffn = DenseFFN(into=("c_fc",), out="c_proj", has_gate=False, has_bias="use_bias")
+    dense_ffn = DenseFFN(into=("c_fc",), out="c_proj", has_gate=False, has_bias="use_bias", dropout="residual_dropout")
 
 
 @strict

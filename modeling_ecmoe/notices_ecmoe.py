@@ -12,11 +12,6 @@ from .router_ecmoe import EcMoeRouter
 
 logger = logging.get_logger(__name__)
 
-_QUANTISE = (
-    "TorchAoConfig(FqnToConfig({r're:.*\\.(self_attn|shared_expert)\\..*_proj': Int8WeightOnlyConfig(), "
-    "r're:.*\\.mlp\\.experts\\..*_proj': Int8WeightOnlyConfig()}))"
-)
-
 
 def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None) -> None:
     """Says which share of the weights a quantiser leaves alone, before they are loaded and memory runs out.
@@ -29,7 +24,12 @@ def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None
         dtype: that the weights are loaded in; None is their own.
     """
     experts = {name: module for name, module in model.named_modules() if isinstance(module, EcMoeRaggedExperts)}
-    names = [f"{name}.{weight}" for name, module in experts.items() for weight, _ in module.named_parameters()]
+    names = [
+        f"{name}.{weight}"
+        for name, module in experts.items()
+        for weight, parameter in module.named_parameters()
+        if parameter.dim() == 3  # biases stay as they are in every layer
+    ]
     left = [name for name in names if not quantizer.param_needs_quantization(model, name)]
     if not left:
         return
@@ -41,8 +41,22 @@ def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None
     logger.warning_once(
         f"quantization_config={method} leaves the stacked experts in {str(dtype).removeprefix('torch.')}: {size:,} "
         f"parameters, {size * dtype.itemsize / 1e9:.2g} GB, {size / total:.0%} of the model. They are no "
-        f"linear layers. torchao quantises what is named: quantization_config={_QUANTISE}"
+        f"linear layers. torchao quantises what is named: quantization_config={_torchao_config(model)}"
     )
+
+
+def _torchao_config(model: nn.Module) -> str:
+    """What quantises the linear layers and the stacked experts of this model, and no bias: torchao would take those of
+    a module that is named, and then its linear layers fail."""
+    linear = {name for name, module in model.named_modules() if "layers." in name and isinstance(module, nn.Linear)}
+    names = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
+    patterns = (
+        [rf".*\.({names})\.weight"] if names else []
+    )  # a quantiser may have put modules of its own in their place
+    said = ", ".join(
+        f"r're:{pattern}': Int8WeightOnlyConfig()" for pattern in [*patterns, r".*\.mlp\.experts\..*_proj"]
+    )
+    return f"TorchAoConfig(FqnToConfig({{{said}}}))"
 
 
 def warn_frozen_experts(model: nn.Module) -> None:

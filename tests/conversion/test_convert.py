@@ -59,6 +59,39 @@ def test_a_pythia_file_as_the_hub_has_it(tmp_path: Path, text: Path, make_tokens
         torch.testing.assert_close(converted(ids).logits, dense(ids).logits, atol=2e-5, rtol=2e-5)
 
 
+# What dense files hold that were made from a mixture's config, or for another library.
+LEFT_OVER = {
+    "moe_intermediate_size": 16,
+    "num_experts": 1,
+    "num_experts_per_tok": 8,
+    "router_aux_loss_coef": 0.001,
+    "output_router_logits": True,
+    "shared_expert_intermediate_size": 24,
+    "residual_dropout": 0.5,
+}
+
+
+@pytest.mark.parametrize("init", ["blend", "copy", "granular"])
+def test_a_mixture_s_fields_in_a_dense_file_mean_nothing(tmp_path: Path, text: Path, init: str, make_tokens) -> None:
+    """The dense class passes them over, and the options of the conversion say what is true."""
+    dense = write_dense(tmp_path / "dense", "Qwen3")
+    path = tmp_path / "dense" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | LEFT_OVER))
+    convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, init=init, text=str(text))
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    config = converted.config
+    assert config.moe_intermediate_size == (24 if init == "granular" else 48)
+    assert config.shared_expert_intermediate_size == (48 if init == "blend" else 0)
+    assert (config.num_experts, config.num_experts_per_tok) == (4, 4)
+    assert config.router_aux_loss_coef == 0 and not config.output_router_logits
+    ids = make_tokens(3, 40)
+    with torch.no_grad():
+        expected = dense(ids).logits
+        torch.testing.assert_close(converted(ids).logits, expected, atol=2e-5, rtol=2e-5)
+        if init == "blend":
+            torch.testing.assert_close(converted.train()(ids).logits, expected, atol=2e-5, rtol=2e-5)
+
+
 def test_routes_are_decided_and_the_load_is_near_its_share(tmp_path: Path, text: Path) -> None:
     """Exactness would be cheap if nothing were routed."""
     write_dense(tmp_path / "dense", "Llama")

@@ -145,6 +145,16 @@ def test_biases_are_those_of_the_dense_ffn(make_config: Callable) -> None:
     assert make_config("GPTNeoX").ffn_has_bias
 
 
+def test_the_block_drops_what_the_dense_ffn_drops(make_model: Callable) -> None:
+    """StarCoder-2 reads `residual_dropout`; in a file of another family it is a word that nothing reads."""
+    for family, dropped in (("Starcoder2", 0.25), ("Llama", 0.0)):
+        fields = {"residual_dropout": 0.25, "shared_expert_intermediate_size": 8}
+        block = make_model(family, **fields).base_model.layers[0].mlp
+        assert block.dropout.p == dropped
+        assert getattr(block.shared_expert, "residual_dropout", 0.0) == 0.0  # not a second time
+    assert make_model("Qwen3", residual_dropout=None).base_model.layers[0].mlp.dropout.p == 0.0
+
+
 @pytest.mark.parametrize("name", ["Gemma2", "Gemma3Text"])
 def test_gemma_s_activation_is_its_own_whatever_else_a_file_says(name: str, make_config: Callable) -> None:
     """The dense classes read `hidden_activation`; files hold `hidden_act` beside it, not always the same."""

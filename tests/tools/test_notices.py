@@ -1,6 +1,7 @@
 """What quantisers and adapters leave out is said in one line, with its size and the remedy, and else nothing is."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,32 @@ def test_torchao(tiny: Path, said: list[str]) -> None:
     model = load(FqnToConfig({f"re:{pattern.pattern}": Int8WeightOnlyConfig() for pattern in remedy}))
     assert said == []
     assert all(type(block.experts.down_proj) is not nn.Parameter for block in sparse_blocks(model).values())
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Glm4", "Starcoder2", "GPTNeoX"])
+def test_torchao_where_there_are_biases(make_model: Callable, tmp_path: Path, said: list[str], family: str) -> None:
+    """What is recommended quantises every matrix and no bias, and computes nearly the same; biases are no omission."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+
+    whole = make_model(family, shared_expert_intermediate_size=16, mlp_layer_types=["dense", "sparse"])
+    whole.save_pretrained(tmp_path)
+
+    def load(config: Any) -> Any:
+        said.clear()
+        return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(config))
+
+    load(Int8WeightOnlyConfig())
+    (line,) = said
+    model = load(FqnToConfig({f"re:{name}": Int8WeightOnlyConfig() for name in re.findall(r"r're:(\S+)'", line)}))
+    assert said == []
+    for name, parameter in model.base_model.layers.named_parameters():
+        is_matrix = "norm" not in name and ".gate." not in name and "bias" not in name
+        assert (type(parameter) is not nn.Parameter) == is_matrix, name
+    ids = torch.arange(3, 35).view(2, 16)  # no threshold was calibrated: every expert takes every token
+    with torch.no_grad():
+        expected = whole(ids).logits
+        assert (model(ids).logits - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_nothing_is_said_without_need(tiny: Path, said: list[str]) -> None:
