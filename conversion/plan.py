@@ -123,6 +123,11 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
             f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
             f"{', '.join(FAMILIES)}"
         )
+    if raw.get("use_bidirectional_attention"):
+        raise ConversionError(
+            f"use_bidirectional_attention=True in {path}: its tokens see later ones, and only causal decoders can be "
+            "converted; give one of those"
+        )
     if raw.get("quantization_config"):
         raise ConversionError(
             f"source={source.folder} is quantised (quantization_config); give the unquantised checkpoint"

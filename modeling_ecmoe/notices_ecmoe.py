@@ -50,12 +50,10 @@ def _torchao_config(model: nn.Module) -> str:
     a module that is named, and then its linear layers fail."""
     linear = {name for name, module in model.named_modules() if "layers." in name and isinstance(module, nn.Linear)}
     names = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
-    patterns = (
-        [rf".*\.({names})\.weight"] if names else []
-    )  # a quantiser may have put modules of its own in their place
-    said = ", ".join(
-        f"r're:{pattern}': Int8WeightOnlyConfig()" for pattern in [*patterns, r".*\.mlp\.experts\..*_proj"]
-    )
+    patterns = [r".*\.mlp\.experts\..*_proj"]
+    if names:  # or a quantiser has put modules of its own in their place
+        patterns.insert(0, rf".*\.({names})\.weight")
+    said = ", ".join(f"r're:{pattern}': Int8WeightOnlyConfig()" for pattern in patterns)
     return f"TorchAoConfig(FqnToConfig({{{said}}}))"
 
 

@@ -135,6 +135,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown rope": (lambda folder: edit_config(folder, rope_parameters={"rope_type": "foo"}), NO_MODEL),
     "no context": (lambda folder: edit_config(folder, max_position_embeddings=1), "max_position_embeddings=1"),
     "no biases": (lambda folder: edit_config(folder, mlp_bias=True), "lacks the tensor"),
+    "sees later tokens": (
+        lambda folder: edit_config(folder, use_bidirectional_attention=True),
+        "use_bidirectional_attention=True in ",
+    ),
     "quantised": (lambda folder: edit_config(folder, quantization_config={"quant_method": "x"}), "is quantised"),
     "missing shard": (lambda folder: first_shard(folder).unlink(), "is missing"),
     "truncated shard": (lambda folder: os.truncate(first_shard(folder), 2000), "damaged or truncated"),
