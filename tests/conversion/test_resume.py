@@ -62,7 +62,7 @@ def complete(source: Path, target: Path, *options: object) -> dict[str, bytes]:
     """Runs the command to its end, quietly, and returns what it wrote."""
     process = start(source, target, *options)
     _, errors = process.communicate(timeout=300)
-    assert (process.returncode, errors) == (0, "")
+    assert (process.returncode, ours(errors)) == (0, "")
     return contents(target)
 
 
@@ -75,6 +75,12 @@ def stop_when(process: subprocess.Popen, there: Callable[[], bool], signal_numbe
     if signal_number:
         process.wait(timeout=60)
     return True
+
+
+def ours(errors: str) -> str:
+    """Without what torchao says on a CPU when Transformers imports it, where it is installed."""
+    lines = errors.splitlines(keepends=True)
+    return "".join(line for line in lines if "/torchao/" not in line and "torch/utils/_pytree.py" not in line)
 
 
 def test_two_kills(tmp_path: Path, dense: Path, text: Path) -> None:
@@ -95,7 +101,7 @@ def test_a_real_ctrl_c(tmp_path: Path, dense: Path, text: Path) -> None:
     process = start(dense, tmp_path / "out", f"--text={text}")
     assert stop_when(process, lambda: any(tmp_path.rglob(INDEX)), signal.SIGINT)
     assert process.returncode == 130
-    assert process.stderr.read() == "ecmoe-convert: interrupted; the same command goes on from here\n"
+    assert ours(process.stderr.read()) == "ecmoe-convert: interrupted; the same command goes on from here\n"
     interrupted = complete(dense, tmp_path / "out", f"--text={text}")
     assert interrupted == complete(dense, tmp_path / "reference", f"--text={text}")
 

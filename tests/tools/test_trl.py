@@ -15,6 +15,8 @@ from finetune.sources import DOCUMENT_SEPARATOR
 from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks
 
 pytest.importorskip("trl", reason="trl is not installed")
+# TRL's own arguments (1.16).
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning:transformers.*")
 
 STEPS = 6
 OPTIONS: dict[str, Any] = {
