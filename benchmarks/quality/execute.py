@@ -30,6 +30,7 @@ class Bench:
 
     def __init__(self, data: Path) -> None:
         self.data = data
+        self.commit = commit()  # of the code that was loaded; files may change while runs go on
         self.parent = data / "stories260K" / "hf"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.parent)
         self.windows: dict[str, Windows] = load(data, self.tokenizer)
@@ -43,7 +44,7 @@ class Bench:
             "name": run.name,
             "recipe": run.recipe(),
             "steps": steps,
-            "commit": commit(),
+            "commit": self.commit,
             "machine": machine(),
             "threads": torch.get_num_threads(),
             "parameters": parameters,
