@@ -4,6 +4,6 @@ Every finished run is a file of its own in benchmarks/results/quality; the same 
 missing, and draws tables and plots of what is there. `--quick` is the main comparison in a quarter of an hour.
 """
 
-from .main import main
+from .command import main
 
 __all__ = ["main"]

@@ -19,9 +19,8 @@ from torch import Tensor
 MIXTURE = ("prose", "documentation", "mathematics", "code")
 DOMAINS = (*MIXTURE, "stories")
 LENGTH = 128  # tokens of a window
-TRAIN_WINDOWS = 10_240  # of each domain, at most
 HELD_OUT_WINDOWS = 128  # of each domain
-CALIBRATION_WINDOWS = 256  # of the training documents, never trained on
+CALIBRATION_WINDOWS = 128  # of the training documents, never trained on
 
 _FOLDERS = {"prose": "prose", "documentation": "docs", "mathematics": "math"}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
@@ -96,12 +95,12 @@ def windows(tokenizer: Any, documents: Sequence[str], most: int | None = None, l
     return torch.tensor(ids[: complete * length]).view(complete, length)
 
 
-def load(data: Path, tokenizer: Any, domains: Sequence[str] = DOMAINS) -> dict[str, Windows]:
-    """Every domain's windows. Which are held out does not depend on any seed of a run."""
+def load(data: Path, tokenizer: Any, most: int, domains: Sequence[str] = DOMAINS) -> dict[str, Windows]:
+    """Every domain's windows, at most `most` to train on. Which are held out does not depend on any seed of a run."""
     found = {}
     for domain in domains:
         documents, held_out = read_domain(domain, data)
-        train = windows(tokenizer, documents, TRAIN_WINDOWS + CALIBRATION_WINDOWS)
+        train = windows(tokenizer, documents, most + CALIBRATION_WINDOWS)
         other = windows(tokenizer, held_out)
         chosen = torch.randperm(len(other), generator=torch.Generator().manual_seed(0))[:HELD_OUT_WINDOWS]
         found[domain] = Windows(train[:-CALIBRATION_WINDOWS], train[-CALIBRATION_WINDOWS:], other[chosen])

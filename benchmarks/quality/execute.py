@@ -18,22 +18,26 @@ from .grid import ARMS, Run
 from .train import train
 
 CURVE_WINDOWS = 32  # of each domain at each checkpoint; all of them in the end
-CURVE_CALIBRATION = 64  # windows
+CURVE_CALIBRATION = 64  # windows of all domains together
+CALIBRATION = 128  # the same, in the end
 PAIRS_PER_FILE = 30
+TRAIN_WINDOWS = 10_240
 
 
 class Bench:
     """The data, tokenised once for all runs of a parent.
 
     data: the folder of `stories260K`, `corpus-3domains`, `tinystories-v2-2MiB` and `blimp`.
+    train_windows: of each domain, at most. pairs_per_file: of BLiMP; 0 leaves it out.
     """
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, train_windows: int = TRAIN_WINDOWS, pairs_per_file: int = PAIRS_PER_FILE) -> None:
         self.data = data
+        self.pairs_per_file = pairs_per_file
         self.commit = commit()  # of the code that was loaded; files may change while runs go on
         self.parent = data / "stories260K" / "hf"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.parent)
-        self.windows: dict[str, Windows] = load(data, self.tokenizer)
+        self.windows: dict[str, Windows] = load(data, self.tokenizer, train_windows)
 
     def execute(self, run: Run) -> dict[str, Any]:
         """Trains and measures one run; its figures with recipe, machine, versions and commit."""
@@ -82,7 +86,7 @@ class _Measured:
         self.bench, self.run, self.model = bench, run, model
         self.domains = MIXTURE if run.data == "mixture" else (run.data,)
         self.held_out = {domain: bench.windows[domain].held_out for domain in self.domains}
-        share = measure.ROWS * 8 // len(self.domains)
+        share = CALIBRATION // len(self.domains)
         self.calibration = {domain: bench.windows[domain].calibration[:share] for domain in self.domains}
         self.routed = ARMS[run.arm].init is not None
         self.by_threshold = self.routed and model.config.inference_routing == "threshold"
@@ -94,10 +98,12 @@ class _Measured:
         batches = training_batches(pools, self.run.rows, steps, self.run.seed)
         # Of the parent alone: conversions are exact, and would answer the same.
         before = None if self.routed else self._pairs()
+        weights = measure.copied_weights(self.model)
         seconds = train(self.model, batches, self.run, steps, self._checkpoint)
         return {
             "curve": self.curve,
             "step_seconds": statistics.median(seconds),
+            "movement": measure.movement(self.model, weights),
             "final": self._final() | {"pairs_before": before, "pairs_after": self._pairs()},
         }
 
@@ -132,7 +138,7 @@ class _Measured:
 
     def _pairs(self) -> dict[str, Any] | None:
         """BLiMP, of the main comparison alone."""
-        if self.run.part != "main":
+        if self.run.part != "main" or not self.bench.pairs_per_file:
             return None
         archive = self.bench.data / "blimp" / "BLiMP.zip"
-        return measure.minimal_pairs(self.model, self.bench.tokenizer, archive, PAIRS_PER_FILE)
+        return measure.minimal_pairs(self.model, self.bench.tokenizer, archive, self.bench.pairs_per_file)

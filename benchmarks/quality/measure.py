@@ -6,6 +6,7 @@ Letters: N windows, L tokens of a window, E experts, M domains.
 import contextlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -70,8 +71,8 @@ def losses_and_routes(model: Any, held_out: Mapping[str, Tensor]) -> tuple[dict[
 
     Returns:
         Losses as `domain_losses`. The summary of `RoutingRecord` over all domains; uncovered of each domain; for each
-        layer the share of each expert's tokens by domain, [E][M]; mutual_information, its mean over layers, and the
-        entropy of the domains, which is the most it can be, in nats.
+        layer the share of each expert's tokens by domain, [E][M]; router_entropy, of a token's softmax, and
+        mutual_information of expert and domain, means over layers in nats; domain_entropy, the most the latter can be.
     """
     records, losses = {}, {}
     for domain, rows_NL in held_out.items():
@@ -89,9 +90,41 @@ def losses_and_routes(model: Any, held_out: Mapping[str, Tensor]) -> tuple[dict[
         **first.summary(),
         "uncovered_by_domain": uncovered,
         "domain_shares": [(table / table.sum(1, keepdim=True).clamp(min=1)).tolist() for table in chosen],
+        "router_entropy": sum(layer["entropy"] for layer in first.report()["layers"].values()) / len(chosen),
         "mutual_information": sum(mutual_information(table) for table in chosen) / len(chosen),
         "domain_entropy": torch.tensor(len(held_out)).log().item(),
     }
+
+
+def copied_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters as they are now, for `movement`."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def movement(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far training took router, experts and the rest: ||W - W_0|| / ||W_0|| of each part.
+
+    experts_apart: root mean square distance of an expert from the mean of its layer's experts, over the norm of that
+    mean; 0 for copies.
+    """
+    squares: dict[str, list[float]] = {}
+    apart, norm = 0.0, 0.0
+    for name, parameter in model.named_parameters():
+        change, size = squares.setdefault(part_of(name), [0.0, 0.0])
+        change += (parameter - before[name]).square().sum().item()
+        squares[part_of(name)] = [change, size + before[name].square().sum().item()]
+        if part_of(name) == "experts":
+            mean = parameter.mean(0)
+            apart += (parameter - mean).square().sum().item() / len(parameter)
+            norm += mean.square().sum().item()
+    found = {part: math.sqrt(change / size) for part, (change, size) in squares.items() if size}
+    return found | ({"experts_apart": math.sqrt(apart / norm)} if norm else {})
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a parameter belongs to: "router", "experts" (the routed ones) or "rest"."""
+    return "router" if ".gate." in name else "experts" if ".experts." in name else "rest"
 
 
 def mutual_information(counts: Tensor) -> float:

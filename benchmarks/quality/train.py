@@ -10,12 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .grid import Run
+from .measure import part_of
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.0
 WARM_UP_STEPS = 20  # at most a tenth of the steps
 MOST_NORM = 1.0
-CHECKPOINTS = 8
+CHECKPOINTS = 5
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -36,8 +37,7 @@ def parameter_groups(model: Any, run: Run) -> list[dict[str, Any]]:
     rates = {"router": run.router_rate, "experts": run.experts_rate, "rest": 1.0}
     members: dict[str, list[Tensor]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
-        part = "router" if ".gate." in name else "experts" if ".experts." in name else "rest"
-        members[part].append(parameter)
+        members[part_of(name)].append(parameter)
     return [
         {"params": members[name], "lr": run.learning_rate * rate, "base": run.learning_rate * rate}
         for name, rate in rates.items()
