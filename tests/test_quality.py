@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_dense, write_text
 
-from benchmarks.quality import command, data, grid, measure, report, store, tables, train
+from benchmarks.quality import command, data, execute, grid, measure, report, store, tables, train
 from benchmarks.quality.grid import ARMS, Run
 
 
@@ -217,3 +218,70 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_recipes_are_json() -> None:
     for run in grid.all_runs():
         assert json.loads(json.dumps(run.recipe()))["arm"] in ARMS
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> execute.Bench:
+    """A tiny random parent, and a little English in place of every domain."""
+    folder = tmp_path_factory.mktemp("data")
+    write_dense(folder / "stories260K" / "hf", "Llama")
+    documents = write_text(folder / "text.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "read_domain", lambda domain, _: data.split(documents))
+        patch.setattr(data, "HELD_OUT_WINDOWS", 4)
+        patch.setattr(data, "CALIBRATION_WINDOWS", 8)
+        return execute.Bench(folder, train_windows=16, pairs_per_file=0)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_runs_and_is_measured(arm: str, bench: execute.Bench, tmp_path: Path) -> None:
+    run = Run(arm, steps=2, rows=8, pool_rows=4)
+    store.save(tmp_path, run, bench.execute(run))
+    (found,) = store.read(tmp_path).values()
+    assert found["curve"][0]["tokens"] == 0
+    assert found["curve"][-1]["tokens"] == found["steps"] * 8 * data.LENGTH
+    assert set(found["final"]["losses"]) == set(data.MIXTURE) and set(found["final"]["losses_elsewhere"]) == {"stories"}
+    assert tables.curve_loss(found["curve"][-1]) < tables.curve_loss(found["curve"][0])
+    routed = ARMS[arm].init is not None
+    assert ("routes" in found["final"]) == routed == ("experts" in found["movement"])
+    assert ("gap" in found["final"]) == (routed and not arm.startswith("tc"))
+    if routed:
+        shares = torch.tensor(found["final"]["routes"]["domain_shares"])
+        assert shares.shape == (2, 8, 4)
+    if arm.startswith("tc"):
+        assert found["final"]["routes"]["experts_per_token"] == ARMS[arm].routed
+
+
+def test_equal_active_parameters_where_flops_are_equal(bench: execute.Bench) -> None:
+    """Within the router, of arms with as many FFNs per token; and dense-matched's steps make up for one FFN."""
+    active = {arm: bench.build(Run(arm))[1] for arm in ("dense", "tc-copy2", "ec-blend", "ec-shared", "ec-copy1")}
+    assert active["tc-copy2"]["active"] == active["ec-blend"]["active"] == active["ec-shared"]["active"]
+    routers = active["ec-copy1"]["active"] - active["dense"]["active"]
+    assert active["tc-copy2"]["active"] == active["dense"]["active"] + active["dense"]["ffn"] + routers
+    steps = bench.steps_of(Run("dense-matched", steps=100), active["dense"])
+    assert steps * active["dense"]["active"] == pytest.approx(100 * (active["tc-copy2"]["active"] - routers), rel=0.01)
+
+
+@pytest.mark.parametrize("arm", [name for name in ARMS if name.startswith(("ec", "tc-copy"))])
+def test_arms_begin_where_the_parent_is(arm: str, bench: execute.Bench) -> None:
+    rows = bench.windows["prose"].held_out
+    expected = measure.row_losses(bench.build(Run("dense"))[0], rows)
+    assert torch.allclose(measure.row_losses(bench.build(Run(arm))[0], rows), expected, atol=1e-5)
+
+
+def test_training_thresholds_survive_a_checkpoint(bench: execute.Bench) -> None:
+    model = bench.build(Run("th-blend"))[0]
+    gate = model.model.layers[0].mlp.gate
+    before = gate.threshold.clone(), gate.threshold_updates.clone()
+    with measure.kept_thresholds(model):
+        measure.calibrate(model, {"prose": bench.windows["prose"].calibration}, 4)
+        assert not torch.equal(gate.threshold, before[0])
+    assert torch.equal(gate.threshold, before[0]) and torch.equal(gate.threshold_updates, before[1])
+
+
+def test_windows_of_all_parts_are_apart(bench: execute.Bench) -> None:
+    for windows in bench.windows.values():
+        parts = [
+            {tuple(row) for row in part.tolist()} for part in (windows.train, windows.calibration, windows.held_out)
+        ]
+        assert len(windows.train) == 16 and not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]

@@ -64,6 +64,8 @@ def run_missing(bench: Bench, runs: list[Run], folder: Path) -> None:
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
     begin, steps_done = time.perf_counter(), 0
     for number, run in enumerate(missing, start=1):
+        if store.finished(folder, run):  # by another process in the meantime
+            continue
         started = time.perf_counter()
         result = bench.execute(run)
         store.save(folder, run, result)
