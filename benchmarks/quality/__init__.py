@@ -1,0 +1,9 @@
+"""What expert choice buys, measured causally: `python -m benchmarks quality [--quick]`.
+
+Every finished run is a file of its own in benchmarks/results/quality; the same command goes on with those that are
+missing, and draws tables and plots of what is there. `--quick` is the main comparison in a quarter of an hour.
+"""
+
+from .command import main
+
+__all__ = ["main"]

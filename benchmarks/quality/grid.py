@@ -1,0 +1,177 @@
+"""What is run: arms, and the grid of named runs.
+
+Equal tokens: all runs of a part see the same number, and with the same seed the same ones in the same order. Equal
+active FLOPs: arms are compared with those that have as many FFNs per token. A shared expert (`blend`, `shared`) and
+one routed expert make two; so do two routed experts of `copy`. A dense model has one; `dense-matched` is given the
+FLOPs of two by more steps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .data import DOMAINS
+
+BALANCE_COEFFICIENT = 0.01  # Switch Transformer (arXiv 2101.03961, section 2.2), OLMoE (arXiv 2409.02060)
+WARM_UP = 1 / 5  # of the steps that threshold training begins with expert choice: 4k of 19k in arXiv 2603.11535
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on from the dense parent.
+
+    init: of the converter; None stays dense. ffns: per token, shared expert included. routed: experts per token.
+    routing: the config's. bounded: whether each token has at least one expert, as `copy` promises.
+    """
+
+    title: str
+    init: str | None
+    ffns: int
+    routed: int = 0
+    routing: str = "expert_choice"
+    matched: bool = False
+
+    def fields(self, steps: int) -> dict[str, Any]:
+        """Config fields beside those that the initialisation sets."""
+        if self.routing == "token_choice":
+            return {
+                "routing": "token_choice",
+                "inference_routing": "token_choice",
+                "min_experts_per_token": 0,
+                "router_aux_loss_coef": BALANCE_COEFFICIENT,
+            }
+        if self.routing == "threshold":  # which knows no bounds
+            return {
+                "routing": "threshold",
+                "min_experts_per_token": 0,
+                "threshold_after_steps": round(WARM_UP * steps),
+            }
+        return {}
+
+
+def _arms(short: str, title: str, routing: str) -> dict[str, Arm]:
+    return {
+        f"{short}-copy1": Arm(f"{title}, copy", "copy", 1, 1, routing),
+        f"{short}-copy2": Arm(f"{title}, copy", "copy", 2, 2, routing),
+        f"{short}-blend": Arm(f"{title}, blend", "blend", 2, 1, routing),
+        f"{short}-shared": Arm(f"{title}, shared", "shared", 2, 1, routing),
+    }
+
+
+ARMS = {
+    "dense": Arm("dense", None, 1),
+    "dense-matched": Arm("dense, as many FLOPs by more steps", None, 2, matched=True),
+    **_arms("tc", "token choice", "token_choice"),
+    **_arms("ec", "expert choice", "expert_choice"),
+    **_arms("th", "expert choice, then thresholds", "threshold"),
+}
+TOKEN_CHOICE = {1: "tc-copy1", 2: "tc-copy2"}  # what the issue compares with, by FFNs per token
+MAIN = (
+    *("tc-copy2", "ec-blend", "dense", "ec-copy2"),
+    *("th-blend", "tc-blend", "tc-copy1", "ec-copy1", "dense-matched"),
+    *("ec-shared", "tc-shared", "th-shared", "th-copy2", "th-copy1"),
+)
+NUM_CORE = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    data: "mixture" or one domain. rows: windows of an optimiser step. pool_rows: windows of a forward pass, among
+    which experts choose. experts_rate, router_rate: what the learning rate is multiplied by there. conversion,
+    config: options of the converter and config fields that replace the arm's.
+    """
+
+    arm: str
+    seed: int = 0
+    part: str = "main"
+    label: str = ""
+    data: str = "mixture"
+    parent: str = "stories260K"
+    steps: int = 200
+    rows: int = 32
+    pool_rows: int = 32
+    learning_rate: float = 1e-3
+    experts_rate: float = 1.0
+    router_rate: float = 1.0
+    conversion: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of the run among all runs, and of its file."""
+        return ".".join(filter(None, (self.part, self.data, self.arm, self.label, f"seed{self.seed}")))
+
+    @property
+    def group(self) -> str:
+        """The same for all seeds."""
+        return self.name.rpartition(".")[0]
+
+    def recipe(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def main_runs(seeds: tuple[int, ...] = (0, 1, 2), arms: tuple[str, ...] = MAIN, **recipe: Any) -> list[Run]:
+    """The main comparison: every seed of the core arms, then every seed of the others."""
+    parts = (arms[:NUM_CORE], arms[NUM_CORE:])
+    return [Run(arm, seed, **recipe) for part in parts for seed in seeds for arm in part]
+
+
+def domain_runs() -> Iterator[Run]:
+    """One domain at a time."""
+    for domain in DOMAINS:
+        for arm in ("dense", "tc-copy2", "ec-blend", "ec-copy2"):
+            yield from (Run(arm, seed, "domain", data=domain) for seed in range(3))
+
+
+def ablation_runs() -> Iterator[Run]:
+    """One change at a time, two seeds."""
+    for part, label, arm, change in _ablations():
+        yield from (Run(arm, seed, part, label, **change) for seed in range(2))
+
+
+def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Part, label, arm, change."""
+    # Where token choice led the prototype: what turns it round?
+    for rate in (0.5, 2.0, 4.0):
+        yield "rates", f"experts-x{rate:g}", "ec-blend", {"experts_rate": rate}
+        yield "rates", f"experts-x{rate:g}", "tc-copy2", {"experts_rate": rate}
+    for rate in (0.0, 0.1, 10.0):
+        for arm in ("ec-blend", "ec-copy2", "tc-copy2"):
+            yield "rates", f"router-x{rate:g}", arm, {"router_rate": rate}
+    for rate in (3e-4, 3e-3):
+        for arm in ("dense", "tc-copy2", "ec-blend"):
+            yield "rates", f"all-{rate:g}", arm, {"learning_rate": rate}
+    yield "scores", "softmax", "ec-blend", {"config": {"router_score_function": "softmax"}}
+    yield "scores", "softmax", "ec-shared", {"config": {"router_score_function": "softmax"}}
+    yield "scores", "sigmoid", "ec-copy2", {"config": {"router_score_function": "sigmoid"}}
+    for arm in ("ec-blend", "tc-copy2"):
+        yield "scores", "centroid", arm, {"conversion": {"router": "centroid"}}
+    for capacity in (0.5, 2.0):
+        yield "capacity", f"c{capacity:g}", "ec-blend", {"conversion": {"capacity_factor": capacity}}
+    for least, most in ((0, None), (0, 2), (1, 2), (1, 4)):
+        bounds = {"min_experts_per_token": least, "max_experts_per_token": most}
+        yield "bounds", f"{least}-{most or 'E'}", "ec-copy1", {"config": bounds}
+    for experts in (4, 16, 32):
+        for arm in ("ec-blend", "ec-copy2", "tc-copy2"):
+            yield "experts", f"E{experts}", arm, {"conversion": {"num_experts": experts}}
+    for layers in ("every-second", "last-half"):
+        for arm in ("ec-blend", "tc-copy2"):
+            yield "layers", layers, arm, {"conversion": {"layers": layers}}
+    # Steps of 64k tokens, gathered from forward passes of 2k, 8k or all of them.
+    for pool_rows in (16, 64, 512):
+        for arm in ("ec-blend", "ec-copy2"):
+            yield "pool", f"{pool_rows // 8}k", arm, {"steps": 40, "rows": 512, "pool_rows": pool_rows}
+    yield "pool", "8k", "tc-copy2", {"steps": 40, "rows": 512, "pool_rows": 64}
+    for arm in ("dense", "tc-copy2", "ec-blend", "ec-copy2"):
+        yield "longer", "1200-steps", arm, {"steps": 1200}
+
+
+def quick_runs() -> list[Run]:
+    """A quarter of an hour on an idle core: the core arms, half of the steps, no BLiMP."""
+    return main_runs(arms=MAIN[:NUM_CORE], steps=100)
+
+
+def all_runs() -> list[Run]:
+    return [*main_runs(), *ablation_runs(), *domain_runs()]

@@ -1,0 +1,130 @@
+"""Tables and plots of the runs that are there."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ..machine import RESULTS
+from .grid import ARMS, MAIN, TOKEN_CHOICE
+from .tables import Groups, ablation_table, curve_loss, differences, domain_table, grouped, main_table, routes_table
+
+ROOT = Path(__file__).parents[2]
+PARTS = {
+    "rates": "Learning rates of experts, router and all",
+    "scores": "Scores and router",
+    "capacity": "Capacity factor",
+    "bounds": "Bounds on the experts of a token",
+    "experts": "Number of experts",
+    "layers": "Sparse layers",
+    "pool": "Pool, in steps of 64k tokens",
+    "longer": "Six times the steps",
+}
+COLORS = {"dense": "#6b7280", "tc": "#d97706", "ec": "#2563eb", "th": "#059669"}
+DASHES = {"copy2": "-", "blend": "--", "shared": ":", "copy1": "-.", "": "-", "matched": ":"}
+
+
+def write(results: dict[str, dict[str, Any]], quick: bool) -> list[Path]:
+    """The card with all tables, and the plot; a quick version's stay beside its runs."""
+    groups = grouped(results.values())
+    if quick:
+        card, plot = RESULTS / "quality-quick" / "README.md", RESULTS / "quality-quick" / "quality.png"
+    else:
+        card, plot = ROOT / "model_cards" / "stories260K.md", ROOT / "docs" / "quality.png"
+    picture = "quality.png" if quick else "../docs/quality.png"
+    card.write_text(render(groups, picture), encoding="utf-8")
+    return [card, *draw(groups, plot)]
+
+
+def render(groups: Groups, picture: str) -> str:
+    """The card's Markdown."""
+    some = next(iter(next(iter(groups.values())).values()))
+    machine, versions = some["machine"], some["machine"]["versions"]
+    recipe = some["recipe"]
+    parts = [
+        "# stories260K: what expert choice buys, measured causally\n",
+        f"`python -m benchmarks quality`; every run is a file in benchmarks/results. {machine['processor']}, "
+        f"{some['threads']} thread{'s' if some['threads'] > 1 else ''}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {some['commit']}. Rendered from those files, by hand in nothing.\n",
+        f"Losses are nats per token of held-out documents, routed as inference routes: causal. All arms see the same "
+        f"{recipe['rows'] * 128:,} tokens in each step ({recipe['steps']} steps unless said), seed by seed; "
+        "± is half the range over seeds, in brackets stand the least and the largest. Arms with as many FFNs per token "
+        "have the same active FLOPs, and are compared with token choice from copies (top-1 or top-2, balance loss "
+        "0.01, dropless).\n",
+    ]
+    for data in dict.fromkeys(key[1] for key in groups if key[0] in ("main", "domain")):
+        part = "main" if data == "mixture" else "domain"
+        title = "The mixture of four domains" if data == "mixture" else f"{data.capitalize()} alone"
+        parts += [f"## {title}\n", main_table(groups, data, part) + "\n"]
+        parts += [routes_table(groups, data, part) + "\n", domain_table(groups, data, part) + "\n"]
+        if data == "mixture":
+            parts += [f"![Loss against tokens and seconds]({picture})\n", _words(groups)]
+    for part, title in PARTS.items():
+        if any(key[0] == part for key in groups):
+            parts += [f"## {title}\n", ablation_table(groups, part) + "\n"]
+    return "\n".join(parts)
+
+
+def _words(groups: Groups) -> str:
+    """What the columns mean, and which arms lose, from the figures alone."""
+    columns = (
+        '"Tokens fewer" and "seconds fewer": token choice\'s over ours until its final loss is reached, between '
+        "checkpoints and under the same schedule, whose end favours none. Gap: causal minus top-k loss, the "
+        'same pool as in training. "Averaged thresholds": what the loss rises by with the thresholds of training in '
+        "place of calibrated ones. Load: of each expert over its share, least and most. Mutual information: of expert "
+        "and domain, nats, at most 1.386.\n"
+    )
+    lost = []
+    for arm in MAIN:
+        peer = TOKEN_CHOICE[ARMS[arm].ffns]
+        ours, theirs = (groups.get(("main", "mixture", name, ""), {}) for name in (arm, peer))
+        found = differences(ours, theirs)
+        if arm.startswith(("ec", "th")) and found and statistics.fmean(found) > 0:
+            lost.append(f"{ARMS[arm].title} ({ARMS[arm].ffns} FFNs) by {statistics.fmean(found):.4f}")
+    if not lost:
+        return columns
+    return f"{columns}\nWhere it loses to token choice of the same active FLOPs, on the mean: {'; '.join(lost)}.\n"
+
+
+def draw(groups: Groups, path: Path) -> list[Path]:
+    """The main comparison's curves, means over seeds: loss minus the dense model's at the same tokens, and loss over
+    seconds of training."""
+    from matplotlib.figure import Figure
+
+    found = {arm: groups["main", "mixture", arm, ""] for arm in MAIN if ("main", "mixture", arm, "") in groups}
+    if "dense" not in found:
+        return []
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for arm, by_seed in found.items():
+        short, _, init = arm.partition("-")
+        style = {"color": COLORS[short], "linestyle": DASHES[init], "label": f"{ARMS[arm].title} ({ARMS[arm].ffns})"}
+        tokens, seconds, losses = mean_curve(by_seed)
+        right.plot(seconds[1:], losses[1:], **style)
+        shared = {seed: by_seed[seed] for seed in by_seed.keys() & found["dense"].keys()}
+        if ARMS[arm].matched or not shared:
+            continue  # its checkpoints lie at other numbers of tokens
+        dense = mean_curve({seed: found["dense"][seed] for seed in shared})[2]
+        ours = mean_curve(shared)[2]
+        left.plot([t / 1e6 for t in tokens], [a - b for a, b in zip(ours, dense, strict=True)], **style)
+    left.set(xlabel="million tokens", ylabel="nats per token", title="Causal loss minus the dense model's")
+    right.set(xlabel="seconds of training", ylabel="nats per token", title="Causal loss")
+    right.set_yscale("log")
+    right.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=7, title="FFNs per token in brackets", title_fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return [path]
+
+
+def mean_curve(by_seed: dict[int, dict[str, Any]]) -> tuple[list[int], list[float], list[float]]:
+    """Tokens, mean seconds and mean loss at each checkpoint."""
+    curves = [result["curve"] for result in by_seed.values()]
+    points = list(zip(*curves, strict=True))
+    return (
+        [same[0]["tokens"] for same in points],
+        [statistics.fmean(point["seconds"] for point in same) for same in points],
+        [statistics.fmean(curve_loss(point) for point in same) for same in points],
+    )

@@ -1,0 +1,287 @@
+"""The parts of `python -m benchmarks quality` that decide what is run, compared and printed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_dense, write_text
+
+from benchmarks.quality import command, data, execute, grid, measure, report, store, tables, train
+from benchmarks.quality.grid import ARMS, Run
+
+
+def result(run: Run, losses: list[float], final: float | None = None, **more: Any) -> dict[str, Any]:
+    """A run's file, with a curve of 100 tokens and one second for each checkpoint."""
+    curve = [{"step": i, "tokens": 100 * i, "seconds": float(i), "losses": {"a": x}} for i, x in enumerate(losses)]
+    found = {"loss": losses[-1] if final is None else final, "losses": {"a": losses[-1]}, "losses_elsewhere": {}}
+    machine = {"processor": "one", "versions": {"torch": "2", "transformers": "5"}}
+    return {
+        "name": run.name,
+        "recipe": run.recipe(),
+        "steps": run.steps,
+        "commit": "c",
+        "machine": machine,
+        "threads": 1,
+        "parameters": {"total": 2, "active": 1},
+        "curve": curve,
+        "step_seconds": 1.0,
+        "final": found | more,
+    }
+
+
+def test_names_are_unique_and_quick_runs_are_main_runs() -> None:
+    names = [run.name for run in grid.all_runs()]
+    assert len(names) == len(set(names)) > 100
+    quick = grid.quick_runs()
+    assert {run.name for run in quick} <= set(names)  # apart by their folder
+    assert {run.arm for run in quick} == set(grid.MAIN[: grid.NUM_CORE])
+
+
+def test_arms_of_equal_flops() -> None:
+    """FFNs per token: routed ones, and the shared expert that `blend` and `shared` keep."""
+    for name, arm in ARMS.items():
+        if arm.init is not None:
+            assert arm.ffns == arm.routed + (arm.init in ("blend", "shared")), name
+    assert {ARMS[name].ffns for name in grid.MAIN} == {1, 2} == set(grid.TOKEN_CHOICE)
+
+
+def test_the_core_of_the_grid_comes_first_with_every_seed() -> None:
+    runs = grid.main_runs()
+    core = runs[: 3 * grid.NUM_CORE]
+    assert {(run.arm, run.seed) for run in core} == {(a, s) for a in grid.MAIN[: grid.NUM_CORE] for s in range(3)}
+    assert len({run.arm for run in core[: grid.NUM_CORE]}) == grid.NUM_CORE  # whole comparisons, seed by seed
+
+
+def test_documents_are_held_out_and_none_is_lost() -> None:
+    documents = [str(number) for number in range(50)]
+    train_part, held_out = data.split(documents)
+    assert len(held_out) == 5 and sorted(train_part + held_out) == sorted(documents)
+    assert data.split(documents) == (train_part, held_out)
+
+
+def test_windows_are_the_documents_end_to_end() -> None:
+    def tokenizer(text: str, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": [1, *map(int, text)]}
+
+    found = data.windows(tokenizer, ["23", "4567", "8"], length=3)
+    assert found.tolist() == [[1, 2, 3], [1, 4, 5], [6, 7, 1]]
+    assert data.windows(tokenizer, ["23", "4567", "8"], most=2, length=3).tolist() == [[1, 2, 3], [1, 4, 5]]
+
+
+def test_training_batches_share_out_domains_and_go_through_all() -> None:
+    pools = {"a": torch.arange(6)[:, None], "b": torch.arange(100, 104)[:, None]}
+    batches = [batch.flatten().tolist() for batch in data.training_batches(pools, rows=4, steps=3, seed=0)]
+    assert all([row >= 100 for row in batch] == [False, True, False, True] for batch in batches)
+    assert sorted(row for batch in batches for row in batch if row < 100) == list(range(6))
+    of_b = [row for batch in batches for row in batch if row >= 100]
+    assert sorted(of_b[:4]) == [100, 101, 102, 103]  # then it begins again
+    again = data.training_batches(pools, rows=4, steps=3, seed=0)
+    assert [batch.flatten().tolist() for batch in again] == batches
+    other = data.training_batches(pools, rows=4, steps=3, seed=1)
+    assert [batch.flatten().tolist() for batch in other] != batches
+    with pytest.raises(ValueError, match="rows=3"):
+        next(data.training_batches(pools, rows=3, steps=1, seed=0))
+
+
+def test_library_modules_are_found() -> None:
+    train_part, held_out = data.read_domain("code", Path())
+    assert len(train_part) > 100 and held_out and not set(train_part) & set(held_out)
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    factors = [train.learning_rate_factor(step, 200) for step in range(200)]
+    peak = factors.index(max(factors))
+    assert factors[:peak] == sorted(factors[:peak]) and factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert max(factors) == 1 and 0 < factors[0] < 0.1 and 0 <= factors[-1] < 0.001
+    assert train.learning_rate_factor(0, 1) == 1  # too short to warm up
+
+
+def test_checkpoints_begin_and_end() -> None:
+    steps = train.checkpoint_steps(100)
+    assert {0, 100} <= steps and len(steps) == train.CHECKPOINTS + 1
+
+
+def test_parameter_groups_hold_every_parameter_once() -> None:
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"gate": torch.nn.Linear(2, 2, bias=False)})})
+    model["mlp"]["experts"] = torch.nn.Linear(2, 3, bias=False)
+    model["head"] = torch.nn.Linear(2, 4, bias=False)
+    groups = train.parameter_groups(model, Run("ec-blend", learning_rate=0.5, experts_rate=2.0, router_rate=0.0))
+    assert [(group["lr"], group["params"][0].numel()) for group in groups] == [(0.0, 4), (1.0, 6), (0.5, 8)]
+
+
+def test_movement() -> None:
+    """By part, relative to what it was; a SwiGLU's own gate_proj is no router."""
+    model = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"gate": torch.nn.Linear(2, 1, bias=False)})})
+    model["mlp"]["experts"] = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2, 3))])  # two experts
+    model["mlp"]["gate_proj"] = torch.nn.Linear(2, 2, bias=False)
+    layers = torch.nn.ModuleDict({"layer": model})
+    before = measure.copied_weights(layers)
+    with torch.no_grad():
+        model["mlp"]["gate"].weight *= 1.5
+        model["mlp"]["experts"][0][0] *= 3
+    found = measure.movement(layers, before)
+    expected = {"router": 0.5, "experts": math.sqrt(12 / 6), "rest": 0, "experts_apart": 0.5}
+    assert found == pytest.approx(expected)
+    model["mlp"]["experts"][0].data[0] /= 3
+    assert measure.movement(layers, before)["experts_apart"] == 0
+
+
+def test_mutual_information() -> None:
+    assert measure.mutual_information(torch.tensor([[2, 2], [6, 6]])) == pytest.approx(0, abs=1e-12)
+    assert measure.mutual_information(torch.eye(4)) == pytest.approx(math.log(4))
+    assert measure.mutual_information(torch.tensor([[3, 0], [0, 1]])) == pytest.approx(0.5623, abs=1e-4)
+
+
+def test_a_finished_run_is_kept_until_its_recipe_changes(tmp_path: Path) -> None:
+    run = Run("ec-blend", 1, conversion={"num_experts": 4})
+    assert not store.finished(tmp_path, run)
+    store.save(tmp_path, run, result(run, [3.0, 2.123456789]))
+    assert store.finished(tmp_path, run) and not list(tmp_path.glob("*.unfinished"))
+    assert store.read(tmp_path)[run.name]["final"]["loss"] == 2.123457
+    assert not store.finished(tmp_path, Run("ec-blend", 1, conversion={"num_experts": 8}))
+    assert not store.finished(tmp_path, Run("ec-blend", 2, conversion={"num_experts": 4}))
+
+
+def test_a_killed_grid_goes_on(tmp_path: Path) -> None:
+    runs = grid.main_runs((0,), ("dense", "tc-copy2", "ec-blend"))
+    done: list[str] = []
+
+    class Bench:
+        def execute(self, run: Run) -> dict[str, Any]:
+            if len(done) == 2 and run.arm == "ec-blend":
+                done.append("killed")
+                raise KeyboardInterrupt
+            done.append(run.arm)
+            return result(run, [2.0])
+
+    with pytest.raises(KeyboardInterrupt):
+        command.run_missing(Bench(), runs, tmp_path)  # type: ignore[arg-type]
+    command.run_missing(Bench(), runs, tmp_path)  # type: ignore[arg-type]
+    assert done == ["dense", "tc-copy2", "killed", "ec-blend"]
+    assert len(store.read(tmp_path)) == 3
+
+
+def test_reach_is_where_the_curve_first_comes_down() -> None:
+    curve = result(Run("dense"), [4.0, 3.0, 3.5, 2.0])["curve"]
+    assert tables.reach(curve, 3.5) == 50
+    assert tables.reach(curve, 2.5, "seconds") == pytest.approx(2 + 2 / 3)
+    assert tables.reach(curve, 1.9) is None
+    assert tables.reach(curve, 4.0) == 0
+
+
+def test_differences_are_of_the_same_seed() -> None:
+    ours = {seed: result(Run("ec-blend", seed), [2.0 + seed]) for seed in (0, 1, 2)}
+    theirs = {seed: result(Run("tc-copy2", seed), [1.5 + seed]) for seed in (1, 2, 3)}
+    assert tables.differences(ours, theirs) == [0.5, 0.5]
+    assert tables.signed([0.5, -0.1]) == "+0.2000 (-0.1000 to +0.5000)"
+    assert tables.signed([]) == "" and tables.mean_and_spread([1.0]) == "1.0000"
+    assert tables.mean_and_spread([1.0, 2.0, 1.5]) == "1.5000 ± 0.5000"
+
+
+def test_the_card_says_where_expert_choice_loses(tmp_path: Path) -> None:
+    """And not where it wins; both follow from the figures."""
+    losses = {"dense": 2.5, "tc-copy2": 2.0, "ec-blend": 2.25, "ec-copy2": 1.75}
+    results = [result(Run(arm, seed), [3.0, loss]) for arm, loss in losses.items() for seed in (0, 1)]
+    groups = tables.grouped(results)
+    card = report.render(groups, "plot.png")
+    assert "expert choice, blend (2 FFNs) by 0.2500" in card and "copy (2 FFNs) by" not in card
+    (row,) = [line for line in tables.main_table(groups).splitlines() if line.startswith("| expert choice, copy |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4:8] == ["1.7500 ± 0.0000", "-0.7500 (-0.7500 to -0.7500)", "-0.2500 (-0.2500 to -0.2500)", "1.25"]
+    (plot,) = report.draw(groups, tmp_path / "plot.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert report.draw({key: found for key, found in groups.items() if key[2] != "dense"}, plot) == []
+
+
+def test_an_unchanged_arm_of_another_recipe_is_no_comparison() -> None:
+    base, change = Run("ec-blend"), Run("ec-blend", part="rates", label="x", experts_rate=2.0)
+    longer = Run("ec-blend", part="longer", label="y", steps=2 * base.steps)
+    groups = tables.grouped([result(base, [2.0]), result(change, [1.5]), result(longer, [1.5])])
+    assert "| -0.5000 |" in tables.ablation_table(groups, "rates")
+    assert "-0.5000" not in tables.ablation_table(groups, "longer")
+
+
+def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments, expected in (
+        (["--parts", "mian"], "parts=mian"),
+        (["--data", str(tmp_path / "nowhere")], "data="),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(arguments)
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert stopped.value.code == 2 and expected in line
+
+
+def test_recipes_are_json() -> None:
+    for run in grid.all_runs():
+        assert json.loads(json.dumps(run.recipe()))["arm"] in ARMS
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> execute.Bench:
+    """A tiny random parent, and a little English in place of every domain."""
+    folder = tmp_path_factory.mktemp("data")
+    write_dense(folder / "stories260K" / "hf", "Llama")
+    documents = write_text(folder / "text.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "read_domain", lambda domain, _: data.split(documents))
+        patch.setattr(data, "HELD_OUT_WINDOWS", 4)
+        patch.setattr(data, "CALIBRATION_WINDOWS", 8)
+        return execute.Bench(folder, train_windows=16, pairs_per_file=0)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_runs_and_is_measured(arm: str, bench: execute.Bench, tmp_path: Path) -> None:
+    run = Run(arm, steps=2, rows=8, pool_rows=4)
+    store.save(tmp_path, run, bench.execute(run))
+    (found,) = store.read(tmp_path).values()
+    assert found["curve"][0]["tokens"] == 0
+    assert found["curve"][-1]["tokens"] == found["steps"] * 8 * data.LENGTH
+    assert set(found["final"]["losses"]) == set(data.MIXTURE) and set(found["final"]["losses_elsewhere"]) == {"stories"}
+    assert tables.curve_loss(found["curve"][-1]) < tables.curve_loss(found["curve"][0])
+    routed = ARMS[arm].init is not None
+    assert ("routes" in found["final"]) == routed == ("experts" in found["movement"])
+    assert ("gap" in found["final"]) == (routed and not arm.startswith("tc"))
+    if routed:
+        shares = torch.tensor(found["final"]["routes"]["domain_shares"])
+        assert shares.shape == (2, 8, 4)
+    if arm.startswith("tc"):
+        assert found["final"]["routes"]["experts_per_token"] == ARMS[arm].routed
+
+
+def test_equal_active_parameters_where_flops_are_equal(bench: execute.Bench) -> None:
+    """Within the router, of arms with as many FFNs per token; and dense-matched's steps make up for one FFN."""
+    active = {arm: bench.build(Run(arm))[1] for arm in ("dense", "tc-copy2", "ec-blend", "ec-shared", "ec-copy1")}
+    assert active["tc-copy2"]["active"] == active["ec-blend"]["active"] == active["ec-shared"]["active"]
+    routers = active["ec-copy1"]["active"] - active["dense"]["active"]
+    assert active["tc-copy2"]["active"] == active["dense"]["active"] + active["dense"]["ffn"] + routers
+    steps = bench.steps_of(Run("dense-matched", steps=100), active["dense"])
+    assert steps * active["dense"]["active"] == pytest.approx(100 * (active["tc-copy2"]["active"] - routers), rel=0.01)
+
+
+@pytest.mark.parametrize("arm", [name for name in ARMS if name.startswith(("ec", "tc-copy"))])
+def test_arms_begin_where_the_parent_is(arm: str, bench: execute.Bench) -> None:
+    rows = bench.windows["prose"].held_out
+    expected = measure.row_losses(bench.build(Run("dense"))[0], rows)
+    assert torch.allclose(measure.row_losses(bench.build(Run(arm))[0], rows), expected, atol=1e-5)
+
+
+def test_training_thresholds_survive_a_checkpoint(bench: execute.Bench) -> None:
+    model = bench.build(Run("th-blend"))[0]
+    gate = model.model.layers[0].mlp.gate
+    before = gate.threshold.clone(), gate.threshold_updates.clone()
+    with measure.kept_thresholds(model):
+        measure.calibrate(model, {"prose": bench.windows["prose"].calibration}, 4)
+        assert not torch.equal(gate.threshold, before[0])
+    assert torch.equal(gate.threshold, before[0]) and torch.equal(gate.threshold_updates, before[1])
+
+
+def test_windows_of_all_parts_are_apart(bench: execute.Bench) -> None:
+    for windows in bench.windows.values():
+        parts = [
+            {tuple(row) for row in part.tolist()} for part in (windows.train, windows.calibration, windows.held_out)
+        ]
+        assert len(windows.train) == 16 and not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
