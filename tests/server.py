@@ -56,6 +56,7 @@ def attention(
     scaling: float | None = None,
     forward_batch: Requests | None = None,
     attention_instances: dict[int, str] | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query, key, value [1, heads, T, head size] -> [T, heads * head size]; the server's keywords have come here."""
@@ -72,6 +73,8 @@ def attention(
         forward_batch.cache[name, module.layer_idx] = keys, values
         groups = query.shape[1] // keys.shape[0]
         visible = torch.ones(length, keys.shape[1], dtype=torch.bool).tril(keys.shape[1] - length)
+        if sliding_window is not None:
+            visible = visible.triu(keys.shape[1] - length - sliding_window + 1)
         outputs.append(
             nn.functional.scaled_dot_product_attention(
                 query[0, :, own],
@@ -98,8 +101,9 @@ class Server:
         self._replace(self.model, config.num_experts_per_tok)
         self.model.to_empty(device="cpu")
         with torch.no_grad():  # what no checkpoint holds
-            rotary = self.model.rotary_emb
-            rotary.inv_freq.copy_(type(rotary)(config).inv_freq)
+            computed = dict(type(self.model.rotary_emb)(config).named_buffers())
+            for name, buffer in self.model.rotary_emb.named_buffers():
+                buffer.copy_(computed[name])
         self._load(load_file(folder / "model.safetensors"))
         self.requests = Requests()
         self.positions: dict[str, int] = {}
