@@ -44,7 +44,7 @@ def render(groups: Groups, picture: str) -> str:
         "# stories260K: what expert choice buys, measured causally\n",
         f"`python -m benchmarks quality`; every run is a file in benchmarks/results. {machine['processor']}, "
         f"{some['threads']} thread{'s' if some['threads'] > 1 else ''}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, commit {some['commit']}..\n",
+        f"{versions['transformers']}, commit {some['commit']}.\n",
         f"Losses are nats per token of held-out documents, routed as inference routes: causal. All arms see the same "
         f"{recipe['rows'] * 128:,} tokens in each step ({recipe['steps']} steps unless said), seed by seed; "
         "± is half the range over seeds, in brackets stand the least and the largest. Arms with as many FFNs per token "
