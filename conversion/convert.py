@@ -22,7 +22,7 @@ from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 from .card import render_card
 from .errors import ConversionError
 from .estimate import estimate, parameters
-from .hub import check_hub, push
+from .hub import check_hub
 from .measure import estimated_thresholds, measured_router, one_per_replica
 from .plan import Plan, plan_conversion
 from .router import read_prompts
@@ -30,7 +30,7 @@ from .sample import check_same_tokenizer, load_tokenizer, read_documents, sample
 from .settings import Settings
 from .source import Digests, Source
 from .verify import TOLERANCE, check, compare
-from .workspace import Workspace, sweep
+from .workspace import Workspace, produce, sweep
 from .writer import overwrite_tensors, parse_size, write_shards, write_whole
 
 RECORD_NAME = "ecmoe_conversion.json"
@@ -136,14 +136,12 @@ def convert(
     }
     options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
     purpose = record | options | {"files": fingerprints(sources, text, router_prompts)}
-    try:
-        with Workspace(target, purpose) as work:
-            _fill(plan, work, shard_size, texts, prompts, device, verify, record)
-            work.finish()
-    except OSError as error:
-        raise ConversionError(f"destination={target} cannot be written: {error}") from error
-    if push_to_hub:
-        push(target, push_to_hub)
+    produce(
+        target,
+        purpose,
+        lambda work: _fill(plan, work, shard_size, texts, prompts, device, verify, record),
+        push_to_hub,
+    )
     return record
 
 

@@ -30,12 +30,12 @@ from .convert import (
 )
 from .errors import ConversionError
 from .fit import fit
-from .hub import check_hub, push
+from .hub import check_hub
 from .plain import PlainPlan, plan_plain
 from .source import Digests, Source
 from .targets import fields_for_older_tools
 from .verify import TOLERANCE, greedy_texts, side_by_side
-from .workspace import Workspace
+from .workspace import Workspace, produce
 from .writer import parse_size, write_shards, write_whole
 
 
@@ -92,15 +92,9 @@ def export_plain(
     texts = read_texts(held, plan.source_config, text, seed) if verify else None
     if push_to_hub:
         check_hub(push_to_hub)
-    purpose = record | {"max_shard_size": max_shard_size, "device": device, "verify": verify}
-    try:
-        with Workspace(target, purpose | {"files": fingerprints([held], text)}) as work:
-            _fill(plan, work, shard_size, texts, device, record)
-            work.finish()
-    except OSError as error:
-        raise ConversionError(f"destination={target} cannot be written: {error}") from error
-    if push_to_hub:
-        push(target, push_to_hub)
+    options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
+    purpose = record | options | {"files": fingerprints([held], text)}
+    produce(target, purpose, lambda work: _fill(plan, work, shard_size, texts, device, record), push_to_hub)
     return record
 
 

@@ -8,16 +8,6 @@ from torch import Tensor
 from .plan import Plan, generator_of
 from .router import INPUT_TOKENS, centroid_rows, ffn_inputs, norm_inputs, rescaled_rows, thresholds_of
 
-# What the FFN's input is normalised by, where it is not post_attention_layernorm. OLMo-2 and OLMo-3 normalise what
-# comes out of attention and FFN instead.
-_NORMS = {
-    "gemma2": "pre_feedforward_layernorm",
-    "gemma3_text": "pre_feedforward_layernorm",
-    "cohere2": "input_layernorm",
-    "olmo2": None,
-    "olmo3": None,
-}
-_ADDS_ONE = ("gemma2", "gemma3_text")  # their norms multiply by 1 + weight
 # Sampling alone moves a load by a tenth then; more tokens would take longer than writing the shards.
 ESTIMATE_TOKENS = 1_024
 
@@ -96,17 +86,18 @@ def _scale_and_shift(plan: Plan, layer: int) -> tuple[Tensor, Tensor]:
     Without a norm before the FFN its input is the sum of the embedding and of the normalised outputs of every layer
     before; the sum of independent ones, for want of better.
     """
-    source, family = plan.sources[0], plan.config.model_type.removeprefix("ecmoe_")
+    source = plan.sources[0]
+    config: Any = plan.config
 
     def read(name: str, otherwise: float) -> Tensor:
         if name in source.headers:
             return source.read(name).float()
-        return torch.full((plan.config.hidden_size,), otherwise)
+        return torch.full((config.hidden_size,), otherwise)
 
-    norm = _NORMS.get(family, "post_attention_layernorm")
-    if norm is not None:
-        prefix = f"{_layer(plan, layer)}.{norm}"
-        return read(f"{prefix}.weight", 1) + (family in _ADDS_ONE), read(f"{prefix}.bias", 0)
+    ffn = config.dense_ffn
+    if ffn.norm is not None:
+        prefix = f"{_layer(plan, layer)}.{ffn.norm}"
+        return read(f"{prefix}.weight", 1) + ffn.norm_adds_one, read(f"{prefix}.bias", 0)
     embedding = next(name for name in sorted(source.headers) if "embed_tokens" in name)
     variance_D = source.read(embedding, 0, ESTIMATE_TOKENS).float().square().mean(0)
     after = [

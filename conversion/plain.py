@@ -17,21 +17,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 import modeling_ecmoe
 
 from .errors import ConversionError
 from .plan import PlannedTensor
-from .source import DTYPES, Source, read_json
+from .source import DTYPES, Source
 from .targets import EMPTY_WIDTH, Target, plain_config, target_of
 
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 _BUFFERS = (".mlp.gate.threshold", ".mlp.gate.threshold_updates")
-# Verbatim tensors are copied in pieces of this size, so that an embedding of any size costs no more memory.
-_PIECE_BYTES = 1 << 26
 # By score a token takes up to so many times its mean number of experts, unless the user says otherwise.
 _ROOM_BY_SCORE = 4
 
@@ -151,25 +148,13 @@ def read_expert_choice_config(source: Source) -> Any:
     Raises:
         ConversionError: for any other checkpoint.
     """
-    path = source.folder / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"source={source.folder} is no checkpoint: config.json is missing")
-    raw = read_json(path)
-    known = {config.model_type for config in modeling_ecmoe.MODEL_CLASSES}
-    if raw.get("model_type") not in known:
+    model_type, known = source.config_fields().get("model_type"), [c.model_type for c in modeling_ecmoe.MODEL_CLASSES]
+    if model_type not in known:
         raise ConversionError(
-            f"source={source.folder} has model_type={raw.get('model_type')}, and --to takes an expert-choice "
-            f"checkpoint ({', '.join(sorted(known))}); without --to a dense one becomes that"
+            f"source={source.folder} has model_type={model_type}, and --to takes an expert-choice checkpoint "
+            f"({', '.join(sorted(known))}); without --to a dense one becomes that"
         )
-    if raw.get("quantization_config"):
-        raise ConversionError(
-            f"source={source.folder} is quantised (quantization_config); give the unquantised checkpoint"
-        )
-    try:
-        return AutoConfig.from_pretrained(source.folder)
-    except (StrictDataclassError, ValueError, TypeError, ArithmeticError, LookupError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise ConversionError(f"{path} is no valid {raw['model_type']} config: {reason}") from error
+    return source.config()
 
 
 def _expected(source: Source, config: Any) -> list[str]:
@@ -182,15 +167,9 @@ def _expected(source: Source, config: Any) -> list[str]:
         model = modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"](config)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     expected = {name: tuple(like.shape) for name, like in model.state_dict().items() if name not in tied}
-    for name, shape in expected.items():
-        header = source.headers.get(name)
-        if header is None:
-            raise ConversionError(f"source={source.folder} lacks the tensor {name}; is it a complete checkpoint?")
-        if header.shape != shape:
-            raise ConversionError(
-                f"{name} has shape {list(header.shape)}, config.json promises {list(shape)}; they do not belong "
-                "together"
-            )
+    source.check(expected)
+    for name in expected:
+        header = source.headers[name]
         if header.dtype not in DTYPES and not name.endswith(_BUFFERS):
             raise ConversionError(f"{name} has dtype {header.dtype}; only float32, bfloat16 and float16 can be written")
     surplus = sorted(source.headers.keys() - expected.keys() - tied)
@@ -229,14 +208,7 @@ class _Maker:
 
     def _verbatim(self, name: str) -> PlannedTensor:
         header = self.source.headers[name]
-        dtype, num_rows = DTYPES[header.dtype], header.shape[0]
-        rows_at_once = max(1, _PIECE_BYTES * num_rows // (torch.Size(header.shape).numel() * dtype.itemsize))
-
-        def pieces() -> Iterator[Tensor]:
-            for start in range(0, num_rows, rows_at_once):
-                yield self.source.read(name, start, min(start + rows_at_once, num_rows))
-
-        return PlannedTensor(name, header.shape, dtype, pieces)
+        return PlannedTensor(name, header.shape, DTYPES[header.dtype], lambda: self.source.pieces(name))
 
     def _router(self, name: str, written: str) -> Iterator[PlannedTensor]:
         """The rows, with zeros for idle experts, and the bias where scores have one.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
@@ -21,7 +21,7 @@ from .dense import Part, ffn_parts, is_unread, parts_of_stack, why_not
 from .errors import ConversionError
 from .initialisations import ExpertMatrix, config_fields, num_shared_neurons
 from .settings import Settings
-from .source import DTYPES, Source, read_json
+from .source import DTYPES, Source, last_line
 
 # The dense model_type of each family -> its expert-choice config class.
 FAMILIES = {config.model_type.removeprefix("ecmoe_"): config for config in modeling_ecmoe.MODEL_CLASSES}
@@ -30,8 +30,6 @@ FAMILIES = {config.model_type.removeprefix("ecmoe_"): config for config in model
 _FREE_FIELDS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
 # What only this family reads; the conversion's options and initialisation set it.
 _EXPERT_CHOICE_FIELDS = [field.name for field in dataclasses.fields(EcMoeConfigMixin)] + ["num_experts_per_tok"]
-# Verbatim tensors are copied in pieces of this size, so that an embedding of any size costs no more memory.
-_PIECE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
             dense = AutoModelForCausalLM.from_config(dense_configs[0])
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
         raise ConversionError(
-            f"{sources[0].folder / 'config.json'} describes no model that can be built: {_last_line(error)}"
+            f"{sources[0].folder / 'config.json'} describes no model that can be built: {last_line(error)}"
         ) from error
     plan = Plan(settings, config, sources[0].dtype, model, sources, [], {})
     maker = _Maker(plan, {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()})
@@ -110,39 +108,28 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
 
 def read_dense_config(source: Source) -> PreTrainedConfig:
     """A source's config, if it is of a family that can be converted."""
-    path = source.folder / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"source={source.folder} is no checkpoint: config.json is missing")
-    raw = read_json(path)
-    model_type = raw.get("model_type")
+    path, fields = source.folder / "config.json", source.config_fields()
+    model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.folder} is an expert-choice checkpoint already; give the dense one")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        reason = why_not(raw)
+        reason = why_not(fields)
         raise ConversionError(
             f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
             f"{', '.join(FAMILIES)}"
         )
-    if raw.get("use_bidirectional_attention"):
+    if fields.get("use_bidirectional_attention"):
         raise ConversionError(
             f"use_bidirectional_attention=True in {path}: its tokens see later ones, and only causal decoders can be "
             "converted; give one of those"
         )
-    if raw.get("quantization_config"):
-        raise ConversionError(
-            f"source={source.folder} is quantised (quantization_config); give the unquantised checkpoint"
-        )
     for name in ("dtype", "torch_dtype"):
-        if raw.get(name) and not isinstance(getattr(torch, str(raw[name]), None), torch.dtype):
-            raise ConversionError(f"{path}: {name}={raw[name]} is no torch dtype; write float32, bfloat16 or float16")
-    try:
-        return AutoConfig.from_pretrained(source.folder)
-    except (StrictDataclassError, ValueError, TypeError, ArithmeticError, LookupError) as error:
-        raise ConversionError(f"{path} is no valid {model_type} config: {_last_line(error)}") from error
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        if fields.get(name) and not isinstance(getattr(torch, str(fields[name]), None), torch.dtype):
+            raise ConversionError(
+                f"{path}: {name}={fields[name]} is no torch dtype; write float32, bfloat16 or float16"
+            )
+    config: PreTrainedConfig = source.config()
+    return config
 
 
 def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> PreTrainedConfig:
@@ -158,7 +145,7 @@ def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> 
     try:
         config = FAMILIES[dense.model_type](**fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConversionError(_last_line(error).removeprefix("ValueError: ")) from error
+        raise ConversionError(last_line(error).removeprefix("ValueError: ")) from error
     config.dtype = dtype
     config.architectures = [modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"].__name__]
     return config
@@ -189,9 +176,7 @@ class _Maker:
             layer, _, tensor = name.partition("shared_expert.")
             parts = [part for part in ffn_parts(self.config) if part.tensor == tensor]
             return self._planned(name, like, [layer + tensor], lambda: self._shared(layer, parts))
-        row_bytes = like.numel() // max(1, len(like)) * self.plan_.dtype.itemsize if like.dim() else 0
-        rows = max(1, _PIECE_BYTES // max(1, row_bytes))
-        return self._planned(name, like, [name], lambda: self._verbatim(name, len(like) if like.dim() else 1, rows))
+        return self._planned(name, like, [name], lambda: self._verbatim(name))
 
     def _planned(
         self, name: str, like: Tensor, read: list[str], pieces: Callable[[], Iterator[Tensor]]
@@ -201,11 +186,10 @@ class _Maker:
         dtype = DTYPES[header.dtype] if header else self.plan_.dtype
         return PlannedTensor(name, tuple(like.shape), dtype, pieces, {name: self.dense_shapes[name] for name in read})
 
-    def _verbatim(self, name: str, num_rows: int, rows_at_once: int) -> Iterator[Tensor]:
+    def _verbatim(self, name: str) -> Iterator[Tensor]:
         """The tensor as it is, or the mean of all sources, in blocks of rows."""
         sources = self.sources if self.settings.mix_attention == "average" else self.sources[:1]
-        for start in range(0, num_rows, rows_at_once):
-            blocks = [source.read(name, start, min(start + rows_at_once, num_rows)) for source in sources]
+        for blocks in zip(*(source.pieces(name) for source in sources), strict=True):
             if len(blocks) == 1:
                 yield blocks[0]
             else:
@@ -282,17 +266,9 @@ def _check_dtypes(source: Source) -> None:
 def _check_tensors(plan: Plan, source: Source) -> None:
     """Every tensor that the plan reads is there, in the size and dtype that it counts on, and there is no other."""
     expected = {name: shape for tensor in plan.tensors for name, shape in tensor.sources.items()}
-    for name, shape in expected.items():
-        header = source.headers.get(name)
-        if header is None:
-            raise ConversionError(
-                f"source={source.folder} lacks the tensor {name}; is it a complete causal language model?"
-            )
-        if header.shape != shape:
-            raise ConversionError(
-                f"{name} has shape {list(header.shape)}, config.json promises {list(shape)}; they do not belong "
-                "together"
-            )
+    source.check(expected)
+    for name in expected:
+        header = source.headers[name]
         if header.dtype != plan.sources[0].headers[name].dtype:
             raise ConversionError(
                 f"{name} has dtype {header.dtype} in {source.source} and {plan.sources[0].headers[name].dtype} in "

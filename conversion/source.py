@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,19 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from .dense import OLD_NAMES
 from .errors import ConversionError
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
+# Tensors that are copied as they are come in pieces of this size: an embedding of any size costs no more memory.
+PIECE_BYTES = 1 << 26
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 # Mistral and Llama repositories carry the same weights a second time in another layout.
@@ -67,6 +72,11 @@ _HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, Offli
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What a refusal of a config's field says; the lines before it say where."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -177,6 +187,53 @@ class Source:
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"shard {path} is damaged or truncated ({error}); fetch it again") from error
 
+    def config_fields(self) -> dict[str, Any]:
+        """What config.json says.
+
+        Raises:
+            ConversionError: when it is missing or no JSON object.
+        """
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise ConversionError(f"source={self.folder} is no checkpoint: config.json is missing")
+        return read_json(path)
+
+    def config(self) -> Any:
+        """The config of a checkpoint whose weights can be read.
+
+        Raises:
+            ConversionError: when the weights are quantised, or the config's class refuses the fields.
+        """
+        fields = self.config_fields()
+        if fields.get("quantization_config"):
+            raise ConversionError(
+                f"source={self.folder} is quantised (quantization_config); give the unquantised checkpoint"
+            )
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except (StrictDataclassError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+            raise ConversionError(
+                f"{self.folder / 'config.json'} is no valid {fields.get('model_type')} config: {last_line(error)}"
+            ) from error
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Every one of these tensors is there in that shape.
+
+        Raises:
+            ConversionError: naming the first that is not.
+        """
+        for name, shape in expected.items():
+            header = self.headers.get(name)
+            if header is None:
+                raise ConversionError(
+                    f"source={self.folder} lacks the tensor {name}; is it a complete causal language model?"
+                )
+            if header.shape != shape:
+                raise ConversionError(
+                    f"{name} has shape {list(header.shape)}, config.json promises {list(shape)}; they do not belong "
+                    "together"
+                )
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the checkpoint, read off its embedding."""
@@ -195,6 +252,18 @@ class Source:
         if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
             raise ConversionError(f"{name} of {self.source} holds NaN or infinity: it is damaged; fetch it again")
         return tensor
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as it is, in blocks of rows of `PIECE_BYTES` at most; one without dimensions whole."""
+        header = self.headers[name]
+        if not header.shape:
+            yield self.read(name)
+            return
+        num_rows = header.shape[0]
+        row_bytes = math.prod(header.shape[1:]) * DTYPES[header.dtype].itemsize
+        rows_at_once = max(1, PIECE_BYTES // max(1, row_bytes))
+        for start in range(0, num_rows, rows_at_once):
+            yield self.read(name, start, min(start + rows_at_once, num_rows))
 
     @property
     def weight_files(self) -> list[Path]:

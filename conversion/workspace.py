@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .errors import ConversionError
+from .hub import push
 from .writer import write_whole
 
 
@@ -79,3 +81,19 @@ class Workspace:
     def finish(self) -> None:
         """The checkpoint takes its name; an empty folder of that name gives way."""
         self.checkpoint.rename(self.target)
+
+
+def produce(target: Path, purpose: dict[str, Any], fill: Callable[[Workspace], None], push_to_hub: str | None) -> None:
+    """The checkpoint that `fill` makes, under its name, and on the Hub where a repository is named.
+
+    Raises:
+        ConversionError: also when the disk refuses; nothing stays then.
+    """
+    try:
+        with Workspace(target, purpose) as work:
+            fill(work)
+            work.finish()
+    except OSError as error:
+        raise ConversionError(f"destination={target} cannot be written: {error}") from error
+    if push_to_hub:
+        push(target, push_to_hub)

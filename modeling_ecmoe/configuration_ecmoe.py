@@ -26,13 +26,15 @@ from transformers import (
 
 @dataclass(frozen=True)
 class DenseFFN:
-    """What a dense family calls the matrices of its FFN, and which there are.
+    """What a dense family calls the matrices of its FFN, which there are, and what its input is normalised by.
 
     into: the matrices from the hidden size to the FFN's width: gate and up, or both fused in that order, or one alone.
     out: the matrix back.
     has_gate: y = out(act(gate x) * (up x)); without it y = out(act(up x)).
     has_bias: whether they have biases, or the config field that says so.
     dropout: the config field that says with which probability the FFN's output is dropped; None where nothing is.
+    norm: what its input is normalised by; None where attention's and FFN's outputs are normalised instead.
+    norm_adds_one: whether that norm multiplies by 1 + weight.
     """
 
     into: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -40,6 +42,8 @@ class DenseFFN:
     has_gate: bool = True
     has_bias: bool | str = False
     dropout: str | None = None
+    norm: str | None = "post_attention_layernorm"
+    norm_adds_one: bool = False
 
 
 @strict
@@ -327,21 +331,25 @@ class EcMoeSmolLM3Config(EcMoeConfigMixin, SmolLM3Config):
 @strict
 class EcMoeOlmo2Config(EcMoeConfigMixin, Olmo2Config):
     model_type = "ecmoe_olmo2"
+    dense_ffn = DenseFFN(norm=None)
 
 
 @strict
 class EcMoeOlmo3Config(EcMoeConfigMixin, Olmo3Config):
     model_type = "ecmoe_olmo3"
+    dense_ffn = DenseFFN(norm=None)
 
 
 @strict
 class EcMoeGemma2Config(EcMoeConfigMixin, Gemma2Config):
     model_type = "ecmoe_gemma2"
+    dense_ffn = DenseFFN(norm="pre_feedforward_layernorm", norm_adds_one=True)
 
 
 @strict
 class EcMoeGemma3TextConfig(EcMoeConfigMixin, Gemma3TextConfig):
     model_type = "ecmoe_gemma3_text"
+    dense_ffn = DenseFFN(norm="pre_feedforward_layernorm", norm_adds_one=True)
 
 
 @strict
@@ -359,6 +367,7 @@ class EcMoeGlm4Config(EcMoeConfigMixin, Glm4Config):
 @strict
 class EcMoeCohere2Config(EcMoeConfigMixin, Cohere2Config):
     model_type = "ecmoe_cohere2"
+    dense_ffn = DenseFFN(norm="input_layernorm")
 
 
 @strict

@@ -186,7 +186,7 @@ def test_the_card_says_where_expert_choice_loses(tmp_path: Path) -> None:
     losses = {"dense": 2.5, "tc-copy2": 2.0, "ec-blend": 2.25, "ec-copy2": 1.75}
     results = [result(Run(arm, seed), [3.0, loss]) for arm, loss in losses.items() for seed in (0, 1)]
     groups = tables.grouped(results)
-    card = report.render(groups, "plot.png")
+    card = report.render(groups, "plot.png", "python -m benchmarks quality")
     assert "expert choice, blend (2 FFNs) by 0.2500" in card and "copy (2 FFNs) by" not in card
     (row,) = [line for line in tables.main_table(groups).splitlines() if line.startswith("| expert choice, copy |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]

@@ -169,7 +169,7 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
 
 
 def quick_runs() -> list[Run]:
-    """A quarter of an hour on an idle core: the core arms, half of the steps, no BLiMP."""
+    """About twenty minutes on a core: the core arms, half of the steps, no BLiMP."""
     return main_runs(arms=MAIN[:NUM_CORE], steps=100)
 
 

@@ -31,18 +31,19 @@ def write(results: dict[str, dict[str, Any]], quick: bool) -> list[Path]:
     else:
         card, plot = ROOT / "model_cards" / "stories260K.md", ROOT / "docs" / "quality.png"
     picture = "quality.png" if quick else "../docs/quality.png"
-    card.write_text(render(groups, picture), encoding="utf-8")
+    command = "python -m benchmarks quality" + " --quick" * quick
+    card.write_text(render(groups, picture, command), encoding="utf-8")
     return [card, *draw(groups, plot)]
 
 
-def render(groups: Groups, picture: str) -> str:
-    """The card's Markdown."""
+def render(groups: Groups, picture: str, command: str) -> str:
+    """The card's Markdown; `command` made the runs."""
     some = next(iter(next(iter(groups.values())).values()))
     machine, versions = some["machine"], some["machine"]["versions"]
     recipe = some["recipe"]
     parts = [
         "# stories260K: what expert choice buys, measured causally\n",
-        f"`python -m benchmarks quality`; every run is a file in benchmarks/results. {machine['processor']}, "
+        f"`{command}`; every run is a file in benchmarks/results. {machine['processor']}, "
         f"{some['threads']} thread{'s' if some['threads'] > 1 else ''}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, commit {some['commit']}.\n",
         f"Losses are nats per token of held-out documents, routed as inference routes: causal. All arms see the same "

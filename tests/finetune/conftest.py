@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import STORIES_MODEL, STORIES_TEXT, write_dense, write_text
+from checkpoints import write_dense, write_text
+from converted import stories, tiny  # noqa: F401  (fixtures)
 from runs import QUICK_END
 
 from conversion import convert
@@ -64,13 +65,3 @@ def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's end without its picture and with little calibration, for tests that look at something else."""
     for name, value in QUICK_END.items():
         monkeypatch.setattr(f"finetune.train.{name}", value)
-
-
-@pytest.fixture(scope="session")
-def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """stories260K, converted."""
-    if not (STORIES_MODEL.is_dir() and STORIES_TEXT.is_file()):
-        pytest.skip("stories260K and its text are not beside the repository (ECMOE_TEST_DATA)")
-    folder = tmp_path_factory.mktemp("stories") / "ecmoe"
-    convert(str(STORIES_MODEL), str(folder), text=str(STORIES_TEXT), verify=False)
-    return folder

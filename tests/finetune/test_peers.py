@@ -8,12 +8,12 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from checkpoints import all_tensors, write_dense, write_text
+from checkpoints import all_tensors
+from converted import expert_adapters
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion import convert
 from finetune.sources import DOCUMENT_SEPARATOR
 from modeling_ecmoe import record_routing, sparse_blocks
 
@@ -21,16 +21,6 @@ from modeling_ecmoe import record_routing, sparse_blocks
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning:transformers.*")
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny converted model, with text and documents beside it."""
-    folder = tmp_path_factory.mktemp("peers")
-    text = write_text(folder / "text.txt", documents=12)
-    write_dense(folder / "dense", "Qwen3", initializer_range=0.02)
-    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, text=str(text), verify=False)
-    return folder
 
 
 def documents_of(folder: Path) -> list[str]:
@@ -171,15 +161,7 @@ def test_trl_on_prompts_and_completions(tiny: Path, tmp_path: Path) -> None:
 def test_trl_with_lora(tiny: Path, tmp_path: Path) -> None:
     """Adapters on the stacked experts and the router saved whole: the adapter's file holds the thresholds."""
     pytest.importorskip("trl")
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        lora_alpha=8,
-        target_modules=["q_proj", "v_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        modules_to_save=["gate"],
-    )
-    trainer = sft_trainer(tiny, tmp_path / "out", config, learning_rate=2e-2)
+    trainer = sft_trainer(tiny, tmp_path / "out", expert_adapters(), learning_rate=2e-2)
     before = state_of(trainer.model)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

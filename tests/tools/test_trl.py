@@ -4,9 +4,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
+from converted import expert_adapters
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,17 +56,6 @@ def dpo_trainer(tiny: Path, folder: Path, peft_config: Any = None, **options: An
     )
 
 
-def adapters() -> peft.LoraConfig:
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        lora_alpha=8,
-        target_modules=["q_proj", "v_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        modules_to_save=["gate"],
-    )
-
-
 def updates_of(model: Any) -> list[int]:
     return [int(block.gate.threshold_updates) for block in sparse_blocks(model).values()]
 
@@ -77,7 +66,7 @@ def test_dpo(tiny: Path, tmp_path: Path, reference: str) -> None:
     if reference == "a copy of the model":
         trainer = dpo_trainer(tiny, tmp_path / "out")
     else:
-        trainer = dpo_trainer(tiny, tmp_path / "out", adapters(), learning_rate=3e-2)
+        trainer = dpo_trainer(tiny, tmp_path / "out", expert_adapters(), learning_rate=3e-2)
     assert (trainer.ref_model is None) == (reference != "a copy of the model")
     before = updates_of(trainer.model)
     trainer.train()
@@ -111,7 +100,7 @@ def test_dpo_begins_at_its_reference(tiny: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "ecmoe")
     tokenizer.save_pretrained(tmp_path / "ecmoe")
     rewards = {}
-    for routing, config in (("expert_choice", None), ("threshold", None), ("expert_choice", adapters())):
+    for routing, config in (("expert_choice", None), ("threshold", None), ("expert_choice", expert_adapters())):
         trainer = dpo_trainer(tmp_path, tmp_path / "out", config, max_steps=1, per_device_train_batch_size=8)
         trainer.model.config.routing = routing
         trainer.train()
