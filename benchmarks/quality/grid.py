@@ -164,6 +164,10 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         for arm in ("ec-blend", "ec-copy2"):
             yield "pool", f"{pool_rows // 8}k", arm, {"steps": 40, "rows": 512, "pool_rows": pool_rows}
     yield "pool", "8k", "tc-copy2", {"steps": 40, "rows": 512, "pool_rows": 64}
+    # With a schedule of their own: does expert choice reach token choice's final loss in fewer tokens?
+    for steps in (125, 160):
+        for arm in ("ec-blend", "ec-copy2"):
+            yield "shorter", f"{steps}-steps", arm, {"steps": steps}
     for arm in ("dense", "tc-copy2", "ec-blend", "ec-copy2"):
         yield "longer", "1200-steps", arm, {"steps": 1200}
 

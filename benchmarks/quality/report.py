@@ -1,12 +1,24 @@
 """Tables and plots of the runs that are there."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..machine import RESULTS
+from .data import MIXTURE
 from .grid import ARMS, MAIN, TOKEN_CHOICE
-from .tables import Groups, ablation_table, curve_loss, differences, domain_table, grouped, main_table, routes_table
+from .tables import (
+    Groups,
+    ablation_table,
+    curve_loss,
+    differences,
+    domain_table,
+    grouped,
+    main_table,
+    routes_table,
+    shorter_table,
+)
 
 ROOT = Path(__file__).parents[2]
 PARTS = {
@@ -17,6 +29,7 @@ PARTS = {
     "experts": "Number of experts",
     "layers": "Sparse layers",
     "pool": "Pool, in steps of 64k tokens",
+    "shorter": "Fewer steps, each run with a whole schedule, against token choice's 200 steps",
     "longer": "Six times the steps",
 }
 COLORS = {"dense": "#6b7280", "tc": "#d97706", "ec": "#2563eb", "th": "#059669"}
@@ -33,7 +46,7 @@ def write(results: dict[str, dict[str, Any]], quick: bool) -> list[Path]:
     picture = "quality.png" if quick else "../docs/quality.png"
     command = "python -m benchmarks quality" + " --quick" * quick
     card.write_text(render(groups, picture, command), encoding="utf-8")
-    return [card, *draw(groups, plot)]
+    return [card, *draw(groups, plot), *draw_domains(groups, plot.with_stem("quality_domains"))]
 
 
 def render(groups: Groups, picture: str, command: str) -> str:
@@ -58,21 +71,28 @@ def render(groups: Groups, picture: str, command: str) -> str:
         parts += [f"## {title}\n", main_table(groups, data, part) + "\n"]
         parts += [routes_table(groups, data, part) + "\n", domain_table(groups, data, part) + "\n"]
         if data == "mixture":
+            domains = picture.replace("quality.png", "quality_domains.png")
             parts += [f"![Loss against tokens and seconds]({picture})\n", _words(groups)]
+            parts += [f"![The domains of each expert's tokens]({domains})\n"]
     for part, title in PARTS.items():
         if any(key[0] == part for key in groups):
-            parts += [f"## {title}\n", ablation_table(groups, part) + "\n"]
+            table = shorter_table(groups) if part == "shorter" else ablation_table(groups, part)
+            parts += [f"## {title}\n", table + "\n"]
     return "\n".join(parts)
 
 
 def _words(groups: Groups) -> str:
     """What the columns mean, and which arms lose, from the figures alone."""
+    before = [
+        result["final"].get("pairs_before") for result in groups.get(("main", "mixture", "dense", ""), {}).values()
+    ]
+    pairs = f" BLiMP of the parent: {before[0]['accuracy']:.3f}, {before[0]['pairs']} pairs." if any(before) else ""
     columns = (
         '"Tokens fewer" and "seconds fewer": token choice\'s over ours until its final loss is reached, between '
         "checkpoints and under the same schedule, whose end favours none. Gap: causal minus top-k loss, the "
         'same pool as in training. "Averaged thresholds": what the loss rises by with the thresholds of training in '
         "place of calibrated ones. Load: of each expert over its share, least and most. Mutual information: of expert "
-        "and domain, nats, at most 1.386.\n"
+        f"and domain, nats, at most 1.386.{pairs}\n"
     )
     lost = []
     for arm in MAIN:
@@ -116,6 +136,29 @@ def draw(groups: Groups, path: Path) -> list[Path]:
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=7, title="FFNs per token in brackets", title_fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return [path]
+
+
+def draw_domains(groups: Groups, path: Path, arms: Sequence[str] = ("ec-blend", "tc-copy2")) -> list[Path]:
+    """Which domain each expert's tokens are of, by layer: one row of pictures for each arm, of its first seed."""
+    from matplotlib.figure import Figure
+
+    found = {arm: groups.get(("main", "mixture", arm, ""), {}) for arm in arms}
+    if not all(found.values()):
+        return []
+    shares = {arm: by_seed[min(by_seed)]["final"]["routes"]["domain_shares"] for arm, by_seed in found.items()}
+    num_layers = len(shares[arms[0]])
+    figure = Figure(figsize=(2.1 * num_layers, 2.6 * len(arms)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(arms), num_layers, squeeze=False)
+    for row, arm in enumerate(arms):
+        for layer, table in enumerate(shares[arm]):
+            place = axes[row][layer]
+            picture = place.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            place.set(title=f"layer {layer}", yticks=range(len(table)))
+            place.set_xticks(range(len(MIXTURE)), MIXTURE if row == len(arms) - 1 else [""] * len(MIXTURE), rotation=60)
+        axes[row][0].set_ylabel(f"{ARMS[arm].title}: expert")
+    figure.colorbar(picture, ax=axes, label="share of the expert's tokens", fraction=0.02)
     figure.savefig(path)
     return [path]
 

@@ -165,6 +165,20 @@ def ablation_table(groups: Groups, part: str) -> str:
     return markdown((*head, "gap", "no expert"), rows)
 
 
+def shorter_table(groups: Groups) -> str:
+    """Runs of fewer steps, each with a whole schedule, against token choice's main runs: equal loss in fewer tokens?"""
+    rows = []
+    for (part, data, arm, label), ours in groups.items():
+        peer = groups.get(("main", data, TOKEN_CHOICE[ARMS[arm].ffns], ""), {})
+        if part == "shorter" and peer:
+            loss = mean_and_spread([result["final"]["loss"] for result in ours.values()])
+            fewer = _any(peer)["steps"] / _any(ours)["steps"]
+            rows.append(
+                (f"{ARMS[arm].title} ({ARMS[arm].ffns})", label, f"{fewer:.2f}", loss, signed(differences(ours, peer)))
+            )
+    return markdown(("arm", "run", "tokens fewer", "causal loss", "against token choice"), rows)
+
+
 _SHOWN = {"gap": ("gap",), "no expert": ("routes", "uncovered")}
 
 
