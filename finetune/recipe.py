@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from transformers import TrainingArguments
 
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
@@ -113,12 +115,7 @@ _ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - {
 }
 _OWN = {item.name for item in fields(Recipe)} - {"training", "routing_fields"}
 _TRAINING = {item.name for item in fields(TrainingArguments) if item.init} - {"output_dir"}
-# What Transformers before 5.23 calls otherwise.
-_OLDER_NAMES = {
-    name: name.replace("activation", "gradient")
-    for name in ("activation_checkpointing", "activation_checkpointing_kwargs")
-    if name not in _TRAINING
-}
+OLDEST_TRANSFORMERS = "5.23"  # whose Trainer it is tested with; family and converter take older ones
 _HINTS = typing.get_type_hints(TrainingArguments)
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # YAML 1.1 reads 1e-3 as a string.
@@ -164,12 +161,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def make_recipe(content: dict[str, Any]) -> Recipe:
-    """A recipe from flat `field: value` pairs, ours and those of TrainingArguments together."""
+    """A recipe from flat `field: value` pairs, ours and those of TrainingArguments together.
+
+    Raises:
+        RecipeError: for an unknown field, a wrong value, and an installed Transformers that is too old.
+    """
+    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise RecipeError(
+            f"transformers={transformers.__version__} is too old for fine-tuning; "
+            f"pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+        )
     own: dict[str, Any] = {}
     training: dict[str, Any] = {}
     routing: dict[str, Any] = {}
-    for given, value in content.items():
-        name = _OLDER_NAMES.get(given, given)
+    for name, value in content.items():
         value = float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
         if name in _OWN:
             own[name] = value

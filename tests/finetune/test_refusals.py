@@ -255,3 +255,9 @@ def test_other_bad_luck(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch, lu
     monkeypatch.setattr("finetune.trainer.EcMoeTrainer.training_step", fail)
     with pytest.raises(type(error) if line is None else RecipeError, match=line):
         run(recipe_of(max_steps=2))
+
+
+def test_an_old_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.16.1")
+    with pytest.raises(RecipeError, match=r"transformers=5.16.1 is too old .* pip install 'transformers>=5.23'"):
+        load_recipe(place / "recipe.yaml")
