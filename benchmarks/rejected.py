@@ -1,10 +1,12 @@
 """What was tried on a CPU and rejected, against what is done: `python -m benchmarks rejected`.
 
-The experts' products with other numbers of experts at a time and by plain autograd; the prices of bounded choice from
-all tokens in the paper's hundred rounds, and from the sample in fewer, with the score that each reaches.
+The experts' products with other numbers of experts at a time and by plain autograd; the prices of bounded choice in
+more and fewer rounds and by the paper's projections, with the score that each reaches and how far their thresholds are
+from giving every expert its share.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from modeling_ecmoe import bounded_ecmoe, experts_ecmoe
-from modeling_ecmoe.bounded_ecmoe import choose_tokens_within_bounds
+from modeling_ecmoe.bounded_ecmoe import assignment_prices, choose_tokens_within_bounds
+from modeling_ecmoe.routing_ecmoe import ExpertChoice, routes_by_threshold
 
 from .harness import TrainingStep, interleaved, summarize, table
 from .machine import save
@@ -28,7 +31,8 @@ PRODUCTS = {  # D, I, E, T, c
 }
 PARTS = {OURS: None, "one expert at a time": 1, "2 MiB": 2 << 20, "16 MiB": 16 << 20, "all experts at once": 1 << 60}
 POOLS = ((2048, 8), (4096, 16), (4096, 64))
-PRICES: dict[str, dict[str, int]] = {OURS: {}, "all tokens": {"SAMPLE": 1 << 30}, "20 rounds": {"ROUNDS": 40}}
+BEST = "100 rounds"
+LEAST, MOST, FACTOR = 0, 3, 2
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = prices(num_tokens, num_experts, options.rounds)
         figures[f"choice within [0, 3], {num_tokens} tokens, {num_experts} experts"] = rows
         print(f"\nchoice within [0, 3], {num_tokens} tokens, {num_experts} experts\n\n{table(rows, OURS)}")
-        print("score over that of all tokens:", {way: round(row["score"], 5) for way, row in rows.items()}, flush=True)
+        for way, row in rows.items():
+            print(f"{way}: score {row['score']:.5f} of {BEST}, load within {row['load']:.1%}", flush=True)
     print(save("rejected", figures))
 
 
@@ -77,21 +82,64 @@ def products(hidden: int, width: int, experts: int, tokens: int, capacity: int) 
 
 
 def prices(num_tokens: int, num_experts: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Time of the whole choice, and its score over that with prices from all tokens."""
+    """Time of the whole choice; its score over the best; and the largest distance of a load from its share, over the
+    share, by the threshold rule."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(1, num_tokens, num_experts, generator=generator).softmax(-1)
 
-    def choose(changed: dict[str, int]) -> float:
+    def choose(changed: dict[str, Any]) -> ExpertChoice:
         with _set(bounded_ecmoe, changed):
-            return choose_tokens_within_bounds(scores, 2, 0, 3).scores.sum().item()
+            return choose_tokens_within_bounds(scores, FACTOR, LEAST, MOST)
 
-    rows = summarize(interleaved({name: lambda c=c: choose(c) for name, c in PRICES.items()}, rounds), OURS)  # type: ignore[misc]
-    best = choose(PRICES["all tokens"])
-    return {name: row | {"score": choose(PRICES[name]) / best} for name, row in rows.items()}
+    ways: dict[str, dict[str, Any]] = {
+        OURS: {},
+        BEST: {"ROUNDS": 100},
+        "4 rounds": {"ROUNDS": 4},
+        "4 rounds on 1,024 tokens, then 2": {"assignment_prices": sampled_prices},
+        "50 projections of 1,024 tokens": {"assignment_prices": projected_prices},
+    }
+    rows = summarize(interleaved({name: lambda c=c: choose(c) for name, c in ways.items()}, rounds), OURS)  # type: ignore[misc]
+    best = choose(ways[BEST]).scores.sum().item()
+    share = FACTOR * num_tokens / num_experts
+    for name, row in rows.items():
+        choice = choose(ways[name])
+        load_E = routes_by_threshold(scores[0], choice.threshold, LEAST, MOST).sum(0)
+        row |= {"score": choice.scores.sum().item() / best, "load": (load_E / share - 1).abs().max().item()}
+    return rows
+
+
+def sampled_prices(
+    scores_PNE: Tensor, share_PE: Tensor, num_slots: int, least: int, most: int, mask: Tensor | None, rounds: int
+) -> Tensor:
+    """[P, E] most of the way on a sample of the tokens, for pools without padding."""
+    stride = scores_PNE.shape[1] // 1024
+    near_PE = assignment_prices(scores_PNE[:, ::stride], share_PE // stride, num_slots // stride, least, most, None, 4)
+    return assignment_prices(scores_PNE, share_PE, num_slots, least, most, None, 2, near_PE)
+
+
+def projected_prices(
+    scores_PNE: Tensor, share_PE: Tensor, num_slots: int, least: int, most: int, mask: Tensor | None, rounds: int
+) -> Tensor:
+    """[P, E] from Dykstra's projections of a sample, as in Zhou et al. 2022 (arXiv 2202.09368, appendix), for pools
+    without padding and without a lower bound: over-relaxed, and with an entropy term that shrinks to the paper's."""
+    num_tokens = scores_PNE.shape[1]
+    scores_PNE = scores_PNE[:, :: num_tokens // 1024]
+    log_share_P1E = (share_PE * 1024 / num_tokens).log()[:, None, :]
+    price_P1E, grant_PN1 = torch.zeros_like(log_share_P1E), torch.zeros_like(scores_PNE[..., :1])
+    clip_PNE = torch.zeros_like(scores_PNE)
+    for number in range(50):
+        scale = max(1e-3 ** (number / 40), 1e-3)
+        worth_PNE = scores_PNE + grant_PN1 - clip_PNE
+        projected_P1E = scale * ((worth_PNE / scale).logsumexp(1, keepdim=True) - log_share_P1E)
+        price_P1E = torch.lerp(price_P1E, projected_P1E, 1.5 if number else 1.0)
+        sum_PN1 = ((scores_PNE - price_P1E - clip_PNE) / scale).logsumexp(2, keepdim=True)
+        grant_PN1 = -scale * (sum_PN1 - math.log(most)).clamp(min=0)
+        clip_PNE = (scores_PNE - price_P1E + grant_PN1).clamp(min=0)
+    return price_P1E.squeeze(1)
 
 
 @contextmanager
-def _set(module: Any, values: dict[str, int]) -> Iterator[None]:
+def _set(module: Any, values: dict[str, Any]) -> Iterator[None]:
     before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():

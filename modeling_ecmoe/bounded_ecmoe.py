@@ -2,15 +2,14 @@
 
 Zhou et al. 2022 (arXiv 2202.09368, section 4.3 and appendix) cap the experts of a token by a linear programme,
 
-    maximise  <S, A> + lambda H(A)   with   sum_t A[t, e] = C,   a <= sum_e A[t, e] <= b,   0 <= A <= 1,
+    maximise  <S, A>   with   sum_t A[t, e] = C,   a <= sum_e A[t, e] <= b,   0 <= A <= 1;
 
-solved by Dykstra's projections; the lower bound is ours. [0, b] is the paper's capped variant, [1, b] leaves no
-token without an expert, [c, c] is balanced token choice (BASE layers, arXiv 2103.16716). The solution is almost a
-0/1 matrix; its prices then steer an exact rounding. Letters as in routing_ecmoe.py; all shapes are static and
-nothing is read back to the host.
+the lower bound is ours. [0, b] is the paper's capped variant, [1, b] leaves no token without an expert, [c, c] is
+balanced token choice (BASE layers, arXiv 2103.16716). The paper adds an entropy term and takes a hundred of Dykstra's
+projections. The dual is solved here: a price for each expert, each a quantile, as in plain expert choice. The prices
+then steer an exact rounding, and are the thresholds that inference routes by. Letters as in routing_ecmoe.py; all
+shapes are static and nothing is read back to the host.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -24,15 +23,8 @@ from .routing_ecmoe import (
     routes_by_threshold,
 )
 
-REGULARISATION = 1e-3  # lambda, the paper's
-ROUNDS = 100  # the paper's
-SAMPLE = 1024  # tokens of a pool without padding that prices are found on
-SWEEPS = 20  # of the calibration at most; a few suffice
-# Unlike in the paper, the regularisation starts at the size of a score and shrinks to lambda, and the
-# experts' steps are over-relaxed. A hundred rounds at lambda from the start end up to 15 % below the optimum.
-_START = 1.0
-_RELAXATION = 1.5
-_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+ROUNDS = 8  # of the prices
+SWEEPS = 100  # rounds of the calibration at most; a few suffice
 _FAR = 1e9  # stands for infinity where infinities would cancel to NaN
 _LIFT = 16.0  # more than two margins differ by, and small enough that their order in float32 survives the addition
 
@@ -53,11 +45,14 @@ def choose_tokens_within_bounds(
     num_slots = expert_capacity(num_tokens, num_experts, capacity_factor)
     capacity_P, num_real_P = real_capacity(scores_PNE, capacity_factor, token_mask_PN)
     share_PE = expert_shares(capacity_P, num_real_P, num_experts, most)
-    index_PEC, is_chosen_PEC, price_PE = assign(
-        scores_PNE.detach(), share_PE, num_slots, min_experts, most, token_mask_PN
-    )
-    # An expert without a share points at its best real token, as every unused slot does.
     ranking_PNE = scores_PNE.detach()
+    each = _exactly(num_tokens, num_experts, capacity_factor, min_experts, most)
+    bounds = (min_experts, most) if each is None else (each, each)
+    price_PE = assignment_prices(ranking_PNE, share_PE, num_slots, *bounds, token_mask_PN, ROUNDS)
+    if each is not None:
+        price_PE = price_PE + _shift(ranking_PNE - price_PE[:, None, :], each, min_experts, most, token_mask_PN)
+    index_PEC, is_chosen_PEC = assign(ranking_PNE, price_PE, share_PE, num_slots, min_experts, most, token_mask_PN)
+    # An expert without a share points at its best real token, as every unused slot does.
     if token_mask_PN is not None:
         ranking_PNE = ranking_PNE.masked_fill(~token_mask_PN[..., None], -_FAR)
     best_PE1 = ranking_PNE.argmax(1)[..., None]
@@ -79,71 +74,99 @@ def expert_shares(num_slots_P: Tensor, num_real_P: Tensor, num_experts: int, max
     return total_P1 // num_experts + first
 
 
-def sampled_prices(
-    scores_PNE: Tensor, share_PE: Tensor, min_experts: int, max_experts: int, token_mask_PN: Tensor | None
-) -> Tensor:
-    """[P, E] as `assignment_prices`, of a large pool without padding by half the rounds on a sample of it.
-
-    A price is a quantile of a kind, which `SAMPLE` tokens tell well enough: the rounding, which begins with it, still
-    sees every token. The sample is spread over the pool by the golden ratio, so that no period of the text (the length
-    of a row, a text that repeats itself) meets the same places again and again.
-    """
-    num_tokens = scores_PNE.shape[1]
-    if token_mask_PN is not None or num_tokens < 2 * SAMPLE:
-        mask_PN = torch.ones_like(scores_PNE[..., 0], dtype=torch.bool) if token_mask_PN is None else token_mask_PN
-        return assignment_prices(scores_PNE, share_PE, min_experts, max_experts, mask_PN)
-    turns = torch.arange(SAMPLE, dtype=torch.float64, device=scores_PNE.device) * _GOLDEN_RATIO
-    sample_PNE = scores_PNE.index_select(1, (turns.frac() * num_tokens).long())
-    share_PE = share_PE * (SAMPLE / num_tokens)
-    everyone_PN = torch.ones_like(sample_PNE[..., 0], dtype=torch.bool)
-    return assignment_prices(sample_PNE, share_PE, min_experts, max_experts, everyone_PN, ROUNDS // 2)
-
-
 def assignment_prices(
-    scores_PNE: Tensor,
-    share_PE: Tensor,
-    min_experts: int,
-    max_experts: int,
-    token_mask_PN: Tensor,
-    rounds: int = ROUNDS,
-) -> Tensor:
-    """[P, E] the experts' prices in the regularised programme: its dual variables of the shares.
-
-    A token that neither bound holds back gets the experts whose price its score exceeds; one that would get too few
-    or too many, its best ones by score - price.
-    """
-    real_PN1 = token_mask_PN[..., None]
-    scores_PNE = scores_PNE.masked_fill(~real_PN1, -_FAR)
-    log_share_P1E = share_PE.clamp(min=1).to(scores_PNE.dtype).log()[:, None, :]
-    least = math.log(min_experts) if min_experts else -math.inf
-    most = math.log(max_experts)
-    price_P1E = torch.zeros_like(log_share_P1E)
-    grant_PN1 = torch.zeros_like(scores_PNE[..., :1])
-    clip_PNE = torch.zeros_like(scores_PNE)
-    for number in range(rounds):
-        scale = max(_START * (REGULARISATION / _START) ** (number / (0.8 * rounds)), REGULARISATION)
-        # Every expert gets its share: an equality, which needs no correction in Dykstra's scheme. The first token
-        # grants come from prices that know nothing of them, so later steps go further than the projection.
-        worth_PNE = scores_PNE + grant_PN1 - clip_PNE
-        projected_P1E = scale * ((worth_PNE / scale).logsumexp(dim=1, keepdim=True) - log_share_P1E)
-        price_P1E = torch.lerp(price_P1E, projected_P1E, _RELAXATION if number else 1.0)
-        # Every token between a and b: the last correction is taken back before the new one is made.
-        worth_PNE = scores_PNE - price_P1E - clip_PNE
-        sum_PN1 = (worth_PNE / scale).logsumexp(dim=2, keepdim=True)
-        grant_PN1 = (scale * (sum_PN1.clamp(least, most) - sum_PN1)).masked_fill(~real_PN1, 0)
-        # No pair twice: what would exceed 1 is its correction.
-        clip_PNE = (scores_PNE - price_P1E + grant_PN1).clamp(min=0)
-    return price_P1E.squeeze(1)
-
-
-def assign(
     scores_PNE: Tensor,
     share_PE: Tensor,
     num_slots: int,
     min_experts: int,
     max_experts: int,
     token_mask_PN: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rounds: int,
+    price_PE: Tensor | None = None,
+) -> Tensor:
+    """[P, E] the experts' prices: the dual variables of their shares.
+
+    An expert wins a token whose score - price exceeds a bar that the token's other experts set (see `_bars`), so the
+    price at which it wins exactly its share is a quantile of score - bar. All experts move there at once and by half
+    of the way, since a token between two of them moves both. Every round is a step of ascent on the dual.
+
+    price_PE: to begin with; those of plain expert choice when None.
+    """
+    ranking_PEN = scores_PNE.transpose(1, 2)
+    if token_mask_PN is not None:
+        ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -_FAR)
+    if price_PE is None:
+        price_PE = _quantile(ranking_PEN, share_PE, num_slots)
+    for _ in range(rounds):
+        bar_PNE = _bars(scores_PNE - price_PE[:, None, :], min_experts, max_experts)
+        price_PE = (price_PE + _quantile(ranking_PEN - bar_PNE.transpose(1, 2), share_PE, num_slots)) / 2
+    return price_PE
+
+
+def _exactly(num_tokens: int, num_experts: int, capacity_factor: float, least: int, most: int) -> int | None:
+    """c where a bound says that each token has exactly c experts; but for the rounding of C, which has to be little."""
+    if capacity_factor == most:
+        return most  # what rounding adds is taken away, see `expert_shares`
+    surplus = expert_capacity(num_tokens, num_experts, capacity_factor) * num_experts - least * num_tokens
+    return least if capacity_factor == least and surplus <= least * num_tokens / 64 else None
+
+
+def _shift(margin_PNE: Tensor, each: int, least: int, most: int, token_mask_PN: Tensor | None) -> Tensor | float:
+    """[P, 1] what to add to all prices of a pool so that the threshold rule gives every token `each` experts: its next
+    one is not above its threshold (each = a), or its last one is (each = b). Their differences stay as they are."""
+    if least == most:
+        return 0.0
+    best_PNK = margin_PNE.topk(min(each + 1, margin_PNE.shape[-1]), dim=-1).values
+    if token_mask_PN is not None:
+        best_PNK = best_PNK.masked_fill(~token_mask_PN[..., None], 0)
+    return best_PNK[..., each].amax(1, keepdim=True) if each == least else best_PNK[..., each - 1].amin(1, keepdim=True)
+
+
+def _quantile(worth_PEN: Tensor, share_PE: Tensor, num_slots: int) -> Tensor:
+    """[P, E] halfway between what the last token of an expert's share is worth to it and what the next one would be.
+
+    An expert that takes every token has no next one, and half its last one stands in.
+    """
+    ranked_PER = worth_PEN.topk(min(num_slots + 1, worth_PEN.shape[-1]), dim=-1).values
+    end = ranked_PER.shape[-1] - 1
+    last_PE, next_PE = (
+        ranked_PER.gather(-1, place_PE.clamp(0, end)[..., None]).squeeze(-1) for place_PE in (share_PE - 1, share_PE)
+    )
+    takes_all_PE = (share_PE > end) | (next_PE < -_FAR / 2)
+    # Without a real token there is no price.
+    return torch.where(last_PE < -_FAR / 2, 0, (last_PE + torch.where(takes_all_PE, 0, next_PE)) / 2)
+
+
+def _bars(margin_PNE: Tensor, least: int, most: int) -> Tensor:
+    """[P, N, E] what each expert's margin (score - price) has to exceed for the token to be its own, the others given.
+
+    At most b: their b-th best margin, as far as it is above 0. At least a: no more than their a-th best.
+    """
+    num_experts = margin_PNE.shape[-1]
+    deepest = max(least, most if most < num_experts else 0)
+    if not deepest:
+        return torch.zeros_like(margin_PNE)
+    best_PNK = margin_PNE.topk(min(deepest + 1, num_experts), dim=-1).values
+
+    def of_others(number: int) -> Tensor:
+        if number >= num_experts:
+            return margin_PNE.new_tensor(-_FAR)
+        above, at = best_PNK[..., number - 1, None], best_PNK[..., number, None]
+        return torch.where(margin_PNE >= above, at, above)  # an expert among the best is none of the others
+
+    bar_PNE = of_others(most).clamp(min=0) if most < num_experts else torch.zeros_like(margin_PNE)
+    return torch.minimum(bar_PNE, of_others(least)) if least else bar_PNE
+
+
+def assign(
+    scores_PNE: Tensor,
+    price_PE: Tensor,
+    share_PE: Tensor,
+    num_slots: int,
+    min_experts: int,
+    max_experts: int,
+    token_mask_PN: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Assigns every expert exactly its share of tokens, every token at least a and at most b experts.
 
     The experts choose in turn, each the tokens with the highest margin (score - price) over the bar that the experts
@@ -152,47 +175,77 @@ def assign(
     expert comes out right, too.
 
     Returns:
-        token_index: [P, E, num_slots] long; is_chosen: [P, E, num_slots] bool; price: [P, E], see above.
+        token_index: [P, E, num_slots] long; is_chosen: [P, E, num_slots] bool.
     """
     num_experts = scores_PNE.shape[-1]
-    price_PE = sampled_prices(scores_PNE, share_PE, min_experts, max_experts, token_mask_PN)
     if token_mask_PN is None:
         token_mask_PN = torch.ones_like(scores_PNE[..., 0], dtype=torch.bool)
-    margin_PNE = scores_PNE - price_PE[:, None, :]
-    need_PN = token_mask_PN.long() * min_experts
-    room_PN = token_mask_PN.long() * max_experts
-    depth = _depth(num_experts, min_experts, max_experts)
-    indices, chosen = [], []
+    margin_EPN = (scores_PNE - price_PE[:, None, :]).permute(2, 0, 1).contiguous()
+    need_PN, room_PN = token_mask_PN.long() * min_experts, token_mask_PN.long() * max_experts
+    ladders = _ladders(margin_EPN, max_experts if max_experts < num_experts else min_experts)
+    indices = []
     for expert in range(num_experts):
         after = num_experts - expert - 1
         demand_P1 = share_PE[:, expert + 1 :].sum(1, keepdim=True)
-        key_PN = margin_PNE[..., expert] - _bar(margin_PNE[..., expert + 1 :], need_PN, room_PN, depth)
-        can_PN = room_PN > 0
-        # A token that needs every expert from this one on must be taken, and so many of the needy in all.
-        must_PN = need_PN > after
+        key_PN = margin_EPN[expert] - _bar(
+            ladders[expert], need_PN if min_experts else None, room_PN if max_experts < num_experts else None
+        )
+        must_PN = need_PN > after  # a token that needs every expert from this one on
+        order_PN = (
+            (key_PN + _LIFT * must_PN).masked_fill(room_PN == 0, -_FAR).argsort(dim=1, descending=True, stable=True)
+        )
+        need_in_order, room_in_order = need_PN.gather(1, order_PN), room_PN.gather(1, order_PN)
+        # The experts to come can serve so much need, and this one has to serve the rest of it.
         owed_P1 = need_PN.sum(1, keepdim=True) - demand_P1
+        needy = need_in_order > 0
+        forced = (need_in_order > after) | (needy & (needy.cumsum(1) <= owed_P1))
+        allowed = room_in_order > 0
         if max_experts < num_experts:
-            # A token with no more room than there are experts after this one is missed by them: so many can be spared.
-            lifted_PN = key_PN
-            if min_experts:
-                lifted_PN = key_PN + _LIFT * _forced(key_PN, must_PN, can_PN & (need_PN > 0), owed_P1)
-            scarce_PN = can_PN & (room_PN <= after)
+            # A token with no more room than there are experts to come is missed by them: so many can be spared.
             spare_P1 = room_PN.clamp(max=after).sum(1, keepdim=True) - demand_P1
-            can_PN = can_PN & (~scarce_PN | (_rank(lifted_PN, among=scarce_PN) < spare_P1))
-        if min_experts:
-            key_PN = key_PN + _LIFT * _forced(key_PN, must_PN, can_PN & (need_PN > 0), owed_P1)
-        best_PC = key_PN.masked_fill(~can_PN, -_FAR).topk(num_slots, dim=-1)
-        is_chosen_PC = torch.arange(num_slots, device=best_PC.indices.device) < share_PE[:, expert, None]
-        taken_PN = torch.zeros_like(need_PN).scatter_add(1, best_PC.indices, is_chosen_PC.long())
-        need_PN = (need_PN - taken_PN).clamp(min=0)
-        room_PN = room_PN - taken_PN
-        indices.append(best_PC.indices)
-        chosen.append(is_chosen_PC)
-    index_PEC, is_chosen_PEC = torch.stack(indices, 1), torch.stack(chosen, 1)
+            scarce = allowed & (room_in_order <= after)
+            allowed = allowed & (~scarce | (_places(scarce, first=forced) <= spare_P1))
+        place = _places(allowed, first=forced)
+        taken = allowed & (place <= share_PE[:, expert, None])
+        slot_PN = torch.where(taken, place - 1, num_slots)
+        indices.append(order_PN.new_zeros(len(order_PN), num_slots + 1).scatter(1, slot_PN, order_PN)[:, :num_slots])
+        taken_PN = torch.zeros_like(need_PN).scatter(1, order_PN, taken.long())
+        need_PN, room_PN = (need_PN - taken_PN).clamp(min=0), room_PN - taken_PN
+    index_PEC = torch.stack(indices, 1)
+    is_chosen_PEC = torch.arange(num_slots, device=index_PEC.device) < share_PE[..., None]
     # Rounding costs about one token per expert, which is nothing in a large pool and much in a tiny one.
     if scores_PNE[0].numel() * num_experts <= _EXCHANGE_SIZE:
         index_PEC = _exchange(scores_PNE, index_PEC, is_chosen_PEC)
-    return index_PEC, is_chosen_PEC, price_PE
+    return index_PEC, is_chosen_PEC
+
+
+def _places(members: Tensor, first: Tensor) -> Tensor:
+    """[P, N] long, 1 for the first of the members in their order, those that are marked before the others."""
+    ahead, others = members & first, members & ~first
+    return torch.where(first, ahead.cumsum(1), ahead.sum(1, keepdim=True) + others.cumsum(1))
+
+
+def _ladders(margin_EPN: Tensor, depth: int) -> list[Tensor]:
+    """For each expert [depth + 1, P, N] of the experts after it: infinity, and their best margins in falling order."""
+    ladder = margin_EPN.new_full((depth + 1, *margin_EPN.shape[1:]), -_FAR)
+    ladder[0] = _FAR  # the 0-th best is beaten by none
+    ladders = [ladder]
+    for margin_PN in reversed(margin_EPN[1:]):
+        inserted = torch.maximum(ladder[1:], torch.minimum(ladder[:-1], margin_PN))
+        ladder = torch.cat([ladder[:1], inserted])
+        ladders.append(ladder)
+    return ladders[::-1]
+
+
+def _bar(ladder_KPN: Tensor, need_PN: Tensor | None, room_PN: Tensor | None) -> Tensor:
+    """[P, N] what an expert's margin has to exceed to be worth one of the token's places; as in `_bars`, of the
+    experts still to come, with what is left of the bounds. None is no bound."""
+    bar_PN = torch.zeros_like(ladder_KPN[0])
+    if room_PN is not None:
+        bar_PN = ladder_KPN.gather(0, room_PN[None]).squeeze(0).clamp(min=0)
+    if need_PN is not None:
+        bar_PN = torch.minimum(bar_PN, ladder_KPN.gather(0, need_PN[None]).squeeze(0))
+    return bar_PN
 
 
 def _exchange(scores_PNE: Tensor, index_PEC: Tensor, is_chosen_PEC: Tensor) -> Tensor:
@@ -219,62 +272,26 @@ def _exchange(scores_PNE: Tensor, index_PEC: Tensor, is_chosen_PEC: Tensor) -> T
     return index_PEC
 
 
-def _depth(num_experts: int, min_experts: int, max_experts: int) -> int:
-    """How many of a token's best experts a bar can depend on; a bound of all experts is none."""
-    return max_experts if max_experts < num_experts else min_experts
-
-
-def _bar(margin_PNE: Tensor, need_PN: Tensor, room_PN: Tensor, depth: int) -> Tensor:
-    """[P, N] what an expert's margin has to exceed to be worth one of the token's places, the other margins given.
-
-    Room for r: the r-th best of the others, as far as it is above 0. Need of n: no more than their n-th best.
-    """
-    best_PNK = margin_PNE.topk(min(depth, margin_PNE.shape[-1]), dim=-1).values
-    far_PN1 = best_PNK.new_full((*best_PNK.shape[:-1], 1), _FAR)
-    ladder_PNE = torch.cat([far_PN1, best_PNK, -far_PN1], dim=-1)  # the 0-th best is beaten by none
-    last = ladder_PNE.shape[-1] - 1
-    room_bar_PN = ladder_PNE.gather(-1, room_PN.clamp(max=last)[..., None]).squeeze(-1).clamp(min=0)
-    need_bar_PN = ladder_PNE.gather(-1, need_PN.clamp(max=last)[..., None]).squeeze(-1)
-    return torch.minimum(room_bar_PN, need_bar_PN)
-
-
-def _forced(key_PN: Tensor, must_PN: Tensor, needy_PN: Tensor, owed_P1: Tensor) -> Tensor:
-    """[P, N] bool: the needy tokens an expert has to take, the best ones of them as many as are owed."""
-    return must_PN | (needy_PN & (_rank(key_PN + _LIFT * must_PN, among=needy_PN) < owed_P1))
-
-
-def _rank(key_PN: Tensor, among: Tensor) -> Tensor:
-    """[P, N] long, 0 for the highest key among the marked tokens."""
-    order_PN = key_PN.masked_fill(~among, -_FAR).argsort(dim=-1, descending=True, stable=True)
-    return torch.empty_like(order_PN).scatter_(
-        1, order_PN, torch.arange(key_PN.shape[1], device=key_PN.device).expand_as(order_PN)
-    )
-
-
-def balanced_thresholds(scores_TE: Tensor, share: int, min_experts: int, max_experts: int) -> Tensor:
+def balanced_thresholds(scores_TE: Tensor, capacity_factor: float, min_experts: int, max_experts: int) -> Tensor:
     """[E] thresholds at which the bounded threshold rule gives every expert its share of these tokens.
 
-    It begins at the prices of the assignment and goes on expert by expert, the others' thresholds held: a token goes
-    to the expert when score - threshold exceeds a bar that the token's other experts set, so the threshold is an
-    exact quantile of score - bar. That is a coordinate ascent on the programme's dual; it ends when every load is
-    within one percent of the share, or after `SWEEPS` times all experts (64 experts, one each: then within 3 %).
+    The prices of the assignment, round after round until every load is within one percent of the share, or for
+    `SWEEPS` rounds.
     """
     num_tokens, num_experts = scores_TE.shape
+    share = expert_capacity(num_tokens, num_experts, capacity_factor)
     if share >= num_tokens:
         return scores_TE.new_zeros(num_experts)
-    need_T = torch.full((num_tokens,), min_experts, device=scores_TE.device)
-    room_T = torch.full_like(need_T, max_experts)
-    depth = _depth(num_experts, min_experts, max_experts)
-    share_1E = torch.full_like(scores_TE[:1], share, dtype=torch.long)
-    everyone_1T = torch.ones_like(scores_TE[None, :, 0], dtype=torch.bool)
-    threshold_E = assignment_prices(scores_TE[None], share_1E, min_experts, max_experts, everyone_1T)[0]
+    each = _exactly(num_tokens, num_experts, capacity_factor, min_experts, max_experts)
+    bounds = (min_experts, max_experts) if each is None else (each, each)
+    scores_1TE, share_1E = scores_TE[None], torch.full_like(scores_TE[:1], share, dtype=torch.long)
+    price_1E = assignment_prices(scores_1TE, share_1E, share, *bounds, None, ROUNDS)
     for _ in range(SWEEPS):
-        for expert in range(num_experts):
-            others = [other for other in range(num_experts) if other != expert]
-            bar_T = _bar((scores_TE - threshold_E)[:, others], need_T, room_T, depth)
-            beats_T = (scores_TE[:, expert] - bar_T).sort(descending=True).values
-            threshold_E[expert] = (beats_T[share - 1] + beats_T[share]) / 2  # on the border rounding would decide
-        load_E = routes_by_threshold(scores_TE, threshold_E, min_experts, max_experts).sum(0)
+        threshold_1E = price_1E
+        if each is not None:
+            threshold_1E = price_1E + _shift(scores_1TE - price_1E[:, None, :], each, min_experts, max_experts, None)
+        load_E = routes_by_threshold(scores_TE, threshold_1E[0], min_experts, max_experts).sum(0)
         if (load_E - share).abs().max() <= max(1, share // 100):
             break
-    return threshold_E
+        price_1E = assignment_prices(scores_1TE, share_1E, share, *bounds, None, 1, price_1E)
+    return threshold_1E[0]

@@ -108,9 +108,8 @@ def thresholds_of_scores(scores_TE: Tensor, config: Any) -> Tensor:
     """[E] thresholds at which each expert takes its share C of these scores [T, E], with the config's bounds."""
     if not config.bounds_experts_per_token:
         return choose_tokens(scores_TE[None], config.capacity_factor).threshold
-    share = expert_capacity(len(scores_TE), config.num_experts, config.capacity_factor)
     most = config.max_experts_per_token or config.num_experts
-    return balanced_thresholds(scores_TE, share, config.min_experts_per_token, most)
+    return balanced_thresholds(scores_TE, config.capacity_factor, config.min_experts_per_token, most)
 
 
 def _add_up_ranks(histograms: Iterable[Tensor]) -> None:
