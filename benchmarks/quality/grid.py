@@ -121,7 +121,7 @@ def main_runs(seeds: tuple[int, ...] = (0, 1, 2), arms: tuple[str, ...] = MAIN, 
 def domain_runs() -> Iterator[Run]:
     """One domain at a time."""
     for domain in DOMAINS:
-        for arm in ("dense", "tc-copy2", "ec-blend", "ec-copy2"):
+        for arm in ("dense", "tc-copy2", "ec-blend", "ec-shared"):
             yield from (Run(arm, seed, "domain", data=domain) for seed in range(3))
 
 
@@ -134,14 +134,15 @@ def ablation_runs() -> Iterator[Run]:
 def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Part, label, arm, change."""
     # Where token choice led the prototype: what turns it round?
-    for rate in (0.5, 2.0, 4.0):
-        yield "rates", f"experts-x{rate:g}", "ec-blend", {"experts_rate": rate}
-        yield "rates", f"experts-x{rate:g}", "tc-copy2", {"experts_rate": rate}
+    routed = ("ec-blend", "ec-shared", "tc-copy2")
+    for rate in (2.0, 4.0):
+        for arm in routed:
+            yield "rates", f"experts-x{rate:g}", arm, {"experts_rate": rate}
     for rate in (0.0, 0.1, 10.0):
-        for arm in ("ec-blend", "ec-copy2", "tc-copy2"):
+        for arm in routed:
             yield "rates", f"router-x{rate:g}", arm, {"router_rate": rate}
     for rate in (3e-4, 3e-3):
-        for arm in ("dense", "tc-copy2", "ec-blend"):
+        for arm in ("dense", *routed):
             yield "rates", f"all-{rate:g}", arm, {"learning_rate": rate}
     yield "scores", "softmax", "ec-blend", {"config": {"router_score_function": "softmax"}}
     yield "scores", "softmax", "ec-shared", {"config": {"router_score_function": "softmax"}}
@@ -154,22 +155,22 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         bounds = {"min_experts_per_token": least, "max_experts_per_token": most}
         yield "bounds", f"{least}-{most or 'E'}", "ec-copy1", {"config": bounds}
     for experts in (4, 16, 32):
-        for arm in ("ec-blend", "ec-copy2", "tc-copy2"):
+        for arm in routed:
             yield "experts", f"E{experts}", arm, {"conversion": {"num_experts": experts}}
     for layers in ("every-second", "last-half"):
         for arm in ("ec-blend", "tc-copy2"):
             yield "layers", layers, arm, {"conversion": {"layers": layers}}
     # Steps of 64k tokens, gathered from forward passes of 2k, 8k or all of them.
     for pool_rows in (16, 64, 512):
-        for arm in ("ec-blend", "ec-copy2"):
+        for arm in ("ec-blend", "ec-shared"):
             yield "pool", f"{pool_rows // 8}k", arm, {"steps": 40, "rows": 512, "pool_rows": pool_rows}
     yield "pool", "8k", "tc-copy2", {"steps": 40, "rows": 512, "pool_rows": 64}
     # With a schedule of their own: does expert choice reach token choice's final loss in fewer tokens?
     for steps in (125, 160):
-        for arm in ("ec-blend", "ec-copy2"):
+        for arm in ("ec-blend", "ec-shared"):
             yield "shorter", f"{steps}-steps", arm, {"steps": steps}
-    for arm in ("dense", "tc-copy2", "ec-blend", "ec-copy2"):
-        yield "longer", "1200-steps", arm, {"steps": 1200}
+    for arm in ("dense", *routed):
+        yield "longer", "800-steps", arm, {"steps": 800}
 
 
 def quick_runs() -> list[Run]:

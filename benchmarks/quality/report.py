@@ -30,7 +30,7 @@ PARTS = {
     "layers": "Sparse layers",
     "pool": "Pool, in steps of 64k tokens",
     "shorter": "Fewer steps, each run with a whole schedule, against token choice's 200 steps",
-    "longer": "Six times the steps",
+    "longer": "Four times the steps",
 }
 COLORS = {"dense": "#6b7280", "tc": "#d97706", "ec": "#2563eb", "th": "#059669"}
 DASHES = {"copy2": "-", "blend": "--", "shared": ":", "copy1": "-.", "": "-", "matched": ":"}
