@@ -87,11 +87,13 @@ def assignment_prices(
     """[P, E] the experts' prices: the dual variables of their shares.
 
     An expert wins a token whose score - price exceeds a bar that the token's other experts set (see `_bars`), so the
-    price at which it wins exactly its share is a quantile of score - bar. All experts move there at once and by half
-    of the way, since a token between two of them moves both. Every round is a step of ascent on the dual.
+    price at which it wins exactly its share is a quantile of score - bar: coordinate ascent on the dual. All experts
+    move at once, and by half of the way, since a token between two of them moves both.
 
     price_PE: to begin with; those of plain expert choice when None.
     """
+    if min_experts == scores_PNE.shape[-1]:  # there is nothing to choose, and no price that says so
+        return torch.zeros_like(share_PE, dtype=scores_PNE.dtype)
     ranking_PEN = scores_PNE.transpose(1, 2)
     if token_mask_PN is not None:
         ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -_FAR)
