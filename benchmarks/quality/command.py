@@ -29,19 +29,27 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [run for run in runs if options.seeds is None or run.seed in options.seeds]
     logging.disable_progress_bar()  # of every calibration
     if not options.report:
-        try:
-            bench = Bench(options.data, 1_024, 0) if options.quick else Bench(options.data)
-        except (FileNotFoundError, OSError) as error:
-            reason = f"data={options.data} lacks what the runs need ({error}); name the folder"
-            print(f"quality: error: {reason}", file=sys.stderr)
-            sys.exit(2)
-        run_missing(bench, runs, folder)
+        run_missing(bench_of(options.data, options.quick), runs, folder)
     results = store.read(folder)
     if not results:
         print(f"quality: error: no finished run in {folder}; leave --report out", file=sys.stderr)
         sys.exit(2)
     for path in write(results, quick=options.quick):
         print(path)
+
+
+def bench_of(data: Path, quick: bool) -> Bench:
+    """The parent and the text of a folder.
+
+    Raises:
+        SystemExit: code 2, where something is missing there.
+    """
+    needed = ["stories260K/hf", "corpus-3domains", "tinystories-v2-2MiB"] + ["blimp/BLiMP.zip"] * (not quick)
+    missing = [name for name in needed if not (data / name).exists()]
+    if missing:
+        print(f"quality: error: data={data} lacks {', '.join(missing)}; name the folder that has them", file=sys.stderr)
+        sys.exit(2)
+    return Bench(data, 1_024, 0) if quick else Bench(data)
 
 
 def chosen(runs: list[Run], parts: list[str] | None) -> list[Run]:
