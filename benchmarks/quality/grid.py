@@ -141,7 +141,7 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for rate in (0.0, 0.1, 10.0):
         for arm in routed:
             yield "rates", f"router-x{rate:g}", arm, {"router_rate": rate}
-    for rate in (3e-4, 3e-3):
+    for rate in (3e-4, 3e-3, 1e-2):
         for arm in ("dense", *routed):
             yield "rates", f"all-{rate:g}", arm, {"learning_rate": rate}
     yield "scores", "softmax", "ec-blend", {"config": {"router_score_function": "softmax"}}
