@@ -51,26 +51,34 @@ def write(results: dict[str, dict[str, Any]], quick: bool) -> list[Path]:
 
 def render(groups: Groups, picture: str, command: str) -> str:
     """The card's Markdown; `command` made the runs."""
-    some = next(iter(next(iter(groups.values())).values()))
+    main = next((by_seed for key, by_seed in groups.items() if key[0] == "main"), next(iter(groups.values())))
+    some = next(iter(main.values()))
     machine, versions = some["machine"], some["machine"]["versions"]
     recipe = some["recipe"]
+    tables = {
+        ("main", "mixture"): "The mixture of four domains",
+        ("gentle", "mixture"): "At a tenth of the learning rate",
+    }
     parts = [
         "# stories260K: what expert choice buys, measured causally\n",
         f"`{command}`; every run is a file in benchmarks/results. {machine['processor']}, "
         f"{some['threads']} thread{'s' if some['threads'] > 1 else ''}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, commit {some['commit']}.\n",
         f"Losses are nats per token of held-out documents, routed as inference routes: causal. All arms see the same "
-        f"{recipe['rows'] * 128:,} tokens in each step ({recipe['steps']} steps unless said), seed by seed; "
+        f"{recipe['rows'] * 128:,} tokens in each step ({recipe['steps']} steps at "
+        f"{recipe['learning_rate']:g} unless said), seed by seed; "
         "± is half the range over seeds, in brackets stand the least and the largest. Arms with as many FFNs per token "
         "have the same active FLOPs, and are compared with token choice from copies (top-1 or top-2, balance loss "
         "0.01, dropless).\n",
     ]
-    for data in dict.fromkeys(key[1] for key in groups if key[0] in ("main", "domain")):
-        part = "main" if data == "mixture" else "domain"
-        title = "The mixture of four domains" if data == "mixture" else f"{data.capitalize()} alone"
+    for part, data in dict.fromkeys(key[:2] for key in groups if key[0] == "domain"):
+        tables[part, data] = f"{data.capitalize()} alone"
+    for (part, data), title in tables.items():
+        if not any(key[:2] == (part, data) for key in groups):
+            continue
         parts += [f"## {title}\n", main_table(groups, data, part) + "\n"]
         parts += [routes_table(groups, data, part) + "\n", domain_table(groups, data, part) + "\n"]
-        if data == "mixture":
+        if part == "main":
             domains = picture.replace("quality.png", "quality_domains.png")
             parts += [f"![Loss against tokens and seconds]({picture})\n", _words(groups)]
             parts += [f"![The domains of each expert's tokens]({domains})\n"]
@@ -140,7 +148,7 @@ def draw(groups: Groups, path: Path) -> list[Path]:
     return [path]
 
 
-def draw_domains(groups: Groups, path: Path, arms: Sequence[str] = ("ec-blend", "tc-copy2")) -> list[Path]:
+def draw_domains(groups: Groups, path: Path, arms: Sequence[str] = ("ec-shared", "tc-copy2")) -> list[Path]:
     """Which domain each expert's tokens are of, by layer: one row of pictures for each arm, of its first seed."""
     from matplotlib.figure import Figure
 
