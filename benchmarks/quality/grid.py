@@ -139,7 +139,7 @@ def ablation_runs() -> Iterator[Run]:
 def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Part, label, arm, change."""
     routed = ("ec-shared", "tc-copy2")
-    for rate in (3e-3, 3e-2):
+    for rate in (3e-4, 3e-3, 3e-2):
         for arm in ("dense", "ec-blend", "tc-shared", *routed):
             yield "rates", f"all-{rate:g}", arm, {"learning_rate": rate}
     for rate in (0.3, 3.0):
