@@ -156,11 +156,15 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         yield "scores", "centroid", arm, {"conversion": {"router": "centroid"}}
     for capacity in (0.5, 2.0):
         yield "capacity", f"c{capacity:g}", "ec-shared", {"conversion": {"capacity_factor": capacity}}
-    for least, most in ((0, None), (0, 2), (1, 2), (1, 4)):
+    # With c = 1 a bound of one expert means exactly one, with c = 2 one of two exactly two.
+    for arm, least, most in (
+        *(("ec-copy2", 0, None), ("ec-copy2", 1, 2), ("ec-copy2", 1, 4)),
+        *(("ec-shared", 1, None), ("ec-shared", 0, 2), ("ec-copy1", 0, None)),
+    ):
         bounds = {"min_experts_per_token": least, "max_experts_per_token": most}
-        yield "bounds", f"{least}-{most or 'E'}", "ec-copy1", {"config": bounds}
+        yield "bounds", f"{least}-{most or 'E'}", arm, {"config": bounds}
     for experts in (4, 16, 32):
-        for arm in routed:
+        for arm in ("tc-shared", "ec-copy2", *routed):
             yield "experts", f"E{experts}", arm, {"conversion": {"num_experts": experts}}
     for layers in ("every-second", "last-half"):
         for arm in routed:
