@@ -199,13 +199,13 @@ def test_the_card_says_where_expert_choice_loses(tmp_path: Path) -> None:
 def test_the_card_shows_domains_and_shorter_runs(tmp_path: Path) -> None:
     routes = {"domain_shares": [[[0.25] * 4] * 8] * 2}
     pairs = {"accuracy": 0.5, "pairs": 60}
-    results = [result(Run(arm), [2.0], routes=routes) for arm in ("ec-shared", "tc-copy2")]
+    results = [result(Run(arm), [2.0], routes=routes) for arm in ("ec-copy2", "tc-copy2")]
     results += [
         result(Run("dense"), [2.5], pairs_before=pairs),
-        result(Run("ec-shared", 0, "shorter", "125-steps", steps=125), [1.9]),
+        result(Run("ec-copy2", 0, "shorter", "125-steps", steps=125), [1.9]),
     ]
     groups = tables.grouped(results)
-    assert "| expert choice, shared (2) | 125-steps | 1.60 | 1.9000 | -0.1000 |" in tables.shorter_table(groups)
+    assert "| expert choice, copy (2) | 125-steps | 1.60 | 1.9000 | -0.1000 |" in tables.shorter_table(groups)
     assert "BLiMP of the parent: 0.500, 60 pairs" in report.render(groups, "quality.png", "command")
     (plot,) = report.draw_domains(groups, tmp_path / "domains.png")
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -67,8 +67,8 @@ ARMS = {
 }
 TOKEN_CHOICE = {1: "tc-copy1", 2: "tc-copy2"}  # what the issue compares with, by FFNs per token
 MAIN = (
-    *("tc-copy2", "ec-shared", "dense", "ec-blend"),
-    *("tc-shared", "ec-copy2", "tc-copy1", "ec-copy1", "dense-matched", "th-shared"),
+    *("tc-copy2", "ec-copy2", "dense", "ec-shared"),
+    *("tc-shared", "ec-blend", "tc-copy1", "ec-copy1", "dense-matched", "th-shared"),
     *("tc-blend", "th-blend", "th-copy2", "th-copy1"),
 )
 NUM_CORE = 4
@@ -138,9 +138,9 @@ def ablation_runs() -> Iterator[Run]:
 
 def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Part, label, arm, change."""
-    routed = ("ec-shared", "tc-copy2")
+    routed = ("ec-copy2", "tc-copy2")
     for rate in (3e-4, 3e-3, 3e-2):
-        for arm in ("dense", "ec-blend", "tc-shared", *routed):
+        for arm in ("dense", "ec-shared", "tc-shared", *routed):
             yield "rates", f"all-{rate:g}", arm, {"learning_rate": rate}
     for rate in (0.3, 3.0):
         for arm in routed:
@@ -164,7 +164,7 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         bounds = {"min_experts_per_token": least, "max_experts_per_token": most}
         yield "bounds", f"{least}-{most or 'E'}", arm, {"config": bounds}
     for experts in (4, 16, 32):
-        for arm in ("tc-shared", "ec-copy2", *routed):
+        for arm in ("ec-shared", "tc-shared", *routed):
             yield "experts", f"E{experts}", arm, {"conversion": {"num_experts": experts}}
     for layers in ("every-second", "last-half"):
         for arm in routed:
@@ -172,12 +172,12 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     # Steps of 64k tokens, gathered from forward passes of 2k, 8k or all of them.
     for pool_rows in (16, 64, 512):
         change = {"steps": 40, "rows": 512, "pool_rows": pool_rows}
-        yield "pool", f"{pool_rows // 8}k", "ec-shared", change
+        yield "pool", f"{pool_rows // 8}k", "ec-copy2", change
     yield "pool", "8k", "tc-copy2", {"steps": 40, "rows": 512, "pool_rows": 64}
     # With a schedule of their own: does expert choice reach token choice's final loss in fewer tokens?
     for steps in (125, 160):
-        yield "shorter", f"{steps}-steps", "ec-shared", {"steps": steps}
-    for arm in ("dense", "tc-shared", *routed):
+        yield "shorter", f"{steps}-steps", "ec-copy2", {"steps": steps}
+    for arm in ("dense", "ec-shared", *routed):
         yield "longer", "800-steps", arm, {"steps": 800}
 
 

@@ -148,7 +148,7 @@ def draw(groups: Groups, path: Path) -> list[Path]:
     return [path]
 
 
-def draw_domains(groups: Groups, path: Path, arms: Sequence[str] = ("ec-shared", "tc-copy2")) -> list[Path]:
+def draw_domains(groups: Groups, path: Path, arms: Sequence[str] = ("ec-copy2", "tc-copy2")) -> list[Path]:
     """Which domain each expert's tokens are of, by layer: one row of pictures for each arm, of its first seed."""
     from matplotlib.figure import Figure
 
