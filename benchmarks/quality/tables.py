@@ -149,6 +149,7 @@ def ablation_table(groups: Groups, part: str) -> str:
         base, peer = groups.get(("main", data, arm, ""), {}), _peer(groups, own_part, data, arm, label)
         comparable = bool(base) and _any(base)["steps"] == _any(ours)["steps"]
         comparable = comparable and _any(base)["recipe"]["rows"] == _any(ours)["recipe"]["rows"]
+        unchanged = groups.get(("main", data, TOKEN_CHOICE[ARMS[arm].ffns], ""), {})
         final = {name: _mean(ours, *keys) for name, keys in _SHOWN.items()}
         rows.append(
             (
@@ -157,12 +158,13 @@ def ablation_table(groups: Groups, part: str) -> str:
                 mean_and_spread([result["final"]["loss"] for result in ours.values()]),
                 signed(differences(ours, base)) if comparable else "",
                 signed(differences(ours, peer)),
+                "" if arm.startswith("tc") or not comparable else signed(differences(ours, unchanged)),
                 _signed_or_nothing(final["gap"]),
                 _or_nothing(final["no expert"], ".1%"),
             )
         )
     head = ("arm", "change", "causal loss", "against unchanged", "against token choice, same change")
-    return markdown((*head, "gap", "no expert"), rows)
+    return markdown((*head, "against token choice, unchanged", "gap", "no expert"), rows)
 
 
 def shorter_table(groups: Groups) -> str:
