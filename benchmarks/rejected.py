@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling_ecmoe import bounded_ecmoe, experts_ecmoe
-from modeling_ecmoe.bounded_ecmoe import assignment_prices, choose_tokens_within_bounds
+from modeling_ecmoe import experts_ecmoe
+from modeling_ecmoe.bounded_ecmoe import Prices, choose_tokens_within_bounds
 from modeling_ecmoe.routing_ecmoe import ExpertChoice, routes_by_threshold
 
 from .harness import TrainingStep, interleaved, summarize, table
@@ -33,6 +33,7 @@ PARTS = {OURS: None, "one expert at a time": 1, "2 MiB": 2 << 20, "16 MiB": 16 <
 POOLS = ((2048, 8), (4096, 16), (4096, 64))
 BEST = "100 rounds"
 LEAST, MOST, FACTOR = 0, 3, 2
+_OF = Prices.of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,15 +89,15 @@ def prices(num_tokens: int, num_experts: int, rounds: int) -> dict[str, dict[str
     scores = torch.randn(1, num_tokens, num_experts, generator=generator).softmax(-1)
 
     def choose(changed: dict[str, Any]) -> ExpertChoice:
-        with _set(bounded_ecmoe, changed):
+        with _set(Prices, changed):
             return choose_tokens_within_bounds(scores, FACTOR, LEAST, MOST)
 
     ways: dict[str, dict[str, Any]] = {
         OURS: {},
-        BEST: {"ROUNDS": 100},
-        "4 rounds": {"ROUNDS": 4},
-        "4 rounds on 1,024 tokens, then 2": {"assignment_prices": sampled_prices},
-        "50 projections of 1,024 tokens": {"assignment_prices": projected_prices},
+        BEST: {"of": lambda prices, scores, rounds: _OF(prices, scores, 100)},
+        "4 rounds": {"of": lambda prices, scores, rounds: _OF(prices, scores, 4)},
+        "4 rounds on 1,024 tokens, then 2": {"of": sampled},
+        "50 projections of 1,024 tokens": {"of": projected},
     }
     rows = summarize(interleaved({name: lambda c=c: choose(c) for name, c in ways.items()}, rounds), OURS)  # type: ignore[misc]
     best = choose(ways[BEST]).scores.sum().item()
@@ -108,23 +109,19 @@ def prices(num_tokens: int, num_experts: int, rounds: int) -> dict[str, dict[str
     return rows
 
 
-def sampled_prices(
-    scores_PNE: Tensor, share_PE: Tensor, num_slots: int, least: int, most: int, mask: Tensor | None, rounds: int
-) -> Tensor:
+def sampled(prices: Prices, scores_PNE: Tensor, rounds: int) -> Tensor:
     """[P, E] most of the way on a sample of the tokens, for pools without padding."""
     stride = scores_PNE.shape[1] // 1024
-    near_PE = assignment_prices(scores_PNE[:, ::stride], share_PE // stride, num_slots // stride, least, most, None, 4)
-    return assignment_prices(scores_PNE, share_PE, num_slots, least, most, None, 2, near_PE)
+    fewer = Prices(FACTOR, LEAST, MOST, prices.share_PE // stride, prices.num_slots // stride, 1024, None)
+    return _OF(prices, scores_PNE, 2, _OF(fewer, scores_PNE[:, ::stride], 4))
 
 
-def projected_prices(
-    scores_PNE: Tensor, share_PE: Tensor, num_slots: int, least: int, most: int, mask: Tensor | None, rounds: int
-) -> Tensor:
+def projected(prices: Prices, scores_PNE: Tensor, rounds: int) -> Tensor:
     """[P, E] from Dykstra's projections of a sample, as in Zhou et al. 2022 (arXiv 2202.09368, appendix), for pools
     without padding and without a lower bound: over-relaxed, and with an entropy term that shrinks to the paper's."""
     num_tokens = scores_PNE.shape[1]
     scores_PNE = scores_PNE[:, :: num_tokens // 1024]
-    log_share_P1E = (share_PE * 1024 / num_tokens).log()[:, None, :]
+    log_share_P1E = (prices.share_PE * 1024 / num_tokens).log()[:, None, :]
     price_P1E, grant_PN1 = torch.zeros_like(log_share_P1E), torch.zeros_like(scores_PNE[..., :1])
     clip_PNE = torch.zeros_like(scores_PNE)
     for number in range(50):
@@ -133,7 +130,7 @@ def projected_prices(
         projected_P1E = scale * ((worth_PNE / scale).logsumexp(1, keepdim=True) - log_share_P1E)
         price_P1E = torch.lerp(price_P1E, projected_P1E, 1.5 if number else 1.0)
         sum_PN1 = ((scores_PNE - price_P1E - clip_PNE) / scale).logsumexp(2, keepdim=True)
-        grant_PN1 = -scale * (sum_PN1 - math.log(most)).clamp(min=0)
+        grant_PN1 = -scale * (sum_PN1 - math.log(prices.most)).clamp(min=0)
         clip_PNE = (scores_PNE - price_P1E + grant_PN1).clamp(min=0)
     return price_P1E.squeeze(1)
 

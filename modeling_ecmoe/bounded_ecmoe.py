@@ -25,8 +25,10 @@ from .routing_ecmoe import (
 
 ROUNDS = 8  # of the prices
 SWEEPS = 100  # rounds of the calibration at most; a few suffice
+_HAIR = 1e-6  # of a score, below which ties are
 _FAR = 1e9  # stands for infinity where infinities would cancel to NaN
-_LIFT = 16.0  # more than two margins differ by, and small enough that their order in float32 survives the addition
+# Where c exceeds a by less, all prices together hang on few tokens, and rounds that move them one by one crawl.
+_NEARLY = 0.25
 
 
 def choose_tokens_within_bounds(
@@ -46,18 +48,18 @@ def choose_tokens_within_bounds(
     capacity_P, num_real_P = real_capacity(scores_PNE, capacity_factor, token_mask_PN)
     share_PE = expert_shares(capacity_P, num_real_P, num_experts, most)
     ranking_PNE = scores_PNE.detach()
-    each = _exactly(num_tokens, num_experts, capacity_factor, min_experts, most)
-    bounds = (min_experts, most) if each is None else (each, each)
-    price_PE = assignment_prices(ranking_PNE, share_PE, num_slots, *bounds, token_mask_PN, ROUNDS)
-    if each is not None:
-        price_PE = price_PE + _shift(ranking_PNE - price_PE[:, None, :], each, min_experts, most, token_mask_PN)
-    index_PEC, is_chosen_PEC = assign(ranking_PNE, price_PE, share_PE, num_slots, min_experts, most, token_mask_PN)
+    if token_mask_PN is not None:  # whatever stands at padding
+        ranking_PNE = ranking_PNE.masked_fill(~token_mask_PN[..., None], 0)
+    prices = Prices(capacity_factor, min_experts, most, share_PE, num_slots, num_tokens, token_mask_PN)
+    price_PE = prices.of(ranking_PNE, ROUNDS)
+    threshold_PE = prices.thresholds(ranking_PNE, price_PE)
+    index_PEC, is_chosen_PEC = assign(ranking_PNE, threshold_PE, share_PE, num_slots, min_experts, most, token_mask_PN)
     # An expert without a share points at its best real token, as every unused slot does.
     if token_mask_PN is not None:
         ranking_PNE = ranking_PNE.masked_fill(~token_mask_PN[..., None], -_FAR)
     best_PE1 = ranking_PNE.argmax(1)[..., None]
     index_PEC = torch.where(is_chosen_PEC[..., :1], index_PEC, best_PE1)
-    return as_choice(scores_PNE, index_PEC, is_chosen_PEC, mean_over_pools(price_PE, num_real_P))
+    return as_choice(scores_PNE, index_PEC, is_chosen_PEC, mean_over_pools(threshold_PE, num_real_P))
 
 
 # Scores times experts of a pool up to which the rounding is polished.
@@ -74,54 +76,82 @@ def expert_shares(num_slots_P: Tensor, num_real_P: Tensor, num_experts: int, max
     return total_P1 // num_experts + first
 
 
-def assignment_prices(
-    scores_PNE: Tensor,
-    share_PE: Tensor,
-    num_slots: int,
-    min_experts: int,
-    max_experts: int,
-    token_mask_PN: Tensor | None,
-    rounds: int,
-    price_PE: Tensor | None = None,
-) -> Tensor:
-    """[P, E] the experts' prices: the dual variables of their shares.
+class Prices:
+    """The experts' prices [P, E]: the dual variables of their shares share_PE [P, E], at most num_slots.
 
     An expert wins a token whose score - price exceeds a bar that the token's other experts set (see `_bars`), so the
     price at which it wins exactly its share is a quantile of score - bar: coordinate ascent on the dual. All experts
     move at once, and by half of the way, since a token between two of them moves both.
-
-    price_PE: to begin with; those of plain expert choice when None.
     """
-    if min_experts == scores_PNE.shape[-1]:  # there is nothing to choose, and no price that says so
-        return torch.zeros_like(share_PE, dtype=scores_PNE.dtype)
-    ranking_PEN = scores_PNE.transpose(1, 2)
-    if token_mask_PN is not None:
-        ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -_FAR)
-    if price_PE is None:
-        price_PE = _quantile(ranking_PEN, share_PE, num_slots)
-    for _ in range(rounds):
-        bar_PNE = _bars(scores_PNE - price_PE[:, None, :], min_experts, max_experts)
-        price_PE = (price_PE + _quantile(ranking_PEN - bar_PNE.transpose(1, 2), share_PE, num_slots)) / 2
-    return price_PE
 
+    def __init__(
+        self,
+        capacity_factor: float,
+        min_experts: int,
+        max_experts: int,
+        share_PE: Tensor,
+        num_slots: int,
+        num_tokens: int,
+        token_mask_PN: Tensor | None,
+    ) -> None:
+        self.least, self.most = min_experts, max_experts
+        self.share_PE, self.num_slots, self.mask_PN = share_PE, num_slots, token_mask_PN
+        # Where c is a bound every token has exactly c experts; [c, c] is solved then, which rounds C up at most for b.
+        fits = token_mask_PN is None and num_slots * share_PE.shape[1] == min_experts * num_tokens
+        self.each = max_experts if capacity_factor == max_experts else None
+        self.each = min_experts if capacity_factor == min_experts and fits else self.each
+        self.bounds = (min_experts, max_experts) if self.each is None else (self.each, self.each)
+        self.is_nearly_least = self.each is None and capacity_factor - min_experts < _NEARLY
 
-def _exactly(num_tokens: int, num_experts: int, capacity_factor: float, least: int, most: int) -> int | None:
-    """c where a bound says that each token has exactly c experts; but for the rounding of C, which has to be little."""
-    if capacity_factor == most:
-        return most  # what rounding adds is taken away, see `expert_shares`
-    surplus = expert_capacity(num_tokens, num_experts, capacity_factor) * num_experts - least * num_tokens
-    return least if capacity_factor == least and surplus <= least * num_tokens / 64 else None
+    def of(self, scores_PNE: Tensor, rounds: int = ROUNDS, price_PE: Tensor | None = None) -> Tensor:
+        """The prices after so many rounds, begun with those given or with those of plain expert choice.
 
+        scores_PNE: finite at padding, too.
+        """
+        if self.bounds[0] == scores_PNE.shape[-1]:  # nothing to choose, and no price that says so
+            return torch.zeros_like(self.share_PE, dtype=scores_PNE.dtype)
+        ranking_PEN = scores_PNE.transpose(1, 2)
+        if self.mask_PN is not None:
+            ranking_PEN = ranking_PEN.masked_fill(~self.mask_PN[:, None, :], -_FAR)
+        if price_PE is None:
+            price_PE = _quantile(ranking_PEN, self.share_PE, self.num_slots)
+        for _ in range(rounds):
+            if self.is_nearly_least:
+                price_PE = price_PE + self._common(scores_PNE - price_PE[:, None, :])
+            bar_PNE = _bars(scores_PNE - price_PE[:, None, :], *self.bounds)
+            worth_PEN = ranking_PEN - bar_PNE.transpose(1, 2)
+            price_PE = (price_PE + _quantile(worth_PEN, self.share_PE, self.num_slots)) / 2
+        return price_PE
 
-def _shift(margin_PNE: Tensor, each: int, least: int, most: int, token_mask_PN: Tensor | None) -> Tensor | float:
-    """[P, 1] what to add to all prices of a pool so that the threshold rule gives every token `each` experts: its next
-    one is not above its threshold (each = a), or its last one is (each = b). Their differences stay as they are."""
-    if least == most:
-        return 0.0
-    best_PNK = margin_PNE.topk(min(each + 1, margin_PNE.shape[-1]), dim=-1).values
-    if token_mask_PN is not None:
-        best_PNK = best_PNK.masked_fill(~token_mask_PN[..., None], 0)
-    return best_PNK[..., each].amax(1, keepdim=True) if each == least else best_PNK[..., each - 1].amin(1, keepdim=True)
+    def thresholds(self, scores_PNE: Tensor, price_PE: Tensor) -> Tensor:
+        """[P, E] the prices, moved together to where the threshold rule gives every token exactly c experts if c is one
+        of two bounds: above every token's next margin (c = a), which a fills up to, or below it (c = b), which b cuts.
+        """
+        if self.each is None or self.least == self.most or self.each == scores_PNE.shape[-1]:
+            return price_PE
+        margin_PNE = scores_PNE - price_PE[:, None, :]
+        next_PN = margin_PNE.topk(self.each + 1, dim=-1).values[..., self.each]
+        if self.each == self.least:
+            return price_PE + next_PN.amax(1, keepdim=True)
+        if self.mask_PN is not None:
+            next_PN = next_PN.masked_fill(~self.mask_PN, 0)
+        return price_PE + next_PN.amin(1, keepdim=True) - _HAIR
+
+    def _common(self, margin_PNE: Tensor) -> Tensor:
+        """[P, 1] by how much all prices together are too low: of the margins of each token beyond its a-th, as many lie
+        above 0 then as the shares have places beyond a for every token."""
+        beyond_PNK = margin_PNE.topk(self.most, dim=-1).values[..., self.least :]
+        num_tokens = margin_PNE.shape[1]
+        num_real_P1 = torch.full_like(self.share_PE[:, :1], num_tokens)
+        if self.mask_PN is not None:
+            beyond_PNK = beyond_PNK.masked_fill(~self.mask_PN[..., None], -_FAR)
+            num_real_P1 = self.mask_PN.sum(1, keepdim=True)
+        ranked_PR = beyond_PNK.flatten(1).sort(dim=1, descending=True).values
+        places_P1 = self.share_PE.sum(1, keepdim=True) - self.least * num_real_P1
+        end = ranked_PR.shape[1] - 1
+        last_P1, next_P1 = (ranked_PR.gather(1, place.clamp(0, end)) for place in (places_P1 - 1, places_P1))
+        next_P1 = torch.where(next_P1 < -_FAR / 2, last_P1, next_P1)
+        return torch.where(num_real_P1 > 0, (last_P1 + next_P1) / 2, 0)
 
 
 def _quantile(worth_PEN: Tensor, share_PE: Tensor, num_slots: int) -> Tensor:
@@ -151,8 +181,6 @@ def _bars(margin_PNE: Tensor, least: int, most: int) -> Tensor:
     best_PNK = margin_PNE.topk(min(deepest + 1, num_experts), dim=-1).values
 
     def of_others(number: int) -> Tensor:
-        if number >= num_experts:
-            return margin_PNE.new_tensor(-_FAR)
         above, at = best_PNK[..., number - 1, None], best_PNK[..., number, None]
         return torch.where(margin_PNE >= above, at, above)  # an expert among the best is none of the others
 
@@ -192,12 +220,12 @@ def assign(
         key_PN = margin_EPN[expert] - _bar(
             ladders[expert], need_PN if min_experts else None, room_PN if max_experts < num_experts else None
         )
-        must_PN = need_PN > after  # a token that needs every expert from this one on
-        order_PN = (
-            (key_PN + _LIFT * must_PN).masked_fill(room_PN == 0, -_FAR).argsort(dim=1, descending=True, stable=True)
-        )
+        # A token that needs every expert from this one on comes first, by its bar. The experts to come can serve so
+        # much need, and this one has to serve the rest of it.
+        order_PN = key_PN.masked_fill(room_PN == 0, -_FAR).argsort(dim=1, descending=True, stable=True)
         need_in_order, room_in_order = need_PN.gather(1, order_PN), room_PN.gather(1, order_PN)
-        # The experts to come can serve so much need, and this one has to serve the rest of it.
+        # A token that needs every expert from this one on comes first, by its bar. The experts to come can serve so
+        # much need, and this one has to serve the rest of it.
         owed_P1 = need_PN.sum(1, keepdim=True) - demand_P1
         needy = need_in_order > 0
         forced = (need_in_order > after) | (needy & (needy.cumsum(1) <= owed_P1))
@@ -228,7 +256,10 @@ def _places(members: Tensor, first: Tensor) -> Tensor:
 
 
 def _ladders(margin_EPN: Tensor, depth: int) -> list[Tensor]:
-    """For each expert [depth + 1, P, N] of the experts after it: infinity, and their best margins in falling order."""
+    """For each expert [depth + 1, P, N] of the experts after it: infinity, and their best margins in falling order.
+
+    All at once: (depth + 1) times the memory of the scores.
+    """
     ladder = margin_EPN.new_full((depth + 1, *margin_EPN.shape[1:]), -_FAR)
     ladder[0] = _FAR  # the 0-th best is beaten by none
     ladders = [ladder]
@@ -284,16 +315,14 @@ def balanced_thresholds(scores_TE: Tensor, capacity_factor: float, min_experts: 
     share = expert_capacity(num_tokens, num_experts, capacity_factor)
     if share >= num_tokens:
         return scores_TE.new_zeros(num_experts)
-    each = _exactly(num_tokens, num_experts, capacity_factor, min_experts, max_experts)
-    bounds = (min_experts, max_experts) if each is None else (each, each)
-    scores_1TE, share_1E = scores_TE[None], torch.full_like(scores_TE[:1], share, dtype=torch.long)
-    price_1E = assignment_prices(scores_1TE, share_1E, share, *bounds, None, ROUNDS)
+    capacity_1, num_real_1 = (torch.tensor([number], device=scores_TE.device) for number in (share, num_tokens))
+    share_1E = expert_shares(capacity_1, num_real_1, num_experts, max_experts)
+    prices = Prices(capacity_factor, min_experts, max_experts, share_1E, share, num_tokens, None)
+    price_1E = prices.of(scores_TE[None])
     for _ in range(SWEEPS):
-        threshold_1E = price_1E
-        if each is not None:
-            threshold_1E = price_1E + _shift(scores_1TE - price_1E[:, None, :], each, min_experts, max_experts, None)
-        load_E = routes_by_threshold(scores_TE, threshold_1E[0], min_experts, max_experts).sum(0)
-        if (load_E - share).abs().max() <= max(1, share // 100):
+        threshold_E = prices.thresholds(scores_TE[None], price_1E)[0]
+        load_E = routes_by_threshold(scores_TE, threshold_E, min_experts, max_experts).sum(0)
+        if (load_E - share_1E[0]).abs().max() <= max(1, share // 100):
             break
-        price_1E = assignment_prices(scores_1TE, share_1E, share, *bounds, None, 1, price_1E)
-    return threshold_1E[0]
+        price_1E = prices.of(scores_TE[None], 1, price_1E)
+    return threshold_E

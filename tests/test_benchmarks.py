@@ -136,7 +136,7 @@ def test_block(results: Path) -> None:
 def test_rejected(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rejected.PRODUCTS, "small", (32, 48, 4, 64, 2))
     monkeypatch.setattr(rejected, "POOLS", ((2048, 8),))
-    before = experts_ecmoe._PART_BYTES, bounded_ecmoe.assignment_prices, bounded_ecmoe.ROUNDS
+    before = experts_ecmoe._PART_BYTES, bounded_ecmoe.Prices.of
     rejected.main(["--products", "small", "--rounds", "1"])
     found = read(results / "rejected.json")
     assert set(found["products, small"]) >= set(rejected.PARTS)
@@ -144,7 +144,7 @@ def test_rejected(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[rejected.BEST]["score"] == 1 and 0.99 < rows[rejected.OURS]["score"] < 1.001
     projections = rows["50 projections of 1,024 tokens"]
     assert 0.9 < projections["score"] < 1.001 and rows[rejected.OURS]["load"] < projections["load"]
-    assert before == (experts_ecmoe._PART_BYTES, bounded_ecmoe.assignment_prices, bounded_ecmoe.ROUNDS)
+    assert before == (experts_ecmoe._PART_BYTES, bounded_ecmoe.Prices.of)
 
 
 def test_laps_are_taken_in_order_and_apart() -> None:

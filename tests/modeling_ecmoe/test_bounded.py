@@ -285,6 +285,49 @@ def test_prices_are_thresholds(factor: int, least: int, most: int | None, bias: 
         assert off(choose_tokens(scores_TE[None], factor).threshold) > 0.1
 
 
+@pytest.mark.parametrize(("factor", "bias"), [(1.02, 3.0), (1.1, 3.0), (1.02, 8.0), (2.1, 3.0)])
+def test_few_places_beyond_the_lower_bound(factor: float, bias: float) -> None:
+    """What all prices have in common hangs on few tokens then."""
+    least = int(factor)
+    logits_TE = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)) + torch.linspace(-bias, bias, 8)
+    scores_TE = logits_TE.softmax(-1)
+    choice = choose_tokens_within_bounds(scores_TE[None], factor, least, None)
+    share = math.ceil(factor * 2000 / 8)
+    load_E = routes_by_threshold(scores_TE, choice.threshold, least).sum(0)
+    assert (load_E / share - 1).abs().max() <= 0.15
+    load_E = routes_by_threshold(scores_TE, balanced_thresholds(scores_TE, factor, least, 8), least).sum(0)
+    assert (load_E / share - 1).abs().max() <= 0.02
+
+
+@pytest.mark.parametrize(("factor", "most"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("kind", ["uniform", "one-hot", "repeated"])
+def test_a_full_upper_bound_leaves_no_token_short(factor: int, most: int, rows: int, kind: str) -> None:
+    """c = b: the recorded thresholds give every token its b experts, though each pool moved them by itself."""
+    generator = torch.Generator().manual_seed(0)
+    scores_TE = {
+        "uniform": torch.rand(2048, 8, generator=generator),
+        "one-hot": torch.eye(8).repeat(256, 1),
+        "repeated": torch.rand(64, 8, generator=generator).softmax(-1).repeat(32, 1),
+    }[kind]
+    choice = choose_tokens_within_bounds(scores_TE.view(rows, -1, 8), factor, 0, most)
+    for threshold_E in (choice.threshold, balanced_thresholds(scores_TE, factor, 0, most)):
+        assert (routes_by_threshold(scores_TE, threshold_E, 0, most).sum(1) < most).float().mean() <= 0.002
+
+
+def test_padding_changes_nothing_and_is_not_read() -> None:
+    """Of few real tokens among many places, whatever stands at padding."""
+    generator = torch.Generator().manual_seed(0)
+    real_PNE = (torch.randn(1, 70, 64, generator=generator) + torch.linspace(-1, 1, 64) / 2).softmax(-1)
+    alone = choose_tokens_within_bounds(real_PNE, 1, 1, None)
+    mask_PN = (torch.arange(512) >= 442)[None]
+    for filling in (0.5, float("nan")):
+        padded_PNE = torch.cat([torch.full((1, 442, 64), filling), real_PNE], 1)
+        choice = choose_tokens_within_bounds(padded_PNE, 1, 1, None, mask_PN)
+        torch.testing.assert_close(choice.threshold, alone.threshold)
+        assert choice.scores[choice.is_chosen].sum() == pytest.approx(float(alone.scores[alone.is_chosen].sum()))
+
+
 def copies_of(dense: nn.Module, **fields: object) -> EcMoeBlock:
     block = build_block(normalize_combine_weights=True, min_experts_per_token=1, **fields)
     with torch.no_grad():
