@@ -96,6 +96,7 @@ def _words(groups: Groups) -> str:
     ]
     pairs = f" BLiMP of the parent: {before[0]['accuracy']:.3f}, {before[0]['pairs']} pairs." if any(before) else ""
     columns = (
+        "Seconds and milliseconds are the processor's, on a machine with other work; docs/speed.md compares times. "
         '"Tokens fewer" and "seconds fewer": token choice\'s over ours until its final loss is reached, between '
         "checkpoints and under the same schedule, whose end favours none. Gap: causal minus top-k loss, the "
         'same pool as in training. "Averaged thresholds": what the loss rises by with the thresholds of training in '
@@ -122,7 +123,7 @@ def draw(groups: Groups, path: Path) -> list[Path]:
     found = {arm: groups["main", "mixture", arm, ""] for arm in MAIN if ("main", "mixture", arm, "") in groups}
     if "dense" not in found:
         return []
-    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 4.8), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for arm, by_seed in found.items():
         short, _, init = arm.partition("-")
@@ -142,7 +143,16 @@ def draw(groups: Groups, path: Path) -> list[Path]:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=7, title="FFNs per token in brackets", title_fontsize=7)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        title="FFNs per token in brackets",
+        title_fontsize=8,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return [path]
