@@ -96,7 +96,8 @@ class Prices:
     ) -> None:
         self.least, self.most = min_experts, max_experts
         self.share_PE, self.num_slots, self.mask_PN = share_PE, num_slots, token_mask_PN
-        # Where c is a bound every token has exactly c experts; [c, c] is solved then, which rounds C up at most for b.
+        # Where c is a bound every token has exactly c experts, and [c, c] is solved: its prices are soon found. At the
+        # lower bound C must not have been rounded up; at the upper one `expert_shares` has taken that away.
         fits = token_mask_PN is None and num_slots * share_PE.shape[1] == min_experts * num_tokens
         self.each = max_experts if capacity_factor == max_experts else None
         self.each = min_experts if capacity_factor == min_experts and fits else self.each
@@ -147,11 +148,15 @@ class Prices:
             beyond_PNK = beyond_PNK.masked_fill(~self.mask_PN[..., None], -_FAR)
             num_real_P1 = self.mask_PN.sum(1, keepdim=True)
         ranked_PR = beyond_PNK.flatten(1).sort(dim=1, descending=True).values
-        places_P1 = self.share_PE.sum(1, keepdim=True) - self.least * num_real_P1
-        end = ranked_PR.shape[1] - 1
-        last_P1, next_P1 = (ranked_PR.gather(1, place.clamp(0, end)) for place in (places_P1 - 1, places_P1))
+        last_P1, next_P1 = _border(ranked_PR, self.share_PE.sum(1, keepdim=True) - self.least * num_real_P1)
         next_P1 = torch.where(next_P1 < -_FAR / 2, last_P1, next_P1)
         return torch.where(num_real_P1 > 0, (last_P1 + next_P1) / 2, 0)
+
+
+def _border(ranked: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Of values [..., R] in falling order the last that gets one of so many places [..., 1], and the next one."""
+    end = ranked.shape[-1] - 1
+    return ranked.gather(-1, (places - 1).clamp(0, end)), ranked.gather(-1, places.clamp(0, end))
 
 
 def _quantile(worth_PEN: Tensor, share_PE: Tensor, num_slots: int) -> Tensor:
@@ -160,11 +165,8 @@ def _quantile(worth_PEN: Tensor, share_PE: Tensor, num_slots: int) -> Tensor:
     An expert that takes every token has no next one, and half its last one stands in.
     """
     ranked_PER = worth_PEN.topk(min(num_slots + 1, worth_PEN.shape[-1]), dim=-1).values
-    end = ranked_PER.shape[-1] - 1
-    last_PE, next_PE = (
-        ranked_PER.gather(-1, place_PE.clamp(0, end)[..., None]).squeeze(-1) for place_PE in (share_PE - 1, share_PE)
-    )
-    takes_all_PE = (share_PE > end) | (next_PE < -_FAR / 2)
+    last_PE, next_PE = (value.squeeze(-1) for value in _border(ranked_PER, share_PE[..., None]))
+    takes_all_PE = (share_PE >= ranked_PER.shape[-1]) | (next_PE < -_FAR / 2)
     # Without a real token there is no price.
     return torch.where(last_PE < -_FAR / 2, 0, (last_PE + torch.where(takes_all_PE, 0, next_PE)) / 2)
 
@@ -220,23 +222,12 @@ def assign(
         key_PN = margin_EPN[expert] - _bar(
             ladders[expert], need_PN if min_experts else None, room_PN if max_experts < num_experts else None
         )
-        # A token that needs every expert from this one on comes first, by its bar. The experts to come can serve so
-        # much need, and this one has to serve the rest of it.
+        # A token that needs every expert from this one on comes first, by its bar.
         order_PN = key_PN.masked_fill(room_PN == 0, -_FAR).argsort(dim=1, descending=True, stable=True)
-        need_in_order, room_in_order = need_PN.gather(1, order_PN), room_PN.gather(1, order_PN)
-        # A token that needs every expert from this one on comes first, by its bar. The experts to come can serve so
-        # much need, and this one has to serve the rest of it.
         owed_P1 = need_PN.sum(1, keepdim=True) - demand_P1
-        needy = need_in_order > 0
-        forced = (need_in_order > after) | (needy & (needy.cumsum(1) <= owed_P1))
-        allowed = room_in_order > 0
-        if max_experts < num_experts:
-            # A token with no more room than there are experts to come is missed by them: so many can be spared.
-            spare_P1 = room_PN.clamp(max=after).sum(1, keepdim=True) - demand_P1
-            scarce = allowed & (room_in_order <= after)
-            allowed = allowed & (~scarce | (_places(scarce, first=forced) <= spare_P1))
-        place = _places(allowed, first=forced)
-        taken = allowed & (place <= share_PE[:, expert, None])
+        spare_P1 = room_PN.clamp(max=after).sum(1, keepdim=True) - demand_P1 if max_experts < num_experts else None
+        place = _places_in_order(need_PN.gather(1, order_PN), room_PN.gather(1, order_PN), after, owed_P1, spare_P1)
+        taken = (place > 0) & (place <= share_PE[:, expert, None])
         slot_PN = torch.where(taken, place - 1, num_slots)
         indices.append(order_PN.new_zeros(len(order_PN), num_slots + 1).scatter(1, slot_PN, order_PN)[:, :num_slots])
         taken_PN = torch.zeros_like(need_PN).scatter(1, order_PN, taken.long())
@@ -247,6 +238,22 @@ def assign(
     if scores_PNE[0].numel() * num_experts <= _EXCHANGE_SIZE:
         index_PEC = _exchange(scores_PNE, index_PEC, is_chosen_PEC)
     return index_PEC, is_chosen_PEC
+
+
+def _places_in_order(need: Tensor, room: Tensor, after: int, owed_P1: Tensor, spare_P1: Tensor | None) -> Tensor:
+    """[P, N] long, the places 1, 2, ... at which one expert takes the tokens; 0 for those it must not take.
+
+    need, room: [P, N], how many more experts a token has to have and may have, in the order of the expert's keys.
+    after: how many experts are still to come. owed_P1: the need that is left over when these have served what they can.
+    spare_P1: how many of the tokens that all of these miss can be spared; None without an upper bound.
+    """
+    needy = need > 0
+    forced = (need > after) | (needy & (needy.cumsum(1) <= owed_P1))
+    allowed = room > 0
+    if spare_P1 is not None:
+        scarce = allowed & (room <= after)
+        allowed = allowed & (~scarce | (_places(scarce, first=forced) <= spare_P1))
+    return _places(allowed, first=forced) * allowed
 
 
 def _places(members: Tensor, first: Tensor) -> Tensor:
