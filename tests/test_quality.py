@@ -223,6 +223,7 @@ def test_an_unchanged_arm_of_another_recipe_is_no_comparison() -> None:
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, expected in (
         (["--parts", "mian"], "parts=mian"),
+        (["--seeds", "9"], "seeds=9"),
         (["--data", str(tmp_path / "nowhere")], "data="),
     ):
         with pytest.raises(SystemExit) as stopped:

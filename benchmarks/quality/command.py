@@ -26,6 +26,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = machine.RESULTS / ("quality-quick" if options.quick else "quality")
     runs = chosen(quick_runs() if options.quick else all_runs(), options.parts)
+    seeds = sorted({run.seed for run in runs})
+    for seed in options.seeds or []:
+        if seed not in seeds:
+            print(f"quality: error: seeds={seed} has no run there; choose of {seeds}", file=sys.stderr)
+            sys.exit(2)
     runs = [run for run in runs if options.seeds is None or run.seed in options.seeds]
     logging.disable_progress_bar()  # of every calibration
     if not options.report:
