@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("destination", help="folder to make; it must not exist, or be empty")
     parser.add_argument("--num-experts", type=int, help="experts per layer (default: 8; with mix one per checkpoint)")
     parser.add_argument("--capacity-factor", type=float, help="mean experts per token (default: 1; granular: G)")
-    parser.add_argument("--init", help="how experts begin, see below (default: blend)")
+    parser.add_argument("--init", help="how experts begin, see below (default: shared)")
     parser.add_argument("--ratio", type=float, help=f"of some initialisations ({ratios})")
     parser.add_argument("--granularity", type=int, help="G, shards per dense FFN of granular (default: 2)")
     parser.add_argument("--layers", help=f"{', '.join(NAMED_LAYERS)}, or such as 1,3,5 (default: all)")

@@ -60,7 +60,7 @@ def convert(
     destination: str,
     num_experts: int | None = None,
     capacity_factor: float | None = None,
-    init: str = "blend",
+    init: str = "shared",
     ratio: float | None = None,
     granularity: int | None = None,
     layers: str = "all",

@@ -19,7 +19,7 @@ NAMED_LAYERS = ("all", "every-second", "last-half")
 class Settings:
     """What decides the weights. `complete` fills what is None with the initialisation's defaults."""
 
-    init: str = "blend"
+    init: str = "shared"
     num_experts: int | None = None
     capacity_factor: float | None = None
     ratio: float | None = None

@@ -77,7 +77,9 @@ class EcMoeConfigMixin:
         share; None drops nothing.
     router_jitter_noise: noise on the router's input in training, uniform in [1 - x, 1 + x].
     router_z_loss_coef, router_aux_loss_coef: weights of the z-loss and of token choice's balance loss, which a causal
-        language model adds to its loss in training. Expert choice needs no balance loss and refuses one.
+        language model adds to its loss in training; the balance loss is that of each layer (Switch Transformer, arXiv
+        2101.03961, section 2.2), the layers' mean, so that its scale is that of Transformers' models. Expert choice
+        needs no balance loss and refuses one.
     output_router_logits: return the router logits of each sparse layer, [B * S, E].
     """
 

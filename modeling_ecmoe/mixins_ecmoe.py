@@ -242,9 +242,13 @@ class EcMoeForCausalLMMixin:
             )
         if config.routing != "token_choice":
             return None, added
-        balance: Any = load_balancing_loss_func(
-            router_logits, config.num_experts, int(config.capacity_factor), token_mask
-        )
+        # Layer by layer, as the paper has it. Over the tokens of all layers together, as Transformers' models take it,
+        # an expert that is overloaded in one layer and idle in the next looks balanced.
+        losses: list[Any] = [
+            load_balancing_loss_func((logits,), config.num_experts, int(config.capacity_factor), token_mask)
+            for logits in router_logits
+        ]
+        balance = torch.stack(losses).mean()
         return balance, added + config.router_aux_loss_coef * balance
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

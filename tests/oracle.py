@@ -145,18 +145,19 @@ def z_loss(logits: Sequence[Tensor], is_real: Sequence[bool] | None = None) -> T
 
 
 def balance_loss(logits: Sequence[Tensor], num_choices: int, is_real: Sequence[bool] | None = None) -> Tensor:
-    """E * sum over experts of (its choices per token) * (its mean softmax score), tokens of all layers in one pool."""
-    rows = [row for layer in logits for t, row in enumerate(layer.double()) if is_real is None or is_real[t]]
-    num_experts = len(rows[0])
-    loss = rows[0].new_zeros(())
-    for expert in range(num_experts):
-        chosen, mass = 0, rows[0].new_zeros(())
-        for row in rows:
-            ranking = sorted(range(num_experts), key=(-row.detach()).tolist().__getitem__)
-            chosen += expert in ranking[:num_choices]
-            mass = mass + torch.exp(row[expert]) / sum(torch.exp(logit) for logit in row)
-        loss = loss + chosen / len(rows) * mass / len(rows)
-    return num_experts * loss
+    """E * sum over experts of (its choices per token) * (its mean softmax score) in each layer; the layers' mean."""
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in logits:
+        rows = [row for t, row in enumerate(layer.double()) if is_real is None or is_real[t]]
+        num_experts = len(rows[0])
+        for expert in range(num_experts):
+            chosen, mass = 0, rows[0].new_zeros(())
+            for row in rows:
+                ranking = sorted(range(num_experts), key=(-row.detach()).tolist().__getitem__)
+                chosen += expert in ranking[:num_choices]
+                mass = mass + torch.exp(row[expert]) / sum(torch.exp(logit) for logit in row)
+            total = total + num_experts * chosen / len(rows) * mass / len(rows)
+    return total / len(logits)
 
 
 def threshold_routes(scores_TE: Tensor, threshold_E: Sequence[float], least: int = 0, most: int | None = None) -> Pairs:

@@ -90,6 +90,8 @@ class _Measured:
         self.calibration = {domain: bench.windows[domain].calibration[:share] for domain in self.domains}
         self.routed = ARMS[run.arm].init is not None
         self.by_threshold = self.routed and model.config.inference_routing == "threshold"
+        # A model that was trained by its thresholds is measured by them; they are as causal as others.
+        self.calibrated = self.by_threshold and model.config.routing != "threshold"
         self.curve: list[dict[str, Any]] = []
 
     def over(self, steps: int) -> dict[str, Any]:
@@ -98,19 +100,31 @@ class _Measured:
         batches = training_batches(pools, self.run.rows, steps, self.run.seed)
         # Of the parent alone: conversions are exact, and would answer the same.
         before = None if self.routed else self._pairs()
+        start = self._start()
         weights = measure.copied_weights(self.model)
         seconds = train(self.model, batches, self.run, steps, self._checkpoint)
         return {
+            "start": start,
             "curve": self.curve,
             "step_seconds": statistics.median(seconds),
             "movement": measure.movement(self.model, weights),
             "final": self._final() | {"pairs_before": before, "pairs_after": self._pairs()},
         }
 
+    def _start(self) -> dict[str, float] | None:
+        """What routers that nobody has trained tell about the domains: the naught of `mutual_information`."""
+        if not self.routed:
+            return None
+        with measure.kept_thresholds(self.model):
+            if self.by_threshold:
+                measure.calibrate(self.model, self.calibration, self.run.pool_rows)
+            losses, routes = measure.losses_and_routes(self.model, self.held_out)
+        return {"loss": statistics.fmean(losses.values()), "mutual_information": routes["mutual_information"]}
+
     def _checkpoint(self, step: int, seconds: float) -> None:
         """Loss as inference routes, with thresholds of this moment's weights; those of the training stay."""
         tokens = step * self.run.rows * LENGTH
-        if self.by_threshold:
+        if self.calibrated:
             with measure.kept_thresholds(self.model):
                 measure.calibrate(self.model, self.calibration, self.run.pool_rows, CURVE_CALIBRATION)
                 losses = measure.domain_losses(self.model, self.held_out, CURVE_WINDOWS)
@@ -120,7 +134,7 @@ class _Measured:
 
     def _final(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        if self.by_threshold:
+        if self.calibrated:
             averaged = measure.domain_losses(self.model, self.held_out)
             found["loss_averaged_thresholds"] = statistics.fmean(averaged.values())
             measure.calibrate(self.model, self.calibration, self.run.pool_rows)
@@ -137,8 +151,8 @@ class _Measured:
         return found
 
     def _pairs(self) -> dict[str, Any] | None:
-        """BLiMP, of the main comparison alone."""
-        if self.run.part != "main" or not self.bench.pairs_per_file:
+        """BLiMP, of the main comparison alone, at both learning rates."""
+        if self.run.part not in ("main", "gentle") or not self.bench.pairs_per_file:
             return None
         archive = self.bench.data / "blimp" / "BLiMP.zip"
         return measure.minimal_pairs(self.model, self.bench.tokenizer, archive, self.bench.pairs_per_file)

@@ -114,7 +114,7 @@ def test_a_wrong_conversion_fails_and_leaves_nothing(
     blend = INITIALISATIONS["blend"]
     monkeypatch.setitem(INITIALISATIONS, "blend", replace(blend, expert=lambda _wanted, dense: dense * 1.01))
     with pytest.raises(conversion.ConversionError, match="does not compute what the dense one does"):
-        convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, text=str(text))
+        convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, init="blend", text=str(text))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
@@ -206,5 +206,5 @@ def test_record_says_what_was_done(tmp_path: Path, text: Path) -> None:
     assert record["parameters"]["total"] == model.num_parameters()
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert record["parameters"]["active"] == model.num_parameters() - experts // 2
-    assert (record["num_experts"], record["capacity_factor"], record["init"]) == (4, 2, "blend")
+    assert (record["num_experts"], record["capacity_factor"], record["init"]) == (4, 2, "shared")
     assert record["versions"]["torch"] == torch.__version__

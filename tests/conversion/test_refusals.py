@@ -200,13 +200,13 @@ OPTIONS = {
     "--init=clone": "init=clone is unknown; choose one of blend, shared, copy, noise",
     "--init=mix": "init=mix makes experts of several checkpoints; name the others with mix_with",
     "--mix-attention=last": "mix_attention=last is unknown; choose average or first",
-    "--ratio=0.5": "ratio=0.5 means nothing to init=blend",
+    "--ratio=0.5": "ratio=0.5 means nothing to init=shared",
     "--init=drop --ratio=1.5": "ratio=1.5 must be between 0 and 1",
     "--init=noise --ratio=-1": "ratio=-1.0 must be between 0 and inf",
     "--init=noise --ratio=inf": "ratio=inf must be between 0 and inf",
     "--init=split --ratio=0": "ratio=0.0 leaves one part of the 48 neurons empty",
     "--init=split --ratio=1": "ratio=1.0 leaves one part of the 48 neurons empty",
-    "--granularity=2": "granularity=2 belongs to init=granular, not blend",
+    "--granularity=2": "granularity=2 belongs to init=granular, not shared",
     "--init=granular --granularity=0": "granularity=0 must be at least 1",
     "--init=granular --granularity=3": "granularity=3 does not divide num_experts=8",
     "--init=granular --granularity=5 --num-experts=10": "does not divide the dense intermediate_size=48",
@@ -282,7 +282,7 @@ def test_checkpoints_that_do_not_mix(tmp_path: Path, dense: Path, refuse) -> Non
     check("save both in one dtype", "--init=mix", "--mix-with", str(tmp_path / "half"))
     check("one tokenizer: token '<end>' is None", "--init=mix", "--mix-with", str(tmp_path / "tokens"))
     check("num_experts=3 is no multiple of the 2", "--init=mix", "--num-experts=3", "--mix-with", str(dense))
-    check("mix_with is given and init=blend takes one checkpoint", "--mix-with", str(dense))
+    check("mix_with is given and init=shared takes one checkpoint", "--mix-with", str(dense))
     check("does not exist", "--init=mix", "--mix-with", str(tmp_path / "nowhere"))
 
 

@@ -111,12 +111,12 @@ def test_twenty_kills(tmp_path: Path, text: Path) -> None:
     """At twelve stages that show in the folder and eight random moments, before the work begins and within it."""
     write_dense(tmp_path / "dense", "Llama", num_hidden_layers=4, max_shard_size="20KB")
     stages = {  # the files whose appearance is waited for, hidden or under the final name
-        "blend": ["purpose.json", "model-00001-of-*", "model-00007-of-*", "thresholds.safetensors", "README.md", "out"],
+        "plain": ["purpose.json", "model-00001-of-*", "model-00007-of-*", "thresholds.safetensors", "README.md", "out"],
         "centroid": ["lock", "router.safetensors", "model-00012-of-*", INDEX, "tokenizer.json", RECORD],
     }
     place, kills = tmp_path / "place", 0
     generator = random.Random(0)
-    for name, options in {"blend": (), "centroid": ("--router=centroid",)}.items():
+    for name, options in {"plain": (), "centroid": ("--router=centroid",)}.items():
         arguments = (tmp_path / "dense", place / "out", f"--text={text}", *options)
         began = time.monotonic()
         process = start(tmp_path / "dense", tmp_path / name / "out", *arguments[2:])
