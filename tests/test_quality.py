@@ -9,13 +9,13 @@ import pytest
 import torch
 from checkpoints import write_dense, write_text
 
-from benchmarks.quality import command, data, execute, grid, measure, report, store, tables, train
+from benchmarks.quality import command, data, execute, grid, measure, report, store, tables, timing, train
 from benchmarks.quality.grid import ARMS, Run
 
 
 def result(run: Run, losses: list[float], final: float | None = None, **more: Any) -> dict[str, Any]:
-    """A run's file, with a curve of 100 tokens and one second for each checkpoint."""
-    curve = [{"step": i, "tokens": 100 * i, "seconds": float(i), "losses": {"a": x}} for i, x in enumerate(losses)]
+    """A run's file, with a curve of 100 tokens for each checkpoint."""
+    curve = [{"step": i, "tokens": 100 * i, "losses": {"a": x}} for i, x in enumerate(losses)]
     found = {"loss": losses[-1] if final is None else final, "losses": {"a": losses[-1]}, "losses_elsewhere": {}}
     machine = {"processor": "one", "versions": {"torch": "2", "transformers": "5"}}
     return {
@@ -27,7 +27,6 @@ def result(run: Run, losses: list[float], final: float | None = None, **more: An
         "threads": 1,
         "parameters": {"total": 2, "active": 1},
         "curve": curve,
-        "step_seconds": 1.0,
         "final": found | more,
     }
 
@@ -140,7 +139,7 @@ def test_a_finished_run_is_kept_until_its_recipe_changes(tmp_path: Path) -> None
     assert not store.finished(tmp_path, run)
     store.save(tmp_path, run, result(run, [3.0, 2.123456789]))
     assert store.finished(tmp_path, run) and not list(tmp_path.glob("*.unfinished"))
-    assert store.read(tmp_path)[run.name]["final"]["loss"] == 2.123457
+    assert store.read(tmp_path, run)["final"]["loss"] == 2.123457
     assert not store.finished(tmp_path, Run("ec-blend", 1, conversion={"num_experts": 8}))
     assert not store.finished(tmp_path, Run("ec-blend", 2, conversion={"num_experts": 4}))
 
@@ -161,13 +160,13 @@ def test_a_killed_grid_goes_on(tmp_path: Path) -> None:
         command.run_missing(Bench(), runs, tmp_path)  # type: ignore[arg-type]
     command.run_missing(Bench(), runs, tmp_path)  # type: ignore[arg-type]
     assert done == ["dense", "tc-copy2", "killed", "ec-blend"]
-    assert len(store.read(tmp_path)) == 3
+    assert all(store.finished(tmp_path, run) for run in runs)
 
 
 def test_reach_is_where_the_curve_first_comes_down() -> None:
     curve = result(Run("dense"), [4.0, 3.0, 3.5, 2.0])["curve"]
     assert tables.reach(curve, 3.5) == 50
-    assert tables.reach(curve, 2.5, "seconds") == pytest.approx(2 + 2 / 3)
+    assert tables.reach(curve, 2.5) == pytest.approx(200 + 200 / 3)
     assert tables.reach(curve, 1.9) is None
     assert tables.reach(curve, 4.0) == 0
 
@@ -186,18 +185,22 @@ def test_the_card_says_where_expert_choice_loses(tmp_path: Path) -> None:
     losses = {"dense": 2.5, "tc-copy2": 2.0, "ec-blend": 2.25, "ec-copy2": 1.75}
     results = [result(Run(arm, seed), [3.0, loss]) for arm, loss in losses.items() for seed in (0, 1)]
     groups = tables.grouped(results)
-    card = report.render(groups, "plot.png", "python -m benchmarks quality")
+    seconds = {"tc-copy2": 0.5, "ec-copy2": 1.0}
+    missing = ["main.mixture.ec-shared.seed0", "main.mixture.ec-shared.seed2", "pool.mixture.ec-copy2.8k.seed0"]
+    card = report.render(groups, "plot.png", "python -m benchmarks quality", seconds, missing)
     assert "expert choice, blend (2 FFNs) by 0.2500" in card and "copy (2 FFNs) by" not in card
-    (row,) = [line for line in tables.main_table(groups).splitlines() if line.startswith("| expert choice, copy |")]
+    assert "main.mixture.ec-shared (seed 0, 2); pool.mixture.ec-copy2.8k (seed 0)" in card
+    (row,) = [line for line in card.splitlines() if line.startswith("| expert choice, copy |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[4:8] == ["1.7500 ± 0.0000", "-0.7500 (-0.7500 to -0.7500)", "-0.2500 (-0.2500 to -0.2500)", "1.25"]
-    (plot,) = report.draw(groups, tmp_path / "plot.png")
+    assert cells[4:7] == ["1.7500 ± 0.0000", "-0.7500 (-0.7500 to -0.7500)", "-0.2500 (-0.2500 to -0.2500)"]
+    assert cells[7:] == ["1.25", "1000", "0.62"]  # 1.25 times fewer tokens, at twice the time
+    (plot,) = report.draw(groups, tmp_path / "plot.png", seconds)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert report.draw({key: found for key, found in groups.items() if key[2] != "dense"}, plot) == []
+    assert report.draw({key: found for key, found in groups.items() if key[2] != "dense"}, plot, seconds) == []
 
 
 def test_the_card_shows_domains_and_shorter_runs(tmp_path: Path) -> None:
-    routes = {"domain_shares": [[[0.25] * 4] * 8] * 2}
+    routes = {"domain_shares": [[[0.25] * 4] * 8] * 2, "load_min": 0.9, "load_max": 1.1}
     pairs = {"accuracy": 0.5, "pairs": 60}
     results = [result(Run(arm), [2.0], routes=routes) for arm in ("ec-copy2", "tc-copy2")]
     results += [
@@ -206,7 +209,8 @@ def test_the_card_shows_domains_and_shorter_runs(tmp_path: Path) -> None:
     ]
     groups = tables.grouped(results)
     assert "| expert choice, copy (2) | 125-steps | 1.60 | 1.9000 | -0.1000 |" in tables.shorter_table(groups)
-    assert "BLiMP of the parent: 0.500, 60 pairs" in report.render(groups, "quality.png", "command")
+    card = report.render(groups, "quality.png", "command")
+    assert "BLiMP of the parent: 0.500 of 60 pairs; half is chance, and the standard error is 0.065." in card
     (plot,) = report.draw_domains(groups, tmp_path / "domains.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert report.draw_domains(tables.grouped(results[1:]), plot) == []
@@ -218,6 +222,14 @@ def test_an_unchanged_arm_of_another_recipe_is_no_comparison() -> None:
     groups = tables.grouped([result(base, [2.0]), result(change, [1.5]), result(longer, [1.5])])
     assert "| -0.5000 |" in tables.ablation_table(groups, "rates")
     assert "-0.5000" not in tables.ablation_table(groups, "longer")
+    gentle = Run("ec-blend", part="gentle", learning_rate=1e-3)
+    softmax = Run("ec-blend", part="scores", label="z", learning_rate=1e-3)
+    groups |= tables.grouped([result(gentle, [3.0]), result(softmax, [2.75])])
+    assert "| -0.2500 |" in tables.ablation_table(groups, "scores")  # at its own learning rate
+    wide = result(Run("ec-blend", part="capacity", label="c2"), [1.5])
+    wide["parameters"] = {"total": 2, "active": 2}
+    groups |= tables.grouped([wide])
+    assert "-0.5000" not in tables.ablation_table(groups, "capacity")  # more active parameters
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -254,7 +266,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> execute.Bench:
 def test_every_arm_runs_and_is_measured(arm: str, bench: execute.Bench, tmp_path: Path) -> None:
     run = Run(arm, steps=2, rows=8, pool_rows=4)
     store.save(tmp_path, run, bench.execute(run))
-    (found,) = store.read(tmp_path).values()
+    found = store.read(tmp_path, run)
     assert found["curve"][0]["tokens"] == 0
     assert found["curve"][-1]["tokens"] == found["steps"] * 8 * data.LENGTH
     assert set(found["final"]["losses"]) == set(data.MIXTURE) and set(found["final"]["losses_elsewhere"]) == {"stories"}
@@ -262,11 +274,36 @@ def test_every_arm_runs_and_is_measured(arm: str, bench: execute.Bench, tmp_path
     routed = ARMS[arm].init is not None
     assert ("routes" in found["final"]) == routed == ("experts" in found["movement"])
     assert ("gap" in found["final"]) == (routed and not arm.startswith("tc"))
+    assert ("loss_averaged_thresholds" in found["final"]) == arm.startswith("ec")
     if routed:
         shares = torch.tensor(found["final"]["routes"]["domain_shares"])
         assert shares.shape == (2, 8, 4)
     if arm.startswith("tc"):
         assert found["final"]["routes"]["experts_per_token"] == ARMS[arm].routed
+
+
+def _changes() -> list[Run]:
+    """A run for each arm, conversion and config of the grid, and no more."""
+    found = {json.dumps([run.arm, run.conversion, run.config]): run for run in grid.all_runs()}
+    return list(found.values())
+
+
+@pytest.mark.parametrize("run", _changes(), ids=lambda run: run.name)
+def test_every_change_of_the_grid_builds(run: Run, bench: execute.Bench) -> None:
+    model, parameters = bench.build(run)
+    for field, value in run.config.items():
+        assert getattr(model.config, field) == value
+    if run.part == "one":
+        assert parameters["active"] == pytest.approx(bench.build(Run("dense"))[1]["active"], rel=0.05)
+    if run.conversion.get("num_experts") == 1:  # the dense model of twice the width: every token takes the one expert
+        measure.calibrate(model, {"prose": bench.windows["prose"].calibration}, 4)
+        routes = measure.losses_and_routes(model, {"prose": bench.windows["prose"].held_out})[1]
+        assert routes["uncovered"] == 0
+
+
+def test_steps_are_timed(bench: execute.Bench) -> None:
+    found = timing.step_seconds(bench, ("dense", "dense-matched", "th-copy2"), rounds=1)
+    assert found["seconds"].keys() == {"dense", "th-copy2"} and min(found["seconds"].values()) > 0
 
 
 def test_equal_active_parameters_where_flops_are_equal(bench: execute.Bench) -> None:

@@ -1,6 +1,7 @@
 """The command: which runs are missing, one after the other, then tables and plots."""
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -9,16 +10,18 @@ from transformers.utils import logging
 
 from .. import machine
 from . import store
+from .data import files
 from .execute import Bench
-from .grid import Run, all_runs, quick_runs
+from .grid import MAIN, NUM_CORE, Run, all_runs, quick_runs
 from .report import write
+from .timing import step_seconds
 
 ROOT = Path(__file__).parents[2]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks quality", description="Quality against controls, causally.")
-    parser.add_argument("--quick", action="store_true", help="the core arms, half of the steps: twenty minutes")
+    parser.add_argument("--quick", action="store_true", help="the core arms, half of the steps: fifteen minutes")
     parser.add_argument("--parts", nargs="+", help="such as main, rates, pool; all when left out")
     parser.add_argument("--seeds", type=int, nargs="+", help="such as 0; all when left out, or one for each process")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and plots of what is there")
@@ -33,13 +36,21 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(2)
     runs = [run for run in runs if options.seeds is None or run.seed in options.seeds]
     logging.disable_progress_bar()  # of every calibration
+    timing = folder.with_name(f"{folder.name}-steps.json")
     if not options.report:
-        run_missing(bench_of(options.data, options.quick), runs, folder)
-    results = store.read(folder)
+        bench = bench_of(options.data, options.quick)
+        run_missing(bench, runs, folder)
+        if not timing.exists():
+            print("Timing a step of each arm, side by side", flush=True)
+            arms = MAIN[:NUM_CORE] if options.quick else MAIN
+            timing.write_text(json.dumps(step_seconds(bench, arms), indent=2) + "\n")
+    results = [store.read(folder, run) for run in runs if store.finished(folder, run)]
     if not results:
         print(f"quality: error: no finished run in {folder}; leave --report out", file=sys.stderr)
         sys.exit(2)
-    for path in write(results, quick=options.quick):
+    missing = [run.name for run in runs if not store.finished(folder, run)]
+    seconds = json.loads(timing.read_text())["seconds"] if timing.exists() else {}
+    for path in write(results, missing, seconds, quick=options.quick):
         print(path)
 
 
@@ -49,7 +60,7 @@ def bench_of(data: Path, quick: bool) -> Bench:
     Raises:
         SystemExit: code 2, where something is missing there.
     """
-    needed = ["stories260K/hf", "corpus-3domains", "tinystories-v2-2MiB"] + ["blimp/BLiMP.zip"] * (not quick)
+    needed = ["stories260K/hf", *files()] + ["blimp/BLiMP.zip"] * (not quick)
     missing = [name for name in needed if not (data / name).exists()]
     if missing:
         print(f"quality: error: data={data} lacks {', '.join(missing)}; name the folder that has them", file=sys.stderr)

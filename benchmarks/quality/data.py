@@ -22,6 +22,7 @@ LENGTH = 128  # tokens of a window
 HELD_OUT_WINDOWS = 128  # of each domain
 CALIBRATION_WINDOWS = 128  # of the training documents, never trained on
 
+_STORIES = "tinystories-v2-2MiB/tinystories_sample.txt"
 _FOLDERS = {"prose": "prose", "documentation": "docs", "mathematics": "math"}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
 
@@ -35,19 +36,21 @@ class Windows:
     held_out: Tensor
 
 
-def read_domain(domain: str, data: Path) -> tuple[list[str], list[str]]:
-    """The documents to train on and the ones that are held out.
+def files() -> list[str]:
+    """What the domains are read from, below the data folder."""
+    parts = [f"corpus-3domains/{name}/{part}.parquet" for name in _FOLDERS.values() for part in ("train", "validation")]
+    return [*parts, _STORIES]
 
-    Raises:
-        FileNotFoundError: naming the file that is missing.
-    """
+
+def read_domain(domain: str, data: Path) -> tuple[list[str], list[str]]:
+    """The documents to train on and the ones that are held out."""
     if domain == "code":
         return split(_library_modules())
     if domain == "stories":
-        text = _existing(data / "tinystories-v2-2MiB" / "tinystories_sample.txt").read_text(encoding="utf-8")
+        text = (data / _STORIES).read_text(encoding="utf-8")
         return split([story.strip() for story in text.split("<|endoftext|>") if story.strip()])
     folder = data / "corpus-3domains" / _FOLDERS[domain]
-    train, held_out = (_texts(_existing(folder / f"{part}.parquet")) for part in ("train", "validation"))
+    train, held_out = (_texts(folder / f"{part}.parquet") for part in ("train", "validation"))
     return train, held_out
 
 
@@ -56,12 +59,6 @@ def split(documents: Sequence[str], one_in: int = 10) -> tuple[list[str], list[s
     order = random.Random(0).sample(range(len(documents)), len(documents))
     held_out = max(1, len(documents) // one_in)
     return [documents[i] for i in order[held_out:]], [documents[i] for i in order[:held_out]]
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    return path
 
 
 def _texts(path: Path) -> list[str]:

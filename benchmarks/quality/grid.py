@@ -107,11 +107,6 @@ class Run:
         """Of the run among all runs, and of its file."""
         return ".".join(filter(None, (self.part, self.data, self.arm, self.label, f"seed{self.seed}")))
 
-    @property
-    def group(self) -> str:
-        """The same for all seeds."""
-        return self.name.rpartition(".")[0]
-
     def recipe(self) -> dict[str, Any]:
         return asdict(self)
 

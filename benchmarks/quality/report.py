@@ -1,5 +1,6 @@
 """Tables and plots of the runs that are there."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from ..machine import RESULTS
 from .data import MIXTURE
-from .grid import ARMS, MAIN, TOKEN_CHOICE
+from .grid import ARMS, BALANCE_COEFFICIENT, MAIN, TOKEN_CHOICE
 from .tables import (
     Groups,
     ablation_table,
@@ -22,11 +23,13 @@ from .tables import (
 
 ROOT = Path(__file__).parents[2]
 PARTS = {
+    "balance": "Coefficient of token choice's balance loss",
     "rates": "Learning rates of experts, router and all",
     "scores": "Scores and router",
+    "one": "One FFN per token, of smaller experts: `granular`, two of 16 halves; `split`, half shared and half routed",
     "capacity": "Capacity factor",
     "bounds": "Bounds on the experts of a token",
-    "experts": "Number of experts",
+    "experts": "Number of experts; E1, which every token takes, is a dense model of twice the FFN's width",
     "layers": "Sparse layers",
     "pool": "Pool, in steps of 64k tokens",
     "shorter": "Fewer steps, each run with a whole schedule, against token choice's 200 steps",
@@ -36,21 +39,27 @@ COLORS = {"dense": "#6b7280", "tc": "#d97706", "ec": "#2563eb", "th": "#059669"}
 DASHES = {"copy2": "-", "blend": "--", "shared": ":", "copy1": "-.", "": "-", "matched": ":"}
 
 
-def write(results: dict[str, dict[str, Any]], quick: bool) -> list[Path]:
-    """The card with all tables, and the plot; a quick version's stay beside its runs."""
-    groups = grouped(results.values())
+def write(results: list[dict[str, Any]], missing: Sequence[str], seconds: dict[str, float], quick: bool) -> list[Path]:
+    """The card with all tables, and the plots; a quick version's stay beside its runs.
+
+    missing: the names of the runs that are not there. seconds: of a training step of each arm.
+    """
+    groups = grouped(results)
     if quick:
         card, plot = RESULTS / "quality-quick" / "README.md", RESULTS / "quality-quick" / "quality.png"
     else:
         card, plot = ROOT / "model_cards" / "stories260K.md", ROOT / "docs" / "quality.png"
     picture = "quality.png" if quick else "../docs/quality.png"
     command = "python -m benchmarks quality" + " --quick" * quick
-    card.write_text(render(groups, picture, command), encoding="utf-8")
-    return [card, *draw(groups, plot), *draw_domains(groups, plot.with_stem("quality_domains"))]
+    card.parent.mkdir(parents=True, exist_ok=True)
+    card.write_text(render(groups, picture, command, seconds, missing), encoding="utf-8")
+    return [card, *draw(groups, plot, seconds), *draw_domains(groups, plot.with_stem("quality_domains"))]
 
 
-def render(groups: Groups, picture: str, command: str) -> str:
-    """The card's Markdown; `command` made the runs."""
+def render(
+    groups: Groups, picture: str, command: str, seconds: dict[str, float] | None = None, missing: Sequence[str] = ()
+) -> str:
+    """The card's Markdown; `command` made the runs, `missing` are those it has not made."""
     main = next((by_seed for key, by_seed in groups.items() if key[0] == "main"), next(iter(groups.values())))
     some = next(iter(main.values()))
     machine, versions = some["machine"], some["machine"]["versions"]
@@ -63,20 +72,21 @@ def render(groups: Groups, picture: str, command: str) -> str:
         "# stories260K: what expert choice buys, measured causally\n",
         f"`{command}`; every run is a file in benchmarks/results. {machine['processor']}, "
         f"{some['threads']} thread{'s' if some['threads'] > 1 else ''}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, commit {some['commit']}.\n",
+        f"{versions['transformers']}, commits {', '.join(_commits(groups))}.\n",
         f"Losses are nats per token of held-out documents, routed as inference routes: causal. All arms see the same "
         f"{recipe['rows'] * 128:,} tokens in each step ({recipe['steps']} steps at "
         f"{recipe['learning_rate']:g} unless said), seed by seed; "
         "± is half the range over seeds, in brackets stand the least and the largest. Arms with as many FFNs per token "
         "have the same active FLOPs, and are compared with token choice from copies (top-1 or top-2, balance loss "
-        "0.01, dropless).\n",
+        f"{BALANCE_COEFFICIENT:g} of each layer's mean, dropless). Learning rate, initialisation and bounds were "
+        "chosen on the same held-out documents. Stories are what the parent was trained on.\n",
     ]
     for part, data in dict.fromkeys(key[:2] for key in groups if key[0] == "domain"):
         tables[part, data] = f"{data.capitalize()} alone"
     for (part, data), title in tables.items():
         if not any(key[:2] == (part, data) for key in groups):
             continue
-        parts += [f"## {title}\n", main_table(groups, data, part) + "\n"]
+        parts += [f"## {title}\n", main_table(groups, data, part, seconds or {}) + "\n"]
         parts += [routes_table(groups, data, part) + "\n", domain_table(groups, data, part) + "\n"]
         if part == "main":
             domains = picture.replace("quality.png", "quality_domains.png")
@@ -86,7 +96,22 @@ def render(groups: Groups, picture: str, command: str) -> str:
         if any(key[0] == part for key in groups):
             table = shorter_table(groups) if part == "shorter" else ablation_table(groups, part)
             parts += [f"## {title}\n", table + "\n"]
+    if missing:
+        parts += [f"## Not measured\n\n{_names_of(missing)}\n"]
     return "\n".join(parts)
+
+
+def _commits(groups: Groups) -> list[str]:
+    return sorted({result["commit"] for by_seed in groups.values() for result in by_seed.values()})
+
+
+def _names_of(runs: Sequence[str]) -> str:
+    """Runs with their seeds, which are the last part of a name."""
+    seeds: dict[str, list[str]] = {}
+    for name in runs:
+        group, _, seed = name.rpartition(".seed")
+        seeds.setdefault(group, []).append(seed)
+    return "; ".join(f"{group} (seed {', '.join(numbers)})" for group, numbers in seeds.items())
 
 
 def _words(groups: Groups) -> str:
@@ -94,14 +119,22 @@ def _words(groups: Groups) -> str:
     before = [
         result["final"].get("pairs_before") for result in groups.get(("main", "mixture", "dense", ""), {}).values()
     ]
-    pairs = f" BLiMP of the parent: {before[0]['accuracy']:.3f}, {before[0]['pairs']} pairs." if any(before) else ""
+    pairs = ""
+    if any(before):
+        share, count = before[0]["accuracy"], before[0]["pairs"]
+        pairs = (
+            f" BLiMP of the parent: {share:.3f} of {count} pairs; half is chance, and the standard error is "
+            f"{math.sqrt(share * (1 - share) / count):.3f}."
+        )
     columns = (
-        "Seconds and milliseconds are the processor's, on a machine with other work; docs/speed.md compares times. "
-        '"Tokens fewer" and "seconds fewer": token choice\'s over ours until its final loss is reached, between '
-        "checkpoints and under the same schedule, whose end favours none. Gap: causal minus top-k loss, the "
-        'same pool as in training. "Averaged thresholds": what the loss rises by with the thresholds of training in '
-        "place of calibrated ones. Load: of each expert over its share, least and most. Mutual information: of expert "
-        f"and domain, nats, at most 1.386.{pairs}\n"
+        'Milliseconds: steps of all arms side by side, medians. "Tokens fewer": token choice\'s over ours until its '
+        "final loss is reached, on a part of the held-out windows, between checkpoints; there our learning rate has "
+        "not come down yet and its has, which speaks against us: below are runs with schedules of their own. Gap: "
+        'causal minus top-k loss, the same pool as in training. "Averaged thresholds": what the loss rises by with the '
+        "thresholds of training in place of calibrated ones; threshold training is measured with its own, and begins "
+        "above the parent with `copy`, because it has no bounds. Load: of each expert over its share, least and most. "
+        f"Mutual information: of expert and domain, nats, at most {math.log(len(MIXTURE)):.3f}, and that of the "
+        f"untrained router.{pairs}\n"
     )
     lost = []
     for arm in MAIN:
@@ -115,9 +148,9 @@ def _words(groups: Groups) -> str:
     return f"{columns}\nWhere it loses to token choice of the same active FLOPs, on the mean: {'; '.join(lost)}.\n"
 
 
-def draw(groups: Groups, path: Path) -> list[Path]:
+def draw(groups: Groups, path: Path, step_seconds: dict[str, float]) -> list[Path]:
     """The main comparison's curves, means over seeds: loss minus the dense model's at the same tokens, and loss over
-    seconds of training."""
+    seconds of training, where the seconds of a step are known."""
     from matplotlib.figure import Figure
 
     found = {arm: groups["main", "mixture", arm, ""] for arm in MAIN if ("main", "mixture", arm, "") in groups}
@@ -127,9 +160,11 @@ def draw(groups: Groups, path: Path) -> list[Path]:
     left, right = figure.subplots(1, 2)
     for arm, by_seed in found.items():
         short, _, init = arm.partition("-")
-        style = {"color": COLORS[short], "linestyle": DASHES[init], "label": f"{ARMS[arm].title} ({ARMS[arm].ffns})"}
-        tokens, seconds, losses = mean_curve(by_seed)
-        right.plot(seconds[1:], losses[1:], **style)
+        label = f"{ARMS[arm].title} ({ARMS[arm].ffns})" + (", one seed" if len(by_seed) == 1 else "")
+        style = {"color": COLORS[short], "linestyle": DASHES[init], "label": label}
+        steps, tokens, losses = mean_curve(by_seed)
+        second = step_seconds.get("dense" if ARMS[arm].matched else arm, math.nan)
+        right.plot([step * second for step in steps[1:]], losses[1:], **style)
         shared = {seed: by_seed[seed] for seed in by_seed.keys() & found["dense"].keys()}
         if ARMS[arm].matched or not shared:
             continue  # its checkpoints lie at other numbers of tokens
@@ -137,7 +172,7 @@ def draw(groups: Groups, path: Path) -> list[Path]:
         ours = mean_curve(shared)[2]
         left.plot([t / 1e6 for t in tokens], [a - b for a, b in zip(ours, dense, strict=True)], **style)
     left.set(xlabel="million tokens", ylabel="nats per token", title="Causal loss minus the dense model's")
-    right.set(xlabel="seconds of training", ylabel="nats per token", title="Causal loss")
+    right.set(xlabel="seconds of training", ylabel="nats per token", title="Causal loss over time")
     right.set_yscale("log")
     right.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     for axes in (left, right):
@@ -160,33 +195,37 @@ def draw(groups: Groups, path: Path) -> list[Path]:
 
 def draw_domains(groups: Groups, path: Path, arms: Sequence[str] = ("ec-copy2", "tc-copy2")) -> list[Path]:
     """Which domain each expert's tokens are of, by layer: one row of pictures for each arm, of its first seed."""
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
     found = {arm: groups.get(("main", "mixture", arm, ""), {}) for arm in arms}
     if not all(found.values()):
         return []
-    shares = {arm: by_seed[min(by_seed)]["final"]["routes"]["domain_shares"] for arm, by_seed in found.items()}
-    num_layers = len(shares[arms[0]])
+    routes = {arm: by_seed[min(by_seed)]["final"]["routes"] for arm, by_seed in found.items()}
+    num_layers = len(routes[arms[0]]["domain_shares"])
+    chance = 1 / len(MIXTURE)
+    scale = TwoSlopeNorm(vmin=0, vcenter=chance, vmax=1)
     figure = Figure(figsize=(2.1 * num_layers, 2.6 * len(arms)), dpi=110, layout="constrained")
     axes = figure.subplots(len(arms), num_layers, squeeze=False)
     for row, arm in enumerate(arms):
-        for layer, table in enumerate(shares[arm]):
+        for layer, table in enumerate(routes[arm]["domain_shares"]):
             place = axes[row][layer]
-            picture = place.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            picture = place.imshow(table, norm=scale, cmap="RdBu_r", aspect="auto")
             place.set(title=f"layer {layer}", yticks=range(len(table)))
             place.set_xticks(range(len(MIXTURE)), MIXTURE if row == len(arms) - 1 else [""] * len(MIXTURE), rotation=60)
-        axes[row][0].set_ylabel(f"{ARMS[arm].title}: expert")
-    figure.colorbar(picture, ax=axes, label="share of the expert's tokens", fraction=0.02)
+        load = f"load {routes[arm]['load_min']:.2f} to {routes[arm]['load_max']:.2f}"
+        axes[row][0].set_ylabel(f"{ARMS[arm].title}: expert\n(seed {min(found[arm])}, {load})", fontsize=8)
+    figure.colorbar(picture, ax=axes, label=f"share of the expert's tokens; {chance:g} is chance", fraction=0.02)
     figure.savefig(path)
     return [path]
 
 
-def mean_curve(by_seed: dict[int, dict[str, Any]]) -> tuple[list[int], list[float], list[float]]:
-    """Tokens, mean seconds and mean loss at each checkpoint."""
+def mean_curve(by_seed: dict[int, dict[str, Any]]) -> tuple[list[int], list[int], list[float]]:
+    """Steps, tokens and mean loss at each checkpoint."""
     curves = [result["curve"] for result in by_seed.values()]
     points = list(zip(*curves, strict=True))
     return (
+        [same[0]["step"] for same in points],
         [same[0]["tokens"] for same in points],
-        [statistics.fmean(point["seconds"] for point in same) for same in points],
         [statistics.fmean(curve_loss(point) for point in same) for same in points],
     )

@@ -39,7 +39,7 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """All finished runs by name."""
-    results = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
-    return {result["name"]: result for result in results}
+def read(folder: Path, run: Run) -> dict[str, Any]:
+    """What a finished run found."""
+    found: dict[str, Any] = json.loads(path_of(folder, run).read_text())
+    return found

@@ -2,13 +2,13 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .grid import ARMS, MAIN, TOKEN_CHOICE
 
 Result = dict[str, Any]
-# part, label and arm of a group -> seed -> result
+# part, data, arm and label of a group -> seed -> result
 Groups = dict[tuple[str, str, str, str], dict[int, Result]]
 
 
@@ -47,29 +47,31 @@ def curve_loss(point: Mapping[str, Any]) -> float:
     return statistics.fmean(point["losses"].values())
 
 
-def reach(curve: Sequence[Mapping[str, Any]], target: float, axis: str = "tokens") -> float | None:
-    """Where the curve first comes down to the target, linearly between checkpoints; None if it never does.
-
-    axis: "tokens" or "seconds".
-    """
+def reach(curve: Sequence[Mapping[str, Any]], target: float) -> float | None:
+    """After how many tokens the curve first comes down to the target, linearly between checkpoints; None if never."""
     for before, after in itertools.pairwise(curve):
         high, low = curve_loss(before), curve_loss(after)
         if low <= target:
             part = 0.0 if high <= target else (high - target) / (high - low)
-            return float(before[axis] + part * (after[axis] - before[axis]))
+            return float(before["tokens"] + part * (after["tokens"] - before["tokens"]))
     return None
 
 
-def _speed_up(ours: Mapping[int, Result], theirs: Mapping[int, Result], axis: str) -> str:
-    """How many times fewer tokens or seconds until the other's final loss, mean over seeds; "never" where one fails."""
+def times_fewer(ours: Mapping[int, Result], theirs: Mapping[int, Result]) -> float | None:
+    """How many times fewer tokens until the other's final loss, mean over seeds: 0 where one never comes there, None
+    without a common seed."""
     ratios = []
     for seed in sorted(ours.keys() & theirs.keys()):
         end = theirs[seed]["curve"][-1]
-        at = reach(ours[seed]["curve"], curve_loss(end), axis)
+        at = reach(ours[seed]["curve"], curve_loss(end))
         if at is None:
-            return "never"
-        ratios.append(end[axis] / at)
-    return f"{statistics.fmean(ratios):.2f}" if ratios else ""
+            return 0.0
+        ratios.append(end["tokens"] / at)
+    return statistics.fmean(ratios) if ratios else None
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value else "never"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -77,17 +79,23 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def main_table(groups: Groups, data: str = "mixture", part: str = "main") -> str:
-    """The main comparison: final loss, and differences to dense and to token choice with as many FFNs per token."""
+def main_table(groups: Groups, data: str, part: str, seconds: Mapping[str, float]) -> str:
+    """The main comparison: final loss, and differences to dense and to token choice with as many FFNs per token.
+
+    seconds: of a training step of each arm, where they were measured.
+    """
     found = {arm: groups[part, data, arm, ""] for arm in MAIN if (part, data, arm, "") in groups}
     order = sorted(found, key=lambda arm: (ARMS[arm].ffns, _loss(found[arm])))
     head = ["arm", "FFNs per token", "active parameters", "seeds", "causal loss", "against dense"]
-    head += ["against token choice", "tokens fewer", "seconds fewer"]
+    head += ["against token choice", "tokens fewer", "ms per step", "time fewer"]
     rows = []
     for arm in order:
         ours, ffns = found[arm], ARMS[arm].ffns
         dense, peer = found.get("dense", {}), found.get(TOKEN_CHOICE[ffns], {})
         is_peer = arm == TOKEN_CHOICE[ffns]
+        fewer = None if is_peer else times_fewer(ours, peer)
+        step = seconds.get("dense" if ARMS[arm].matched else arm)
+        quicker = seconds.get(TOKEN_CHOICE[ffns], 0) / step if step else 0
         rows.append(
             (
                 ARMS[arm].title,
@@ -97,15 +105,17 @@ def main_table(groups: Groups, data: str = "mixture", part: str = "main") -> str
                 mean_and_spread([result["final"]["loss"] for result in ours.values()]),
                 "" if arm == "dense" else signed(differences(ours, dense)),
                 "" if is_peer else signed(differences(ours, peer)),
-                *("" if is_peer else _speed_up(ours, peer, axis) for axis in ("tokens", "seconds")),
+                _times(fewer),
+                f"{1000 * step:.0f}" if step else "",
+                _times(fewer * quicker) if quicker and fewer is not None else "",
             )
         )
     return markdown(head, rows)
 
 
-def routes_table(groups: Groups, data: str = "mixture", part: str = "main") -> str:
+def routes_table(groups: Groups, data: str, part: str) -> str:
     """Gap, load, coverage, specialisation and BLiMP of the same runs, means over seeds."""
-    head = ("arm", "gap", "averaged thresholds", "load", "no expert", "mutual information", "BLiMP", "ms per step")
+    head = ("arm", "gap", "averaged thresholds", "load", "no expert", "mutual information", "untrained", "BLiMP")
     rows = []
     for arm in (arm for arm in MAIN if (part, data, arm, "") in groups):
         ours = groups[part, data, arm, ""]
@@ -119,14 +129,14 @@ def routes_table(groups: Groups, data: str = "mixture", part: str = "main") -> s
                 "" if load[0] is None else f"{load[0]:.2f} to {load[1]:.2f}",
                 _or_nothing(_mean(ours, "routes", "uncovered"), ".1%"),
                 _or_nothing(_mean(ours, "routes", "mutual_information"), ".3f"),
+                _or_nothing(_mean(ours, "mutual_information", at="start"), ".3f"),
                 _or_nothing(_mean(ours, "pairs_after", "accuracy"), ".3f"),
-                f"{1000 * statistics.fmean(result['step_seconds'] for result in ours.values()):.0f}",
             )
         )
     return markdown(head, rows)
 
 
-def domain_table(groups: Groups, data: str = "mixture", part: str = "main") -> str:
+def domain_table(groups: Groups, data: str, part: str) -> str:
     """Final loss of each domain, also of those that were not trained on; means over seeds."""
     rows, domains = [], []
     for arm in (arm for arm in MAIN if (part, data, arm, "") in groups):
@@ -141,30 +151,46 @@ def domain_table(groups: Groups, data: str = "mixture", part: str = "main") -> s
 
 
 def ablation_table(groups: Groups, part: str) -> str:
-    """Each change against the same arm of the main comparison (same seeds, and recipe but for the change)."""
+    """Each change against the same arm of the main comparison, and against token choice with and without the change;
+    only where tokens, their order and active parameters are the same."""
     rows = []
     for (own_part, data, arm, label), ours in groups.items():
         if own_part != part:
             continue
-        base, peer = groups.get(("main", data, arm, ""), {}), _peer(groups, own_part, data, arm, label)
-        comparable = bool(base) and _any(base)["steps"] == _any(ours)["steps"]
-        comparable = comparable and _any(base)["recipe"]["rows"] == _any(ours)["recipe"]["rows"]
-        unchanged = groups.get(("main", data, TOKEN_CHOICE[ARMS[arm].ffns], ""), {})
-        final = {name: _mean(ours, *keys) for name, keys in _SHOWN.items()}
+        peer = TOKEN_CHOICE[ARMS[arm].ffns]
+        rates = {name: _rate(groups.get((name, data, arm, ""), {})) for name in ("gentle", "main")}
+        plain = "gentle" if rates["gentle"] == _rate(ours) else "main"
+        others = [(plain, data, arm, ""), (part, data, peer, label), (plain, data, peer, "")]
+        if peer == arm:
+            others[1:] = [_NONE, _NONE]
         rows.append(
             (
-                f"{ARMS[arm].title} ({ARMS[arm].ffns})",
+                ARMS[arm].title,
                 label,
+                f"{_any(ours)['parameters']['active']:,}",
                 mean_and_spread([result["final"]["loss"] for result in ours.values()]),
-                signed(differences(ours, base)) if comparable else "",
-                signed(differences(ours, peer)),
-                "" if arm.startswith("tc") or not comparable else signed(differences(ours, unchanged)),
-                _signed_or_nothing(final["gap"]),
-                _or_nothing(final["no expert"], ".1%"),
+                *(signed(differences(ours, other)) for other in (_comparable(groups, ours, key) for key in others)),
+                _signed_or_nothing(_mean(ours, "gap")),
+                _or_nothing(_mean(ours, "routes", "uncovered"), ".1%"),
             )
         )
-    head = ("arm", "change", "causal loss", "against unchanged", "against token choice, same change")
-    return markdown((*head, "against token choice, unchanged", "gap", "no expert"), rows)
+    head = ["arm", "change", "active parameters", "causal loss", "against unchanged"]
+    head += ["against token choice, same change", "against token choice, unchanged", "gap", "no expert"]
+    return markdown(head, rows)
+
+
+_NONE = ("", "", "", "")  # the key of no group
+
+
+def _comparable(groups: Groups, ours: Mapping[int, Result], key: tuple[str, str, str, str]) -> dict[int, Result]:
+    """The other group, unless it saw other tokens, or differs by more than a router in its active parameters."""
+    theirs = groups.get(key, {})
+    if not theirs or not ours:
+        return {}
+    a, b = _any(ours), _any(theirs)
+    same = all(a["recipe"][field] == b["recipe"][field] for field in ("steps", "rows"))
+    sizes = [result["parameters"]["active"] for result in (a, b)]
+    return theirs if same and max(sizes) <= 1.05 * min(sizes) else {}
 
 
 def shorter_table(groups: Groups) -> str:
@@ -181,12 +207,8 @@ def shorter_table(groups: Groups) -> str:
     return markdown(("arm", "run", "tokens fewer", "causal loss", "against token choice"), rows)
 
 
-_SHOWN = {"gap": ("gap",), "no expert": ("routes", "uncovered")}
-
-
-def _peer(groups: Groups, part: str, data: str, arm: str, label: str) -> dict[int, Result]:
-    peer = TOKEN_CHOICE[ARMS[arm].ffns]
-    return {} if peer == arm else groups.get((part, data, peer, label), {})
+def _rate(results: Mapping[int, Result]) -> float | None:
+    return _any(results)["recipe"]["learning_rate"] if results else None
 
 
 def _any(results: Mapping[int, Result]) -> Result:
@@ -197,11 +219,11 @@ def _loss(results: Mapping[int, Result]) -> float:
     return statistics.fmean(result["final"]["loss"] for result in results.values())
 
 
-def _mean(results: Mapping[int, Result], *keys: str) -> float | None:
-    """The mean over seeds of a figure below `final`; None where it was not measured."""
+def _mean(results: Mapping[int, Result], *keys: str, at: str = "final") -> float | None:
+    """The mean over seeds of a figure below `at`; None where it was not measured."""
     values = []
     for result in results.values():
-        value: Any = result["final"]
+        value: Any = result.get(at)
         for key in keys:
             value = None if value is None else value.get(key)
         if value is None:
@@ -214,4 +236,5 @@ def _or_nothing(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-_signed_or_nothing: Callable[[float | None], str] = lambda value: _or_nothing(value, "+.4f")  # noqa: E731
+def _signed_or_nothing(value: float | None) -> str:
+    return _or_nothing(value, "+.4f")

@@ -45,6 +45,22 @@ def parameter_groups(model: Any, run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def optimizer_of(model: Any, run: Run) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameter_groups(model, run), betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def one_step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor, run: Run, factor: float) -> None:
+    """One optimiser step over [rows, L] token ids, in passes of `run.pool_rows` windows; factor: of the base rates."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
+    for part in rows.split(run.pool_rows):
+        part = part.to(model.device)
+        (model(input_ids=part, labels=part, use_cache=False).loss * len(part) / len(rows)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MOST_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def clock_of(device: torch.device) -> Callable[[], float]:
     """On a CPU the processor's seconds of this process, which other work on the machine changes least."""
     return time.process_time if device.type == "cpu" else _synchronised
@@ -64,21 +80,14 @@ def train(
         batches: [rows, L] token ids, one for each step; each is gone through in passes of `run.pool_rows` windows.
         measure: called with the steps that are done and the seconds that they took.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(model, run), betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = optimizer_of(model, run)
     when, clock = checkpoint_steps(steps), clock_of(model.device)
     seconds: list[float] = []
     measure(0, 0.0)
     model.train()
     for step, rows in enumerate(tqdm(batches, total=steps, desc=run.name, unit="step", disable=None, leave=False)):
         begin = clock()
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * learning_rate_factor(step, steps)
-        for part in rows.split(run.pool_rows):
-            part = part.to(model.device)
-            (model(input_ids=part, labels=part, use_cache=False).loss * len(part) / len(rows)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MOST_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        one_step(model, optimizer, rows, run, learning_rate_factor(step, steps))
         seconds.append(clock() - begin)
         if step + 1 in when:
             measure(step + 1, sum(seconds))

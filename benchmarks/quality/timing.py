@@ -1,0 +1,42 @@
+"""Seconds of a training step of each arm, side by side: runs share their machine with other runs, and their own clocks
+disagree by a factor of two."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..harness import interleaved
+from ..machine import commit, machine
+from .data import MIXTURE, training_batches
+from .execute import Bench
+from .grid import ARMS, Run
+from .train import one_step, optimizer_of
+
+ROUNDS = 7
+
+
+def step_seconds(bench: Bench, arms: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
+    """The median of `rounds` interleaved steps of each arm, with machine, versions and commit.
+
+    Threshold training is timed past its warm-up; arms that differ in the number of steps alone are left out.
+    """
+    seconds = interleaved({arm: _step(bench, arm) for arm in arms if not ARMS[arm].matched}, rounds)
+    return {
+        "commit": commit(),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "seconds": {arm: statistics.median(values) for arm, values in seconds.items()},
+    }
+
+
+def _step(bench: Bench, arm: str) -> Callable[[], object]:
+    run = Run(arm)
+    config = {"threshold_after_steps": 0} if ARMS[arm].routing == "threshold" else {}
+    model = bench.build(Run(arm, config=config))[0].train()
+    optimizer = optimizer_of(model, run)
+    pools = {domain: bench.windows[domain].train for domain in MIXTURE}
+    (rows,) = training_batches(pools, run.rows, 1, run.seed)
+    return lambda: one_step(model, optimizer, rows, run, 0.0)  # at a rate of 0, so that it stays the same step
