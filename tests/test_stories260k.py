@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("init", ["blend", "copy"])
+@pytest.mark.parametrize("init", ["shared", "copy"])
 def test_step_0(tmp_path: Path, init: str) -> None:
     """Loss on 64 windows of 256 tokens within 1e-5, 120 greedy tokens the same."""
     convert(str(STORIES_MODEL), str(tmp_path / "out"), init=init, text=str(STORIES_TEXT))
@@ -42,7 +42,7 @@ def test_300_steps_beat_the_dense_control(tmp_path: Path) -> None:
     The thresholds, calibrated on training text, hold on held-out stories: every load within a tenth of its share, the
     causal loss within 0.005 nats of the loss with the experts choosing among the evaluation batch.
     """
-    models = {"dense": STORIES_MODEL, "blend": tmp_path / "blend", "copy": tmp_path / "copy"}
+    models = {"dense": STORIES_MODEL, "shared": tmp_path / "shared", "copy": tmp_path / "copy"}
     results = {}
     for name, model in models.items():
         if name != "dense":
@@ -63,7 +63,7 @@ def test_300_steps_beat_the_dense_control(tmp_path: Path) -> None:
         }
         results[name] = run(make_recipe(recipe))
         print(name, results[name])
-    for name in ("blend", "copy"):
+    for name in ("shared", "copy"):
         assert results[name]["loss_after"] < results["dense"]["loss_after"]
         assert abs(results[name]["loss_after"] - results[name]["loss_after_top_k"]) < 0.005
         routing = results[name]["routing"]

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from analysis.variants import BALANCE_COEFFICIENT
+
 from .data import DOMAINS
 
-# Of the layers' mean: 0.02 of the sum that Switch Transformer (arXiv 2101.03961, section 2.2) weighs with 0.01. With
-# 0.01 of the mean the routers of copies collapse here; part `balance` has the figures.
-BALANCE_COEFFICIENT = 0.1
 WARM_UP = 1 / 5  # of the steps that threshold training begins with expert choice: 4k of 19k in arXiv 2603.11535
 
 
@@ -125,7 +124,7 @@ def gentle_runs() -> list[Run]:
 def domain_runs() -> Iterator[Run]:
     """One domain at a time, one seed."""
     for domain in DOMAINS:
-        for arm in ("dense", "tc-copy2", "ec-copy2"):
+        for arm in ("dense", "tc-copy2", "ec-copy2", "ec-shared"):
             yield Run(arm, 0, "domain", data=domain)
 
 
