@@ -73,7 +73,7 @@ class Bench:
 
     @staticmethod
     def steps_of(run: Run, parameters: dict[str, int]) -> int:
-        """More steps where a dense run is to have the FLOPs of a second FFN."""
+        """More steps where a dense run is to have the matrix products of a second FFN, attention scores left out."""
         if not ARMS[run.arm].matched:
             return run.steps
         return round(run.steps * (parameters["active"] + parameters["ffn"]) / parameters["active"])

@@ -3,7 +3,7 @@
 Equal tokens: all runs of a part see the same number, and with the same seed the same ones in the same order. Equal
 active FLOPs: arms are compared with those that have as many FFNs per token. A shared expert (`blend`, `shared`) and
 one routed expert make two; so do two routed experts of `copy`. A dense model has one; `dense-matched` is given the
-FLOPs of two by more steps.
+matrix products of two by more steps.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def _arms(short: str, title: str, routing: str) -> dict[str, Arm]:
 
 ARMS = {
     "dense": Arm("dense", None, 1),
-    "dense-matched": Arm("dense, as many FLOPs by more steps", None, 2, matched=True),
+    "dense-matched": Arm("dense, 1.64 times the steps", None, 2, matched=True),
     **_arms("tc", "token choice", "token_choice"),
     **_arms("ec", "expert choice", "expert_choice"),
     **_arms("th", "expert choice, then thresholds", "threshold"),

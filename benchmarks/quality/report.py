@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import RESULTS
-from .data import MIXTURE
+from .data import LENGTH, MIXTURE
 from .grid import ARMS, BALANCE_COEFFICIENT, MAIN, TOKEN_CHOICE
 from .tables import (
     Groups,
@@ -26,14 +26,20 @@ PARTS = {
     "balance": "Coefficient of token choice's balance loss",
     "rates": "Learning rates of experts, router and all",
     "scores": "Scores and router",
-    "one": "One FFN per token, of smaller experts: `granular`, two of 16 halves; `split`, half shared and half routed",
+    "one": "One FFN per token, of smaller experts",
     "capacity": "Capacity factor",
     "bounds": "Bounds on the experts of a token",
-    "experts": "Number of experts; E1, which every token takes, is a dense model of twice the FFN's width",
+    "experts": "Number of experts",
     "layers": "Sparse layers",
     "pool": "Pool, in steps of 64k tokens",
     "shorter": "Fewer steps, each run with a whole schedule, against token choice's 200 steps",
     "longer": "Four times the steps",
+}
+NOTES = {
+    "one": "`granular`: two of 16 halves; `split`: half of the neurons shared, half routed. A token's only expert has "
+    "a normalised weight of 1 (`copy`, `split`), so its router learns nothing from the task.",
+    "experts": "E1 is a dense model of twice the FFN's width: every token takes its one expert.",
+    "scores": "`gentle` is at 0.001, against the same rate.",
 }
 COLORS = {"dense": "#6b7280", "tc": "#d97706", "ec": "#2563eb", "th": "#059669"}
 DASHES = {"copy2": "-", "blend": "--", "shared": ":", "copy1": "-.", "": "-", "matched": ":"}
@@ -60,27 +66,11 @@ def render(
     groups: Groups, picture: str, command: str, seconds: dict[str, float] | None = None, missing: Sequence[str] = ()
 ) -> str:
     """The card's Markdown; `command` made the runs, `missing` are those it has not made."""
-    main = next((by_seed for key, by_seed in groups.items() if key[0] == "main"), next(iter(groups.values())))
-    some = next(iter(main.values()))
-    machine, versions = some["machine"], some["machine"]["versions"]
-    recipe = some["recipe"]
     tables = {
         ("main", "mixture"): "The mixture of four domains",
         ("gentle", "mixture"): "At a tenth of the learning rate",
     }
-    parts = [
-        "# stories260K: what expert choice buys, measured causally\n",
-        f"`{command}`; every run is a file in benchmarks/results. {machine['processor']}, "
-        f"{some['threads']} thread{'s' if some['threads'] > 1 else ''}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, commits {', '.join(_commits(groups))}.\n",
-        f"Losses are nats per token of held-out documents, routed as inference routes: causal. All arms see the same "
-        f"{recipe['rows'] * 128:,} tokens in each step ({recipe['steps']} steps at "
-        f"{recipe['learning_rate']:g} unless said), seed by seed; "
-        "± is half the range over seeds, in brackets stand the least and the largest. Arms with as many FFNs per token "
-        "have the same active FLOPs, and are compared with token choice from copies (top-1 or top-2, balance loss "
-        f"{BALANCE_COEFFICIENT:g} of each layer's mean, dropless). Learning rate, initialisation and bounds were "
-        "chosen on the same held-out documents. Stories are what the parent was trained on.\n",
-    ]
+    parts = ["# stories260K: what expert choice buys, measured causally\n", _introduction(groups, command)]
     for part, data in dict.fromkeys(key[:2] for key in groups if key[0] == "domain"):
         tables[part, data] = f"{data.capitalize()} alone"
     for (part, data), title in tables.items():
@@ -95,10 +85,30 @@ def render(
     for part, title in PARTS.items():
         if any(key[0] == part for key in groups):
             table = shorter_table(groups) if part == "shorter" else ablation_table(groups, part)
-            parts += [f"## {title}\n", table + "\n"]
+            parts += [f"## {title}\n", *([NOTES[part] + "\n"] if part in NOTES else []), table + "\n"]
     if missing:
         parts += [f"## Not measured\n\n{_names_of(missing)}\n"]
     return "\n".join(parts)
+
+
+def _introduction(groups: Groups, command: str) -> str:
+    """Machine, versions and recipe of the main runs, and what is compared."""
+    main = next((by_seed for key, by_seed in groups.items() if key[0] == "main"), next(iter(groups.values())))
+    some = next(iter(main.values()))
+    versions, recipe, threads = some["machine"]["versions"], some["recipe"], some["threads"]
+    machine = f"{some['machine']['processor']}, {threads} thread{'s' if threads > 1 else ''}, torch {versions['torch']}"
+    return (
+        f"`{command}`; every run is a file in benchmarks/results. {machine}, transformers {versions['transformers']}, "
+        f"commits {', '.join(_commits(groups))}.\n\n"
+        "Losses are nats per token of held-out documents, routed as inference routes: causal. All arms see the same "
+        f"{recipe['rows'] * LENGTH:,} tokens in each step ({recipe['steps']} steps at {recipe['learning_rate']:g} "
+        "unless said), seed by seed; ± is half the range over seeds, in brackets stand the least and the largest. Arms "
+        "with as many FFNs per token have the same active FLOPs, and are compared with token choice from copies (top-1 "
+        f"or top-2, balance loss {BALANCE_COEFFICIENT:g} of each layer's mean, dropless). Dense with 1.64 times the "
+        "steps has as many FLOPs in its matrices; with the attention's scores 1.5 times would do. Learning rate, "
+        "initialisation and bounds were chosen on the same held-out documents. Stories are what the parent was trained "
+        "on.\n"
+    )
 
 
 def _commits(groups: Groups) -> list[str]:
