@@ -166,11 +166,11 @@ def draw(groups: Groups, path: Path, step_seconds: dict[str, float]) -> list[Pat
     found = {arm: groups["main", "mixture", arm, ""] for arm in MAIN if ("main", "mixture", arm, "") in groups}
     if "dense" not in found:
         return []
-    figure = Figure(figsize=(10, 4.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 5.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     for arm, by_seed in found.items():
         short, _, init = arm.partition("-")
-        label = f"{ARMS[arm].title} ({ARMS[arm].ffns})" + (", one seed" if len(by_seed) == 1 else "")
+        label = f"{ARMS[arm].title} ({ARMS[arm].ffns})" + "*" * (len(by_seed) == 1)
         style = {"color": COLORS[short], "linestyle": DASHES[init], "label": label}
         steps, tokens, losses = mean_curve(by_seed)
         second = step_seconds.get("dense" if ARMS[arm].matched else arm, math.nan)
@@ -180,7 +180,8 @@ def draw(groups: Groups, path: Path, step_seconds: dict[str, float]) -> list[Pat
             continue  # its checkpoints lie at other numbers of tokens
         dense = mean_curve({seed: found["dense"][seed] for seed in shared})[2]
         ours = mean_curve(shared)[2]
-        left.plot([t / 1e6 for t in tokens], [a - b for a, b in zip(ours, dense, strict=True)], **style)
+        above = [a - b for a, b in zip(ours, dense, strict=True)]
+        left.plot([number / 1e6 for number in tokens[1:]], above[1:], **style)
     left.set(xlabel="million tokens", ylabel="nats per token", title="Causal loss minus the dense model's")
     right.set(xlabel="seconds of training", ylabel="nats per token", title="Causal loss over time")
     right.set_yscale("log")
@@ -193,9 +194,9 @@ def draw(groups: Groups, path: Path, step_seconds: dict[str, float]) -> list[Pat
         handles,
         labels,
         loc="outside lower center",
-        ncols=4,
+        ncols=3,
         fontsize=8,
-        title="FFNs per token in brackets",
+        title="FFNs per token in brackets; * one seed",
         title_fontsize=8,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
