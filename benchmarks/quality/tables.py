@@ -115,7 +115,8 @@ def main_table(groups: Groups, data: str, part: str, seconds: Mapping[str, float
 
 def routes_table(groups: Groups, data: str, part: str) -> str:
     """Gap, load, coverage, specialisation and BLiMP of the same runs, means over seeds."""
-    head = ("arm", "gap", "averaged thresholds", "load", "no expert", "mutual information", "untrained", "BLiMP")
+    head = ["arm", "gap", "averaged thresholds", "experts per token", "load", "no expert"]
+    head += ["mutual information", "untrained", "BLiMP"]
     rows = []
     for arm in (arm for arm in MAIN if (part, data, arm, "") in groups):
         ours = groups[part, data, arm, ""]
@@ -126,6 +127,7 @@ def routes_table(groups: Groups, data: str, part: str) -> str:
                 f"{ARMS[arm].title} ({ARMS[arm].ffns})",
                 _signed_or_nothing(_mean(ours, "gap")),
                 "" if averaged is None else f"{averaged - _loss(ours):+.4f}",
+                _or_nothing(_mean(ours, "routes", "experts_per_token"), ".2f"),
                 "" if load[0] is None else f"{load[0]:.2f} to {load[1]:.2f}",
                 _or_nothing(_mean(ours, "routes", "uncovered"), ".1%"),
                 _or_nothing(_mean(ours, "routes", "mutual_information"), ".3f"),
