@@ -21,7 +21,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("analysis")
     write_dense(folder / "dense", "Llama")
     text = write_text(folder / "text.txt", documents=3)
-    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, capacity_factor=1.5, text=str(text))
+    apart = {"init": "noise", "ratio": 0.5}  # experts that differ, so that routes show in the loss
+    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, capacity_factor=1.5, text=str(text), **apart)
     return folder
 
 

@@ -43,7 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = write_text(folder / "text.txt").read_text().split(DOCUMENT_SEPARATOR)
     (folder / "text.txt").write_text(DOCUMENT_SEPARATOR.join(document[:2500] for document in documents))
     text = folder / "text.txt"
-    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, text=str(text))
+    # With `blend` all of an expert learns from the first step on, so that routes show in the weights.
+    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, init="blend", text=str(text))
     (folder / "recipe.yaml").write_text(RECIPE + f"dataset: {text}\n")
     return folder
 
