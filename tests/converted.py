@@ -12,6 +12,8 @@ from torch import Tensor
 from conversion import convert
 from modeling_ecmoe import sparse_blocks
 
+INIT = "blend"  # its experts speak from the start; those of `shared` are silent, and would hide what breaks them
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -19,7 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     text = write_text(folder / "text.txt", documents=12)
     write_dense(folder / "dense", "Qwen3", initializer_range=0.02)
-    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, text=str(text), verify=False)
+    convert(str(folder / "dense"), str(folder / "ecmoe"), num_experts=4, init=INIT, text=str(text), verify=False)
     return folder
 
 
@@ -29,7 +31,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (STORIES_MODEL.is_dir() and STORIES_TEXT.is_file()):
         pytest.skip("stories260K and its text are not beside the repository (ECMOE_TEST_DATA)")
     folder = tmp_path_factory.mktemp("stories") / "ecmoe"
-    convert(str(STORIES_MODEL), str(folder), text=str(STORIES_TEXT), verify=False)
+    convert(str(STORIES_MODEL), str(folder), init=INIT, text=str(STORIES_TEXT), verify=False)
     return folder
 
 

@@ -209,7 +209,7 @@ def test_the_card_shows_domains_and_shorter_runs(tmp_path: Path) -> None:
     ]
     groups = tables.grouped(results)
     assert "| expert choice, copy (2) | 125-steps | 1.60 | 1.9000 | -0.1000 |" in tables.shorter_table(groups)
-    card = report.render(groups, "quality.png", "command")
+    card = report.render(groups, "quality.png", "command", {}, [])
     assert "BLiMP of the parent: 0.500 of 60 pairs; half is chance, and the standard error is 0.065." in card
     (plot,) = report.draw_domains(groups, tmp_path / "domains.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -242,6 +242,19 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
             command.main(arguments)
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert stopped.value.code == 2 and expected in line
+
+
+def test_a_part_leaves_the_rest_of_the_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs = [Run("dense"), Run("ec-copy2", part="shorter", label="125-steps", steps=125)]
+    for run in runs:
+        store.save(tmp_path / "quality", run, result(run, [2.0]))
+    given: list[Any] = []
+    monkeypatch.setattr(command.machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(command, "write", lambda *arguments, quick: given.extend(arguments) or [])
+    command.main(["--parts", "shorter", "--report"])
+    results, missing, seconds = given
+    assert [found["name"] for found in results] == [run.name for run in runs]
+    assert "main.mixture.dense.seed1" in missing and seconds == {}
 
 
 def test_recipes_are_json() -> None:

@@ -21,14 +21,15 @@ ROOT = Path(__file__).parents[2]
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks quality", description="Quality against controls, causally.")
-    parser.add_argument("--quick", action="store_true", help="the core arms, half of the steps: fifteen minutes")
+    parser.add_argument("--quick", action="store_true", help="the core arms, half of the steps, no BLiMP")
     parser.add_argument("--parts", nargs="+", help="such as main, rates, pool; all when left out")
     parser.add_argument("--seeds", type=int, nargs="+", help="such as 0; all when left out, or one for each process")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and plots of what is there")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of parent and text")
     options = parser.parse_args(arguments)
     folder = machine.RESULTS / ("quality-quick" if options.quick else "quality")
-    runs = chosen(quick_runs() if options.quick else all_runs(), options.parts)
+    everything = quick_runs() if options.quick else all_runs()
+    runs = chosen(everything, options.parts)
     seeds = sorted({run.seed for run in runs})
     for seed in options.seeds or []:
         if seed not in seeds:
@@ -43,12 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
         if not timing.exists():
             print("Timing a step of each arm, side by side", flush=True)
             arms = MAIN[:NUM_CORE] if options.quick else MAIN
-            timing.write_text(json.dumps(step_seconds(bench, arms), indent=2) + "\n")
-    results = [store.read(folder, run) for run in runs if store.finished(folder, run)]
+            machine.save(timing.stem, step_seconds(bench, arms))
+    results = [store.read(folder, run) for run in everything if store.finished(folder, run)]
     if not results:
         print(f"quality: error: no finished run in {folder}; leave --report out", file=sys.stderr)
         sys.exit(2)
-    missing = [run.name for run in runs if not store.finished(folder, run)]
+    missing = [run.name for run in everything if not store.finished(folder, run)]
     seconds = json.loads(timing.read_text())["seconds"] if timing.exists() else {}
     for path in write(results, missing, seconds, quick=options.quick):
         print(path)

@@ -102,11 +102,10 @@ class _Measured:
         before = None if self.routed else self._pairs()
         start = self._start()
         weights = measure.copied_weights(self.model)
-        seconds = train(self.model, batches, self.run, steps, self._checkpoint)
+        train(self.model, batches, self.run, steps, self._checkpoint)
         return {
             "start": start,
             "curve": self.curve,
-            "step_seconds": statistics.median(seconds),
             "movement": measure.movement(self.model, weights),
             "final": self._final() | {"pairs_before": before, "pairs_after": self._pairs()},
         }
@@ -121,7 +120,7 @@ class _Measured:
             losses, routes = measure.losses_and_routes(self.model, self.held_out)
         return {"loss": statistics.fmean(losses.values()), "mutual_information": routes["mutual_information"]}
 
-    def _checkpoint(self, step: int, seconds: float) -> None:
+    def _checkpoint(self, step: int) -> None:
         """Loss as inference routes, with thresholds of this moment's weights; those of the training stay."""
         tokens = step * self.run.rows * LENGTH
         if self.calibrated:
@@ -130,7 +129,7 @@ class _Measured:
                 losses = measure.domain_losses(self.model, self.held_out, CURVE_WINDOWS)
         else:
             losses = measure.domain_losses(self.model, self.held_out, CURVE_WINDOWS)
-        self.curve.append({"step": step, "tokens": tokens, "seconds": seconds, "losses": losses})
+        self.curve.append({"step": step, "tokens": tokens, "losses": losses})
 
     def _final(self) -> dict[str, Any]:
         found: dict[str, Any] = {}

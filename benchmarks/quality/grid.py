@@ -190,7 +190,7 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
 
 
 def quick_runs() -> list[Run]:
-    """About twenty minutes on a core: the core arms, half of the steps, no BLiMP."""
+    """The core arms, half of the steps, no BLiMP."""
     return main_runs(arms=MAIN[:NUM_CORE], steps=100)
 
 

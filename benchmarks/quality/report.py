@@ -62,9 +62,7 @@ def write(results: list[dict[str, Any]], missing: Sequence[str], seconds: dict[s
     return [card, *draw(groups, plot, seconds), *draw_domains(groups, plot.with_stem("quality_domains"))]
 
 
-def render(
-    groups: Groups, picture: str, command: str, seconds: dict[str, float] | None = None, missing: Sequence[str] = ()
-) -> str:
+def render(groups: Groups, picture: str, command: str, seconds: dict[str, float], missing: Sequence[str]) -> str:
     """The card's Markdown; `command` made the runs, `missing` are those it has not made."""
     tables = {
         ("main", "mixture"): "The mixture of four domains",
@@ -76,7 +74,7 @@ def render(
     for (part, data), title in tables.items():
         if not any(key[:2] == (part, data) for key in groups):
             continue
-        parts += [f"## {title}\n", main_table(groups, data, part, seconds or {}) + "\n"]
+        parts += [f"## {title}\n", main_table(groups, data, part, seconds) + "\n"]
         parts += [routes_table(groups, data, part) + "\n", domain_table(groups, data, part) + "\n"]
         if part == "main":
             domains = picture.replace("quality.png", "quality_domains.png")

@@ -160,8 +160,7 @@ def ablation_table(groups: Groups, part: str) -> str:
         if own_part != part:
             continue
         peer = TOKEN_CHOICE[ARMS[arm].ffns]
-        rates = {name: _rate(groups.get((name, data, arm, ""), {})) for name in ("gentle", "main")}
-        plain = "gentle" if rates["gentle"] == _rate(ours) else "main"
+        plain = "gentle" if _rate(groups.get(("gentle", data, arm, ""), {})) == _rate(ours) else "main"
         others = [(plain, data, arm, ""), (part, data, peer, label), (plain, data, peer, "")]
         if peer == arm:
             others[1:] = [_NONE, _NONE]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..harness import interleaved
-from ..machine import commit, machine
 from .data import MIXTURE, training_batches
 from .execute import Bench
 from .grid import ARMS, Run
@@ -18,14 +17,12 @@ ROUNDS = 7
 
 
 def step_seconds(bench: Bench, arms: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
-    """The median of `rounds` interleaved steps of each arm, with machine, versions and commit.
+    """The median of `rounds` interleaved steps of each arm.
 
     Threshold training is timed past its warm-up; arms that differ in the number of steps alone are left out.
     """
     seconds = interleaved({arm: _step(bench, arm) for arm in arms if not ARMS[arm].matched}, rounds)
     return {
-        "commit": commit(),
-        "machine": machine(),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "seconds": {arm: statistics.median(values) for arm, values in seconds.items()},

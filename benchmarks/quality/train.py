@@ -1,7 +1,6 @@
 """A plain training loop, the same for every arm: AdamW, warm-up and cosine, gradient clipping."""
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -61,35 +60,19 @@ def one_step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor, run: Ru
     optimizer.zero_grad()
 
 
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """On a CPU the processor's seconds of this process, which other work on the machine changes least."""
-    return time.process_time if device.type == "cpu" else _synchronised
-
-
-def _synchronised() -> float:
-    torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def train(
-    model: Any, batches: Iterable[Tensor], run: Run, steps: int, measure: Callable[[int, float], None]
-) -> list[float]:
-    """Trains in place and returns the seconds of each step, measurements left out.
+def train(model: Any, batches: Iterable[Tensor], run: Run, steps: int, measure: Callable[[int], None]) -> None:
+    """Trains in place.
 
     Args:
         batches: [rows, L] token ids, one for each step; each is gone through in passes of `run.pool_rows` windows.
-        measure: called with the steps that are done and the seconds that they took.
+        measure: called with the steps that are done.
     """
     optimizer = optimizer_of(model, run)
-    when, clock = checkpoint_steps(steps), clock_of(model.device)
-    seconds: list[float] = []
-    measure(0, 0.0)
+    when = checkpoint_steps(steps)
+    measure(0)
     model.train()
     for step, rows in enumerate(tqdm(batches, total=steps, desc=run.name, unit="step", disable=None, leave=False)):
-        begin = clock()
         one_step(model, optimizer, rows, run, learning_rate_factor(step, steps))
-        seconds.append(clock() - begin)
         if step + 1 in when:
-            measure(step + 1, sum(seconds))
+            measure(step + 1)
             model.train()
-    return seconds

@@ -22,7 +22,7 @@ def test_two_processes_under_zero_3(tmp_path: Path) -> None:
     """Trains, keeps one threshold update per step, and saves the whole weights."""
     write_dense(tmp_path / "dense", "Llama")
     text = write_text(tmp_path / "text.txt", documents=12)
-    convert(str(tmp_path / "dense"), str(tmp_path / "ecmoe"), num_experts=4, verify=False)
+    convert(str(tmp_path / "dense"), str(tmp_path / "ecmoe"), num_experts=4, init="blend", verify=False)
     config = yaml.safe_load(CONFIG.read_text()) | {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
     (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(config))
     recipe = {

@@ -110,7 +110,7 @@ def test_a_batch_changes_no_score(stories: Path, tmp_path: Path) -> None:
     [("principle_A_case_1", 0.99), ("irregular_past_participle_verbs", 0.91), ("anaphor_gender_agreement", 0.79)],
 )
 def test_blimp(stories: Path, tmp_path: Path, name: str, accuracy: float) -> None:
-    """1,000 pairs each; the accuracies of the dense model, which `shared` leaves as they are."""
+    """1,000 pairs each; the accuracies of the dense model, which `blend` leaves as they are."""
     if not BLIMP.is_file():
         pytest.skip("BLiMP is not beside the repository (ECMOE_TEST_DATA)")
     lines = zipfile.ZipFile(BLIMP).read(f"data/{name}.jsonl").decode().splitlines()
