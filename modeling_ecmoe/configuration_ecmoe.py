@@ -173,8 +173,9 @@ class EcMoeConfigMixin:
             )
         if self.routing != "expert_choice" and self.bounds_experts_per_token:
             raise ValueError(
-                f"routing={self.routing} has no bounds: leave min_experts_per_token={self.min_experts_per_token} at 0 "
-                f"and max_experts_per_token={self.max_experts_per_token} at None, or use routing=expert_choice"
+                f"routing={self.routing} has no bounds, and min_experts_per_token={self.min_experts_per_token}, "
+                f"max_experts_per_token={self.max_experts_per_token} ask for some; set them to 0 and None, or use "
+                "routing=expert_choice"
             )
         if self.routing == "threshold" and self.routing_pool != "batch":
             raise ValueError(f"routing_pool={self.routing_pool} has no meaning for routing=threshold; use batch")
