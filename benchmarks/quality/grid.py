@@ -174,6 +174,7 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for arm in ("ec-copy1", "tc-copy1"):
         yield "one", "granular", arm, {"conversion": granular}
         yield "one", "split", arm, {"conversion": {"init": "split"}}
+    yield "one", "granular", "th-copy1", {"conversion": granular}
     for layers in ("every-second", "last-half"):
         yield "layers", layers, "ec-copy2", {"conversion": {"layers": layers}}
     # Steps of 64k tokens, gathered from forward passes of 2k, 8k or all of them.
@@ -187,6 +188,7 @@ def _ablations() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for arm in ("dense", "ec-shared", *routed):
         yield "longer", "800-steps", arm, {"steps": 800}
     yield "longer", "800-steps-normalised", "ec-shared", {**normalised, "steps": 800}
+    yield "longer", "800-steps-granular", "ec-copy1", {"conversion": granular, "steps": 800}
 
 
 def quick_runs() -> list[Run]:
