@@ -193,9 +193,10 @@ class EcMoeBlock(nn.Module):
         return self._slots(tokens_TD, expert_TK, weight_TK)
 
     def _tokens_choose(self, tokens_TD: Tensor, scores_TE: Tensor, learning: bool) -> tuple[Tensor, Tensor]:
-        """Token choice, the baseline: each token takes its k best experts. Nothing is dropped outside training."""
+        """Token choice, the baseline: each token takes its k best experts. Nothing is dropped outside training, where
+        padding takes nothing away either: no mask is read, so that threads may share a model."""
         capacity_factor = self.config.token_choice_capacity_factor if learning else None
-        mask_T = None if self.token_mask is None else self.token_mask.flatten()
+        mask_T = self.token_mask.flatten() if learning and self.token_mask is not None else None
         expert_TK, is_kept_TK = choose_experts(scores_TE, int(self.config.capacity_factor), capacity_factor, mask_T)
         return self._slots(tokens_TD, expert_TK, scores_TE.gather(-1, expert_TK) * is_kept_TK)
 
@@ -256,8 +257,7 @@ def announce_tokens(model: nn.Module, token_mask: Tensor | None) -> Iterator[Non
             )
         block.token_mask = token_mask
         if learning:
-            block.gate._allocate_pending()
-            block.gate.has_pending = True
+            block.gate.expect_thresholds()
     try:
         yield
     finally:

@@ -69,7 +69,8 @@ class EcMoeConfigMixin:
         0, at least a, at most b.
     shared_expert_intermediate_size: width of a dense FFN that every token passes through; 0 is none.
     shared_expert_weighting: "one", or "complement" for 1 - the sum of the token's combine weights.
-    threshold_decay: how much of the threshold average one optimiser step keeps.
+    threshold_decay: how much of the threshold average one optimiser step keeps. Pre-training keeps 0.99 to 0.999
+        (arXiv 2603.11535); fine-tuning moves a router in fewer steps than such an average follows.
     threshold_after_steps: threshold training begins when `gate.threshold_updates` has come this far (a calibration
         counts as 1 / (1 - threshold_decay) steps); before that the experts choose.
     threshold_capacity_clamp: in threshold training an expert takes at least (1 - g) C and at most (1 + g) C tokens.
@@ -98,7 +99,7 @@ class EcMoeConfigMixin:
     max_experts_per_token: int | None = None
     shared_expert_intermediate_size: int = 0
     shared_expert_weighting: Literal["one", "complement"] = "one"
-    threshold_decay: float | int = 0.99
+    threshold_decay: float | int = 0.9
     threshold_after_steps: int = 0
     threshold_capacity_clamp: float | int = 0.5
     token_choice_capacity_factor: float | int | None = None

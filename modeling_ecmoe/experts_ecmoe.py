@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.utils.generic import maybe_autocast
 
 
 @use_experts_implementation
@@ -104,7 +105,7 @@ class EcMoeExperts(EcMoeRaggedExperts):
         """Two products per expert: no sorting, no sizes to exchange, static shapes."""
         device = hidden_states.device.type
         dtype = self.down_proj.dtype
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         rows_ECD = hidden_states.to(dtype).view(self.num_experts, rows_per_expert, -1)
         into, into_bias, down, down_bias = self._stacks(dtype)
@@ -155,7 +156,7 @@ class EqualRows(torch.autograd.Function):
     ) -> Tensor:
         output_ECD = torch.empty_like(rows_ECD, memory_format=torch.contiguous_format)
         kept = []
-        with torch.autocast(rows_ECD.device.type, enabled=False):  # the caller has chosen the precision
+        with maybe_autocast(rows_ECD.device.type, enabled=False):  # the caller has chosen the precision
             for part in _parts(rows_ECD, into.shape[1]):
                 rows, first, second = (_computable(tensor[part]) for tensor in (rows_ECD, into, down))
                 product = rows @ first.mT
@@ -179,7 +180,7 @@ class EqualRows(torch.autograd.Function):
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
             for tensor, needed in zip((grad_ECD, into, down, into[..., 0]), ctx.needs_input_grad[1:5], strict=True)
         ]
-        with torch.autocast(grad_ECD.device.type, enabled=False):
+        with maybe_autocast(grad_ECD.device.type, enabled=False):
             for part, product in zip(_parts(grad_ECD, into.shape[1]), kept, strict=True):
                 grad, first, second = (_computable(tensor[part]) for tensor in (grad_ECD, into, down))
                 rows = None if rows_ECD is None else _computable(rows_ECD[part])

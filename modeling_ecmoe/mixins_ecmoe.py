@@ -106,6 +106,7 @@ class EcMoeModelMixin:
     decoder_layer_class: type[nn.Module]
 
     def __init__(self, config: Any) -> None:
+        config.validate()  # fields set one after the other, as from_pretrained sets them, may not go together
         # The dense constructor makes embedding, norm and rotary embedding; its layers give way to ours. Under
         # from_pretrained that happens on the meta device and costs nothing.
         super().__init__(config)
@@ -127,14 +128,8 @@ class EcMoeModelMixin:
     ) -> MoeModelOutputWithPast | tuple:
         """As the dense model's. token_mask [B, S] bool, True for real tokens; read off a 2-D attention_mask."""
         inputs = input_ids if input_ids is not None else inputs_embeds
-        if (
-            token_mask is None
-            and inputs is not None
-            and isinstance(attention_mask, Tensor)
-            and attention_mask.dim() == 2
-        ):
-            # With a cache the mask covers past tokens too; the last S columns are the tokens at hand.
-            token_mask = attention_mask[:, -inputs.shape[1] :].bool()
+        if token_mask is None and inputs is not None:
+            token_mask = _token_mask(attention_mask, inputs)
         with announce_tokens(self, token_mask):
             outputs = super().forward(
                 input_ids=input_ids,
@@ -147,6 +142,16 @@ class EcMoeModelMixin:
                 **kwargs,
             )
         return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
+
+
+def _token_mask(attention_mask: Any, inputs: Tensor) -> Tensor | None:
+    """[B, S] bool, True for real tokens, of a 2-D attention mask; of any other mask None.
+
+    inputs: [B, S, ...]. With a cache the mask covers past tokens too; the last S columns are the tokens at hand.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -inputs.shape[1] :].bool()
 
 
 class EcMoeForCausalLMMixin:
@@ -198,7 +203,7 @@ class EcMoeForCausalLMMixin:
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if asked or adds_loss:
-            mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+            mask = _token_mask(attention_mask, outputs.last_hidden_state)
             aux_loss, router_loss = self._router_losses(outputs.router_logits, kwargs.get("token_mask", mask))
             if adds_loss and labels is not None:
                 items = kwargs.get("num_items_in_batch")

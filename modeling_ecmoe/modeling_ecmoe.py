@@ -11,6 +11,7 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.cohere2 import modeling_cohere2 as cohere2
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
@@ -558,6 +559,8 @@ for _config_class, _model_classes in MODEL_CLASSES.items():
     _config_class.register_for_auto_class()
     for _auto_class, _model_class in _model_classes.items():
         _model_class.register_for_auto_class(_auto_class)
+    # By these names Trainer's label smoothing and `transformers serve` know a language model.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config_class.model_type] = _model_classes["AutoModelForCausalLM"].__name__
 
 if EPImplementationInterface is not None:
     EPImplementationInterface.register("equal_splits", EqualSplitsEP)

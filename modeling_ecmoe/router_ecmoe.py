@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
 
 from .routing_ecmoe import router_scores
 
@@ -71,7 +72,7 @@ class EcMoeRouter(nn.Module):
         if jitter and self.jitter > 0:
             hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - self.jitter, 1 + self.jitter)
         dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             router_logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
             return router_logits, router_scores(router_logits, self.score_function), self.threshold
 
@@ -90,7 +91,8 @@ class EcMoeRouter(nn.Module):
         """The pending sums, on the device that scores are computed on; a model loaded from disk is built without."""
         device = self.weight.device if device is None else device
         if self.pending is None:
-            self.pending = torch.zeros(len(self.threshold) + 1, dtype=torch.float32, device=device)
+            with torch.inference_mode(False):  # training adds to it in place, wherever it was made
+                self.pending = torch.zeros(len(self.threshold) + 1, dtype=torch.float32, device=device)
         elif self.pending.device != device:
             self.pending = self.pending.to(device)
         return self.pending
@@ -100,17 +102,25 @@ class EcMoeRouter(nn.Module):
             self._allocate_pending()
         return super().train(mode)
 
+    def expect_thresholds(self) -> None:
+        """Before a training pass, which cannot set the flag once it is compiled. A method, so that PEFT's wrapper of
+        the router hands it on to the router that it uses."""
+        self._allocate_pending()
+        self.has_pending = True
+
     @torch.no_grad()
     def record_threshold(self, threshold: Tensor, num_tokens: Tensor | int) -> None:
         """Adds one micro-batch's threshold [E] to what the next optimiser step averages.
 
         A layer recomputed under gradient checkpointing adds the same value with the same weight again, which
-        leaves the mean of the step as it is.
+        leaves the mean of the step as it is. A micro-batch whose scores overflowed is left out: its optimiser step
+        may be skipped, and an average never recovers from NaN.
         """
         pending = self._allocate_pending(threshold.device)
-        pending[:-1] += threshold * num_tokens
-        pending[-1] += num_tokens
-        if not torch.compiler.is_compiling():  # there `announce_tokens` has said so
+        is_finite = threshold.isfinite().all()
+        pending[:-1] += torch.where(is_finite, threshold * num_tokens, 0)
+        pending[-1] += is_finite * num_tokens
+        if not torch.compiler.is_compiling():  # there `expect_thresholds` has said so
             self.has_pending = True
 
     @torch.no_grad()
@@ -120,6 +130,8 @@ class EcMoeRouter(nn.Module):
         With m_n = decay * m_(n-1) + (1 - decay) * x_n and threshold_n = m_n / (1 - decay^n), m need not be kept.
         """
         pending = self._allocate_pending(self.threshold.device)
+        if self.threshold.dtype != torch.float32:  # FSDP1's mixed precision casts buffers; small steps round away
+            self.threshold.data = self.threshold.float()
         keep: Tensor | float = 0.0
         if self.threshold_decay > 0:
             # 1 - decay^n as expm1, which keeps its digits when decay is near 1.
@@ -148,11 +160,20 @@ class EcMoeRouter(nn.Module):
         return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, score={self.score_function}"
 
 
-def _update_thresholds(*_: Any) -> None:
+def _after_step(*_: Any) -> None:
     """Runs after every optimiser step, so that a model keeps its thresholds under any trainer.
 
-    Every rank averages over the same routers in the same order; one collective carries them all.
+    An optimiser that steps parameter by parameter does so while layers are still recomputed for their gradients, and
+    these must meet the thresholds of the forward pass: then the update waits for the end of the backward pass.
     """
+    if torch._C._current_graph_task_id() == -1:
+        _update_thresholds()
+    else:
+        torch.autograd.Variable._execution_engine.queue_callback(_update_thresholds)
+
+
+def _update_thresholds() -> None:
+    """Every rank averages over the same routers in the same order; one collective carries them all."""
     routers = sorted((router for router in _routers if router.has_pending), key=lambda router: router.number)
     if not routers:
         return
@@ -167,4 +188,4 @@ def _update_thresholds(*_: Any) -> None:
         router.update_threshold()
 
 
-register_optimizer_step_post_hook(_update_thresholds)
+register_optimizer_step_post_hook(_after_step)

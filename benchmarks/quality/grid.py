@@ -14,6 +14,7 @@ from analysis.variants import BALANCE_COEFFICIENT
 
 from .data import DOMAINS
 
+DECAY = 0.99  # of the thresholds' average in all runs
 WARM_UP = 1 / 5  # of the steps that threshold training begins with expert choice: 4k of 19k in arXiv 2603.11535
 
 
@@ -46,8 +47,9 @@ class Arm:
                 "routing": "threshold",
                 "min_experts_per_token": 0,
                 "threshold_after_steps": round(WARM_UP * steps),
+                "threshold_decay": DECAY,
             }
-        return {}
+        return {"threshold_decay": DECAY}
 
 
 def _arms(short: str, title: str, routing: str) -> dict[str, Arm]:

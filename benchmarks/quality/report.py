@@ -8,7 +8,7 @@ from typing import Any
 
 from ..machine import RESULTS
 from .data import LENGTH, MIXTURE
-from .grid import ARMS, BALANCE_COEFFICIENT, MAIN, TOKEN_CHOICE
+from .grid import ARMS, BALANCE_COEFFICIENT, DECAY, MAIN, TOKEN_CHOICE
 from .tables import (
     Groups,
     ablation_table,
@@ -139,8 +139,9 @@ def _words(groups: Groups) -> str:
         "final loss is reached, on a part of the held-out windows, between checkpoints; there our learning rate has "
         "not come down yet and its has, which speaks against us: below are runs with schedules of their own. Gap: "
         'causal minus top-k loss, the same pool as in training. "Averaged thresholds": what the loss rises by with the '
-        "thresholds of training in place of calibrated ones; threshold training is measured with its own, and begins "
-        "above the parent with `copy`, because it has no bounds. Load: of each expert over its share, least and most. "
+        f"thresholds of training, averaged with a decay of {DECAY}, in place of calibrated ones; threshold training is "
+        "measured with its own, and begins above the parent with `copy`, because it has no bounds. Load: of each "
+        "expert over its share, least and most. "
         f"Mutual information: of expert and domain, nats, at most {math.log(len(MIXTURE)):.3f}, and that of the "
         f"untrained router.{pairs}\n"
     )

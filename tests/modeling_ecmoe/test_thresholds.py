@@ -223,7 +223,7 @@ def test_saving_and_loading_keeps_the_thresholds(
     for name, gate in gates(loaded).items():
         assert gate.threshold.dtype == torch.float32
         assert torch.equal(gate.threshold, gates(model)[name].threshold)
-        assert gate.threshold_updates == gates(model)[name].threshold_updates == 100
+        assert gate.threshold_updates == gates(model)[name].threshold_updates == 10
         assert (gate.train().pending == 0).all()
     assert not any("pending" in name for name in loaded.state_dict())
 
@@ -287,7 +287,7 @@ def test_calibration_is_the_exact_quantile(
         expected = (ranked[wanted - 1] + refused) / 2
         assert torch.equal(gate.threshold, expected), name
         assert ((scores[name] > gate.threshold).sum(0) == wanted).all()
-        assert gate.threshold_updates == 100
+        assert gate.threshold_updates == 10
 
 
 @pytest.mark.parametrize("padded", [False, True])

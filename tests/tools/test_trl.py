@@ -1,5 +1,6 @@
-"""TRL on converted models: DPO with either kind of reference, and SFT without padding."""
+"""TRL on converted models: DPO with either kind of reference, GRPO, and SFT without padding."""
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.sources import DOCUMENT_SEPARATOR
-from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks
+from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks, use_inference_routing
 
 pytest.importorskip("trl", reason="trl is not installed")
 # TRL's own arguments (1.16).
@@ -134,6 +135,35 @@ def test_dpo_pools_chosen_and_rejected(tiny: Path, tmp_path: Path) -> None:
     with record_routing(trainer.model.train()) as record:
         trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     assert set(record.tokens.values()) == {real}
+
+
+@pytest.mark.parametrize("routes_as_inference", [True, False])
+def test_grpo_compares_the_same_policy(tiny: Path, tmp_path: Path, routes_as_inference: bool) -> None:
+    """At a learning rate of 0 old and new log-probabilities are those of one model. TRL takes them of different
+    batches, among which experts choose differently: with `use_inference_routing` they are equal, without it not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl import GRPOConfig, GRPOTrainer
+    model = AutoModelForCausalLM.from_pretrained(tiny / "ecmoe")
+    with torch.no_grad():
+        for block in sparse_blocks(model).values():
+            block.experts.down_proj.mul_(torch.linspace(5, 20, 4)[:, None, None])
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 2}
+    lengths = {"num_generations": 4, "num_iterations": 2, "max_completion_length": 12}
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=GRPOConfig(
+            output_dir=str(tmp_path), **OPTIONS | batches | lengths | {"max_steps": 2, "learning_rate": 0.0}
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["Say it.", "What is a class?", "Yes or no?", "Name one."] * 2}),
+        processing_class=AutoTokenizer.from_pretrained(tiny / "ecmoe"),
+    )
+    with use_inference_routing(model) if routes_as_inference else contextlib.nullcontext():
+        trainer.train()
+    losses = [abs(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 2
+    assert max(losses) < 1e-5 if routes_as_inference else max(losses) > 1e-4
 
 
 def sft_trainer(tiny: Path, folder: Path, **options: Any) -> Any:
