@@ -119,6 +119,8 @@ def convert(
     plan = plan_conversion(sources, settings)
     if dry_run:
         return estimate(plan, num_gpus)
+    for held in sources:
+        held.check_tied(plan.tied)  # not in a dry run, which reads no weights
 
     texts = _texts(plan, text, verify, seed)
     prompts = _prompts(plan, router_prompts)
