@@ -90,6 +90,15 @@ class EcMoeTrainer(Trainer):
         optimizer.param_groups = groups
         return optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's, which takes over the settings of another optimiser and fails at the first step."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer
+        settings = getattr(optimizer, "defaults", {})  # DeepSpeed's has none, and looks for itself
+        lacking = [name for name in settings if any(name not in group for group in optimizer.param_groups)]
+        if lacking:
+            raise ValueError(f"the checkpoint is another optimiser's, without {', '.join(lacking)}")
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future."""
         if not self.routes or self.args.torch_compile:  # a compiled model runs past the hooks that count routes
