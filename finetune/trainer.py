@@ -140,7 +140,8 @@ class EcMoeTrainer(Trainer):
                 self._stop_at_nan(name, logs[name])
         tokens = int(self.accelerator.gather(self._tokens).sum())
         self._tokens.zero_()
-        self.state.num_input_tokens_seen += tokens  # goes into checkpoints
+        if self.args.include_num_input_tokens_seen == "no":  # Trainer counts them otherwise
+            self.state.num_input_tokens_seen += tokens  # goes into checkpoints
         if "loss" in logs:
             logs = logs | self._training_metrics(tokens)
         if "train_loss" in logs:
