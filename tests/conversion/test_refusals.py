@@ -181,6 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not a number": (set_value(UP, float("nan")), f"{UP} of "),
     "infinity": (set_value("lm_head.weight", float("inf")), "holds NaN or infinity: it is damaged"),
     "NaN in a padding row": (set_value("model.embed_tokens.weight", float("nan")), "holds NaN or infinity"),
+    "overflow": (set_value(UP, 1e38), "router scores of model.layers.1.mlp are no numbers"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer"),
     "another tokenizer": (widen_tokenizer, "makes token 5000, beyond vocab_size=300"),
 }
