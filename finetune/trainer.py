@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 
 from modeling_ecmoe import record_routing, sparse_blocks, use_inference_routing
 
@@ -73,6 +74,26 @@ class EcMoeTrainer(Trainer):
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
         self._timed_steps = 0
         self.routing: dict[str, float] | None = None  # how the thresholds routed in the last evaluation
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, when dataloader_drop_last leaves something to train on and to evaluate.
+
+        Raises:
+            RecipeError: when it does not, before the run has written anything.
+        """
+        batches: DataLoader = super().get_train_dataloader()
+        self._refuse_no_batch(batches, "training", "per_device_train_batch_size")
+        self._refuse_no_batch(self.get_eval_dataloader(), "held-out", "per_device_eval_batch_size")
+        return batches
+
+    def _refuse_no_batch(self, batches: DataLoader, what: str, size: str) -> None:
+        rows: Any = batches.dataset
+        if has_length(batches) and len(batches) == 0:
+            raise RecipeError(
+                f"dataloader_drop_last=true drops all {len(rows)} {what} sequences, less than a batch of "
+                f"{size}={getattr(self.args, size)} on each of {self.args.world_size} processes; lower it, or leave "
+                "dataloader_drop_last out"
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As Trainer's, with the router's and the experts' parameters in groups of their own learning rate."""
