@@ -155,7 +155,8 @@ class EcMoeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second and how far the thresholds moved; a loss that is no number ends the run."""
-        # Under a gradient scaler a step whose gradient is no number is left out, and nothing is lost.
+        # Under a gradient scaler a step whose gradient is no number is left out: no weight moves, and the thresholds of
+        # its micro-batches count with the next step's, but for those that are no number.
         for name in ("loss", "eval_loss", *(() if self.args.fp16 else ("grad_norm",))):
             if name in logs and not math.isfinite(logs[name]):
                 self._stop_at_nan(name, logs[name])
