@@ -119,6 +119,8 @@ def convert(
     plan = plan_conversion(sources, settings)
     if dry_run:
         return estimate(plan, num_gpus)
+    for held in sources:
+        held.check_tied(plan.tied)  # not in a dry run, which reads no weights
 
     texts = _texts(plan, text, verify, seed)
     prompts = _prompts(plan, router_prompts)
@@ -345,8 +347,15 @@ def load_model(model_class: Any, folder: Path, dtype: torch.dtype, device: str |
 
 
 def _calibrate(model: Any, windows: Tensor, granularity: int) -> dict[str, Tensor]:
-    """The thresholds and their counts, measured on the converted model."""
-    calibrate_thresholds(model, [{"input_ids": batch} for batch in windows.split(BATCH)])
+    """The thresholds and their counts, measured on the converted model.
+
+    Raises:
+        ConversionError: when its weights are finite and what it computes is not.
+    """
+    try:
+        calibrate_thresholds(model, [{"input_ids": batch} for batch in windows.split(BATCH)])
+    except ValueError as error:
+        raise ConversionError(f"the thresholds cannot be measured: {error}") from error
     for block in sparse_blocks(model).values():
         block.gate.threshold.copy_(one_per_replica(block.gate.threshold, granularity))
     return {name: buffer.cpu() for name, buffer in model.state_dict().items() if ".mlp.gate.threshold" in name}

@@ -82,6 +82,7 @@ def export_plain(
     record = _record(plan, source, to, text, seed)
     if dry_run:
         return record | {"output_bytes": plan.nbytes}
+    held.check_tied(plan.tied)
     if plan.form.is_scaled and not verify:
         raise ConversionError(
             "verify=False (--no-verify): the scales that stand for the combine weights are measured on text; leave it "

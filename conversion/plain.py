@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 import modeling_ecmoe
 
 from .errors import ConversionError
-from .plan import PlannedTensor
+from .plan import PlannedTensor, tied_tensors
 from .source import DTYPES, Source
 from .targets import EMPTY_WIDTH, Target, plain_config, target_of
 
@@ -56,13 +56,15 @@ class Form:
 
 @dataclass(frozen=True)
 class PlainPlan:
-    """measured: by layer, e.g. "0.rows" [E, D] and "0.scales" [E]; filled before anything is written."""
+    """tied: tensors of the source that are another one, and which. measured: by layer, e.g. "0.rows" [E, D] and
+    "0.scales" [E]; filled before anything is written."""
 
     source: Source
     target: Target
     form: Form
     source_config: Any
     config: PreTrainedConfig
+    tied: dict[str, str]
     tensors: list[PlannedTensor]
     measured: dict[str, Tensor]
 
@@ -123,7 +125,7 @@ def plan_plain(source: Source, to: str, top_k: int | None) -> PlainPlan:
     source_config = read_expert_choice_config(source)
     target = target_of(source_config, to)
     form = form_of(source_config, target, top_k)
-    names = _expected(source, source_config)
+    names, tied = _expected(source, source_config)
     width, shared_width = source_config.moe_intermediate_size, source_config.shared_expert_intermediate_size
     if form.is_joined:
         width += shared_width
@@ -135,7 +137,7 @@ def plan_plain(source: Source, to: str, top_k: int | None) -> PlainPlan:
     config = plain_config(
         source_config, target, source.dtype, num_experts, form.top_k, width, shared_width, form.normalised
     )
-    plan = PlainPlan(source, target, form, source_config, config, [], {})
+    plan = PlainPlan(source, target, form, source_config, config, tied, [], {})
     maker = _Maker(plan, width, shared_width)
     for name in names:
         plan.tensors.extend(maker.tensors(name))
@@ -157,28 +159,29 @@ def read_expert_choice_config(source: Source) -> Any:
     return source.config()
 
 
-def _expected(source: Source, config: Any) -> list[str]:
-    """The names of the source's tensors, in the order of its model, after a check that they are there and no others.
+def _expected(source: Source, config: Any) -> tuple[list[str], dict[str, str]]:
+    """The names of the source's tensors, in the order of its model, after a check that they are there and no others;
+    and those that are another one, which need not be there.
 
     Raises:
         ConversionError: naming the tensor that is missing, of another shape or dtype, or too many.
     """
     with torch.device("meta"):
         model = modeling_ecmoe.MODEL_CLASSES[type(config)]["AutoModelForCausalLM"](config)
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    tied = tied_tensors(model)
     expected = {name: tuple(like.shape) for name, like in model.state_dict().items() if name not in tied}
     source.check(expected)
     for name in expected:
         header = source.headers[name]
         if header.dtype not in DTYPES and not name.endswith(_BUFFERS):
             raise ConversionError(f"{name} has dtype {header.dtype}; only float32, bfloat16 and float16 can be written")
-    surplus = sorted(source.headers.keys() - expected.keys() - tied)
+    surplus = sorted(source.headers.keys() - expected.keys() - tied.keys())
     if surplus:
         raise ConversionError(
             f"source={source.folder} holds {surplus[0]} ({len(surplus)} such tensors), which its config.json does not "
             "ask for; merge adapters before"
         )
-    return list(expected)
+    return list(expected), tied
 
 
 class _Maker:

@@ -68,13 +68,18 @@ class Plan:
     router_rows: dict[str, Tensor]
 
     @property
-    def tied(self) -> set[str]:
-        """The names of tensors that are another one and not in the file."""
-        return set(self.model.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
+    def tied(self) -> dict[str, str]:
+        """The tensors that are another one and not in the file, and which one each is."""
+        return tied_tensors(self.model)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def tied_tensors(model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of a model that are another one and not in its file, and which one each is."""
+    return dict(model.all_tied_weights_keys) if model.config.tie_word_embeddings else {}
 
 
 def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
@@ -278,7 +283,7 @@ def _check_tensors(plan: Plan, source: Source) -> None:
         dtypes = {source.headers[name].dtype for name in tensor.sources}
         if len(dtypes) > 1:
             raise ConversionError(f"{' and '.join(tensor.sources)} have dtypes {' and '.join(sorted(dtypes))}; use one")
-    unused = sorted(n for n in source.headers.keys() - expected.keys() - plan.tied if not is_unread(n))
+    unused = sorted(n for n in source.headers.keys() - expected.keys() - plan.tied.keys() if not is_unread(n))
     if unused:
         raise ConversionError(
             f"source={source.folder} holds {unused[0]} ({len(unused)} such tensors), which a dense "

@@ -234,6 +234,25 @@ class Source:
                     "together"
                 )
 
+    def check_tied(self, tied: Mapping[str, str]) -> None:
+        """A tensor that is tied to another and yet in the file has the other's values; Transformers unties it if not.
+
+        Raises:
+            ConversionError: naming the first that has not, which the output would lose.
+        """
+        for name, partner in tied.items():
+            if name in self.headers and not self._is_same(name, partner):
+                raise ConversionError(
+                    f"{name} of {self.source} is not {partner}, which tie_word_embeddings=True makes it; set "
+                    f"tie_word_embeddings to false in {self.folder / 'config.json'} to keep both"
+                )
+
+    def _is_same(self, name: str, other: str) -> bool:
+        one, two = self.headers[name], self.headers[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        return all(map(torch.equal, self.pieces(name), self.pieces(other)))
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the checkpoint, read off its embedding."""

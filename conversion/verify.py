@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from modeling_ecmoe import record_routing
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
@@ -95,13 +96,19 @@ def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[str, float]:
 
 def greedy_ids(model: Any, prompt: Tensor) -> list[int]:
     """Greedy continuation of prompt [1, P] by a fixed number of tokens, without the prompt."""
-    ids = model.generate(
-        prompt.to(model.device),
-        attention_mask=torch.ones_like(prompt, device=model.device),
+    own = model.generation_config
+    # In its place, for generate() takes from it what is not given: samples, beams, stop strings, another output.
+    model.generation_config = GenerationConfig(
         do_sample=False,
+        num_beams=1,
         max_new_tokens=NUM_GREEDY_TOKENS,
         min_new_tokens=NUM_GREEDY_TOKENS,
+        **{name: getattr(own, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     )
+    try:
+        ids = model.generate(prompt.to(model.device), attention_mask=torch.ones_like(prompt, device=model.device))
+    finally:
+        model.generation_config = own
     return ids[0, prompt.shape[1] :].tolist()
 
 

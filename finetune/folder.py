@@ -101,6 +101,15 @@ def begin(recipe: Recipe, resume: Path | None) -> None:
     write_whole(output / RECIPE_NAME, as_yaml(recipe))
 
 
+def changed_since(recipe: Recipe, checkpoint: Path) -> list[str]:
+    """How a recipe differs from the one that the checkpoint's run has recorded, field by field."""
+    recorded = checkpoint.parent / RECIPE_NAME
+    new = yaml.safe_load(as_yaml(recipe))
+    old = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else new
+    names = sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))
+    return [f"{name}={new.get(name)} (was {old.get(name)})" for name in names]
+
+
 def write_whole(path: Path, text: str) -> None:
     """The file is there with all of the text, or not at all."""
     unfinished = path.with_name(path.name + UNFINISHED)

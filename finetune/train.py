@@ -17,14 +17,14 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 from .adapters import add_lora, size_of, trained_parameters
 from .curves import draw_curves
 from .data import Collator, Endless, prepare
-from .folder import RESULTS_NAME, begin, last_whole_checkpoint, resume_point, write_whole
+from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
 from .loading import load
 from .recipe import Recipe, RecipeError, training_arguments
 from .trainer import EcMoeTrainer, freeze, is_expert_choice
@@ -56,16 +56,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
     resume = resume_point(recipe)
     with _refusals_in_one_line(recipe):
         trainer = make_trainer(recipe)
-        # No rank looks at the folder any more, and everything that can be refused before training was.
+        # No rank looks at the folder any more when it is marked, and nearly all that can be refused was.
         trainer.accelerator.wait_for_everyone()
         print_trained(trainer.model)
-        if trainer.is_world_process_zero():
-            begin(recipe, resume)
         results = describe(trainer.model, recipe)
-        # Not trainer.evaluate() before train(): a model that accelerate has prepared to evaluate it does not prepare
-        # again, and DDP would train every rank by itself (accelerate 1.15).
-        trainer.args.eval_on_start = resume is None
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        _train(trainer, recipe, resume)
         results |= _progress(trainer)
         results |= _evaluate(trainer)
         trainer.save_model()
@@ -74,6 +69,43 @@ def run(recipe: Recipe) -> dict[str, Any]:
             draw_curves(trainer.state.log_history, output / "curves.png")
             write_whole(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
     return results
+
+
+class Mark(TrainerCallback):
+    """Makes the folder this run's when its checkpoint is loaded: one that does not fit leaves the earlier run's."""
+
+    def __init__(self, recipe: Recipe, resume: Path | None) -> None:
+        self.recipe, self.resume = recipe, resume
+        self.has_begun = False
+
+    def on_train_begin(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        self.has_begun = True
+        if state.is_world_process_zero:
+            begin(self.recipe, self.resume)
+
+
+def _train(trainer: EcMoeTrainer, recipe: Recipe, resume: Path | None) -> None:
+    """Trains from the beginning or a checkpoint.
+
+    Raises:
+        RecipeError: when a changed recipe does not fit the checkpoint.
+    """
+    mark = Mark(recipe, resume)
+    trainer.callback_handler.callbacks.insert(0, mark)  # before a reporter writes into a folder that is nobody's
+    # Not trainer.evaluate() before train(): a model that accelerate has prepared to evaluate it does not prepare
+    # again, and DDP would train every rank by itself (accelerate 1.15).
+    trainer.args.eval_on_start = resume is None
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except (KeyError, RuntimeError, ValueError) as error:
+        changes = changed_since(recipe, resume) if resume else []
+        if isinstance(error, RecipeError) or mark.has_begun or not changes or _refusal(error, recipe):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise RecipeError(
+            f"{resume} does not fit this recipe ({reason}); changed since: {', '.join(changes)}; take back what the "
+            "weights or the optimiser depend on, or name a new output_dir to begin"
+        ) from error
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 
 from modeling_ecmoe import record_routing, sparse_blocks, use_inference_routing
 
@@ -74,6 +75,26 @@ class EcMoeTrainer(Trainer):
         self._timed_steps = 0
         self.routing: dict[str, float] | None = None  # how the thresholds routed in the last evaluation
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, when dataloader_drop_last leaves something to train on and to evaluate.
+
+        Raises:
+            RecipeError: when it does not, before the run has written anything.
+        """
+        batches: DataLoader = super().get_train_dataloader()
+        self._refuse_no_batch(batches, "training", "per_device_train_batch_size")
+        self._refuse_no_batch(self.get_eval_dataloader(), "held-out", "per_device_eval_batch_size")
+        return batches
+
+    def _refuse_no_batch(self, batches: DataLoader, what: str, size: str) -> None:
+        rows: Any = batches.dataset
+        if has_length(batches) and len(batches) == 0:
+            raise RecipeError(
+                f"dataloader_drop_last=true drops all {len(rows)} {what} sequences, less than a batch of "
+                f"{size}={getattr(self.args, size)} on each of {self.args.world_size} processes; lower it, or leave "
+                "dataloader_drop_last out"
+            )
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As Trainer's, with the router's and the experts' parameters in groups of their own learning rate."""
         optimizer = super().create_optimizer(model)
@@ -89,6 +110,15 @@ class EcMoeTrainer(Trainer):
                     groups.append(group | {"params": chosen, "lr": rates.get(part) or group["lr"]})
         optimizer.param_groups = groups
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's, which takes over the settings of another optimiser and fails at the first step."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer
+        settings = getattr(optimizer, "defaults", {})  # DeepSpeed's has none, and looks for itself
+        lacking = [name for name in settings if any(name not in group for group in optimizer.param_groups)]
+        if lacking:
+            raise ValueError(f"the checkpoint is another optimiser's, without {', '.join(lacking)}")
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future."""
@@ -125,13 +155,15 @@ class EcMoeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second and how far the thresholds moved; a loss that is no number ends the run."""
-        # Under a gradient scaler a step whose gradient is no number is left out, and nothing is lost.
+        # Under a gradient scaler a step whose gradient is no number is left out: no weight moves, and the thresholds of
+        # its micro-batches count with the next step's, but for those that are no number.
         for name in ("loss", "eval_loss", *(() if self.args.fp16 else ("grad_norm",))):
             if name in logs and not math.isfinite(logs[name]):
                 self._stop_at_nan(name, logs[name])
         tokens = int(self.accelerator.gather(self._tokens).sum())
         self._tokens.zero_()
-        self.state.num_input_tokens_seen += tokens  # goes into checkpoints
+        if self.args.include_num_input_tokens_seen == "no":  # Trainer counts them otherwise
+            self.state.num_input_tokens_seen += tokens  # goes into checkpoints
         if "loss" in logs:
             logs = logs | self._training_metrics(tokens)
         if "train_loss" in logs:

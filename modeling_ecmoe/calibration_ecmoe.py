@@ -33,7 +33,8 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor
             Large batches of the text the model is meant for; without bounds they are gone through twice.
 
     Raises:
-        ValueError: when there is no batch, the model has no expert-choice layer, or its buffers are offloaded.
+        ValueError: when there is no batch or padding alone, a score is no number, the model has no expert-choice
+            layer, or its buffers are offloaded.
     """
     batches = list(batches)
     blocks = sparse_blocks(model)
@@ -56,6 +57,7 @@ def _quantile_thresholds(
     high = {name: _empty_histogram(block) for name, block in blocks.items()}
     _collect_scores(model, blocks, batches, lambda name, scores_TE: _count(high[name], _bits(scores_TE) >> _HALF_BITS))
     _add_up_ranks(high.values())
+    _check_any_token(int(histogram[0].sum()) for histogram in high.values())
     # The last chosen and the best refused score, so that `score > threshold` takes exactly C tokens and neither of
     # the two sits on the border, where a rounding error would decide.
     sides = [_Side(blocks, high, is_refused) for is_refused in (0, 1)]
@@ -98,10 +100,12 @@ def _bounded_thresholds(
     """[E] for each layer: where the bounded rule gives every expert its share. Keeps all scores, 4 * T * E bytes."""
     kept: dict[str, list[Tensor]] = {name: [] for name in blocks}
     _collect_scores(model, blocks, batches, lambda name, scores_TE: kept[name].append(scores_TE))
-    return {
-        name: thresholds_of_scores(_gather_ranks(torch.cat(kept.pop(name))), block.config)
-        for name, block in blocks.items()
-    }
+    thresholds = {}
+    for name, block in blocks.items():
+        scores_TE = _gather_ranks(torch.cat(kept.pop(name)))
+        _check_any_token([len(scores_TE)])
+        thresholds[name] = thresholds_of_scores(scores_TE, block.config)
+    return thresholds
 
 
 def thresholds_of_scores(scores_TE: Tensor, config: Any) -> Tensor:
@@ -129,6 +133,14 @@ def _gather_ranks(scores_TE: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in sizes]
     torch.distributed.all_gather(gathered, padded)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def _check_any_token(numbers: Iterable[int]) -> None:
+    """Of the layers' tokens, which are the same ones in every layer; after those of all ranks are there."""
+    if not all(numbers):
+        raise ValueError(
+            "the attention_mask of every batch is 0 throughout: calibrate_thresholds needs tokens that are no padding"
+        )
 
 
 def _bits(scores_TE: Tensor) -> Tensor:
@@ -169,7 +181,14 @@ def _collect_scores(
     def hook_of(name: str, block: EcMoeBlock) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
             scores_TE = output[1].float()
-            count(name, scores_TE if block.token_mask is None else scores_TE[block.token_mask.flatten()])
+            if block.token_mask is not None:
+                scores_TE = scores_TE[block.token_mask.flatten()]
+            if not scores_TE.isfinite().all():  # before experts choose by them
+                raise ValueError(
+                    f"the router scores of {name} are no numbers: its weights or those of a layer before it are "
+                    "damaged, or float16 overflows; load the checkpoint anew, in bfloat16 or float32"
+                )
+            count(name, scores_TE)
 
         return hook
 

@@ -85,5 +85,7 @@ def warn_frozen_experts(model: nn.Module) -> None:
 
 
 def _adaptable(block: EcMoeBlock) -> list[str]:
-    """The stacked weights, which PEFT adapts, and not their biases, which it does not."""
-    return [f"mlp.experts.{name}" for name, weight in block.experts.named_parameters() if weight.dim() == 3]
+    """The stacked weights, which PEFT adapts, and not their biases, which it does not; by the names that they have
+    without the wrappers of an adapter that is there already."""
+    weights = [name for name, weight in block.experts.named_parameters() if weight.dim() == 3]
+    return list(dict.fromkeys(f"mlp.experts.{name.rpartition('.')[2]}" for name in weights))

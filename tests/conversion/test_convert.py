@@ -92,6 +92,29 @@ def test_a_mixture_s_fields_in_a_dense_file_mean_nothing(tmp_path: Path, text: P
             torch.testing.assert_close(converted.train()(ids).logits, expected, atol=2e-5, rtol=2e-5)
 
 
+GENERATION: list[dict[str, object]] = [
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"num_beams": 4, "num_return_sequences": 3},
+    {"stop_strings": ["the"]},
+    {"max_new_tokens": 80, "repetition_penalty": 5.0, "eos_token_id": [1, 2], "pad_token_id": None},
+]
+
+
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("fields", GENERATION, ids=lambda fields: ",".join(fields))
+def test_generation_defaults_travel_and_are_not_what_is_verified(
+    tmp_path: Path, text: Path, fields: dict[str, object]
+) -> None:
+    """The check is greedy and of a fixed length, whatever the source's generation_config.json asks of generate()."""
+    write_dense(tmp_path / "dense", "Llama")
+    path = tmp_path / "dense" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    record = convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, text=str(text))
+    assert record["verification"]["greedy_same"] and record["verification"]["greedy_dense"]
+    assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_routes_are_decided_and_the_load_is_near_its_share(tmp_path: Path, text: Path) -> None:
     """Exactness would be cheap if nothing were routed."""
     write_dense(tmp_path / "dense", "Llama")

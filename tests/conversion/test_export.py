@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,15 @@ def test_wrong_sources(tmp_path: Path, blend: Path, make_tokens: Callable[..., t
     damage("config.json promises", lambda tensors: tensors.update({experts: tensors[experts][:2]}))
     damage("holds extra (1 such tensors)", lambda tensors: tensors.update(extra=torch.ones(1)))
     damage("damaged; fetch", lambda tensors: tensors[experts].fill_(float("nan")))
+
+
+def test_an_embedding_that_is_said_to_be_tied_and_is_not(tmp_path: Path, blend: Path, refuse) -> None:
+    """Transformers loads both, so an export without one of them would be another model."""
+    shutil.copytree(blend, tmp_path / "source")
+    config = json.loads((blend / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    command = ["--to=token-choice", str(tmp_path / "source"), str(tmp_path / "out")]
+    refuse(command, "set tie_word_embeddings to false in ", left=["source"])
 
 
 def test_another_family_is_refused(tmp_path: Path, blend: Path, refuse, monkeypatch: pytest.MonkeyPatch) -> None:

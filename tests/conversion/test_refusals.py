@@ -92,6 +92,16 @@ def widen_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(content))
 
 
+def tie(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Says that the embeddings are tied, and leaves an lm_head in the file."""
+    edit_config(folder, tie_word_embeddings=True)
+    rewrite(folder, change)
+
+
+def copy_embedding(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 NO_MODEL = "describes no model that can be built"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -171,6 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not a number": (set_value(UP, float("nan")), f"{UP} of "),
     "infinity": (set_value("lm_head.weight", float("inf")), "holds NaN or infinity: it is damaged"),
     "NaN in a padding row": (set_value("model.embed_tokens.weight", float("nan")), "holds NaN or infinity"),
+    "overflow": (set_value(UP, 1e38), "router scores of model.layers.1.mlp are no numbers"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer"),
     "another tokenizer": (widen_tokenizer, "makes token 5000, beyond vocab_size=300"),
 }
@@ -183,6 +194,28 @@ def test_damaged_source(tmp_path: Path, dense: Path, damage: str, refuse) -> Non
     act, message = DAMAGE[damage]
     act(source)
     refuse([str(source), str(tmp_path / "out")], message, left=["source"])
+
+
+def test_an_embedding_that_is_said_to_be_tied_and_is_not(
+    tmp_path: Path, dense: Path, refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers loads both, so a model without one of them is another; found in the last of many pieces, also where
+    no model is run. An lm_head that is the embedding is none too many."""
+    monkeypatch.setattr("conversion.source.PIECE_BYTES", 1000)
+    source = shutil.copytree(dense, tmp_path / "source")
+    command = [str(source), str(tmp_path / "out"), "--no-verify"]
+    message = "is not model.embed_tokens.weight, which tie_word_embeddings=True makes it; set tie_word_embeddings to fa"
+    for change in (
+        lambda tensors: tensors["lm_head.weight"][-1, -1].add_(1),
+        lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].bfloat16()}),
+        lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][:-1].contiguous()}),
+    ):
+        tie(source, lambda tensors, change=change: (copy_embedding(tensors), change(tensors)))
+        refuse(command, message, left=["source"])
+        main([*command, "--dry-run"])  # which reads no weights
+    tie(source, copy_embedding)
+    main(command)
+    assert "lm_head.weight" not in all_tensors(tmp_path / "out")
 
 
 def test_damage_is_found_where_the_router_is_measured_first(tmp_path: Path, dense: Path, refuse) -> None:

@@ -169,6 +169,16 @@ def test_the_curves(logged: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tm
         finetune.curves.plt.close(figure)
 
 
+@pytest.mark.usefixtures("quick_end")
+@pytest.mark.parametrize("counted", ["no", "all", "non_padding"])
+def test_no_token_counts_twice(recipe_of: Callable, counted: str) -> None:
+    """Whoever counts them, Trainer or ours; packed text has no padding."""
+    recipe = recipe_of(max_steps=2, logging_steps=1, include_num_input_tokens_seen=counted)
+    assert run(recipe)["tokens"] == 2 * 8 * 64
+    state = json.loads((Path(recipe.output_dir) / "trainer_state.json").read_text())
+    assert state["num_input_tokens_seen"] == 2 * 8 * 64
+
+
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["full", "lora"])
 def test_groups_of_the_optimiser(recipe_of: Callable, lora: dict[str, Any] | None) -> None:
     """Each part at its own rate under a schedule, nothing twice, nothing left out; decay as Trainer would have it."""

@@ -40,6 +40,8 @@ REFUSALS = {
     "experts_learning_rate=-1e-5": "experts_learning_rate=-1e-05 must not be negative",
     "per_device_train_batch_size=0": "per_device_train_batch_size=0 must be at least 1",
     "gradient_accumulation_steps=0": "gradient_accumulation_steps=0 must be at least 1",
+    "dataloader_drop_last=true per_device_train_batch_size=9999": " training sequences, less than a batch of ",
+    "dataloader_drop_last=true": "dataloader_drop_last=true drops all 1 held-out sequences, less than a batch of ",
     "max_steps=abc": "max_steps='abc' must be int",
     "max_steps": "must be written as field=value",
     "max_steps=[": "the value is not valid YAML; quote it",

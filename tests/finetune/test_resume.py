@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import contents
 from runs import assert_same_run, comparable, start
 from safetensors.torch import load_file
 
 from finetune import Recipe, RecipeError, load_recipe, run
+from finetune.cli import main
 from finetune.folder import as_yaml, last_whole_checkpoint
 from finetune.train import make_trainer
 
@@ -188,6 +190,49 @@ def test_folders(recipe_of: Callable, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="holds another run"):
         run(recipe_of(output_dir=stranger))
     assert (stranger / "file").exists()
+
+
+# Changes of the plain way that its checkpoints do not survive, and what the line says of each.
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "fewer groups": ({"router_learning_rate": None}, "router_learning_rate=None (was 0.001)"),
+    "frozen experts": ({"experts_learning_rate": 0}, "experts_learning_rate=0 (was None)"),
+    "adapters": ({"lora": {"r": 4}}, "lora={'r': 4} (was None)"),
+    "another optimiser": ({"optim": "sgd", "max_steps": 20}, "max_steps=20 (was 14), optim=sgd (was None)"),
+}
+
+
+def test_another_recipe_that_does_not_fit_the_checkpoint(
+    place: Path, whole: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names what was changed; the folder stays the first run's, which goes on to the same bits."""
+    file = write_recipe(place, tmp_path / "recipe.yaml", tmp_path / "out", **fields_of("plain"))
+    recipe = load_recipe(file)
+    folder = stopped_after([whole("plain") / "checkpoint-4"], recipe)
+    before = contents(folder)
+    for fields, changes in MISFITS.values():
+        overrides = [f"{name}={json.dumps(value)}" for name, value in fields.items()]
+        with pytest.raises(SystemExit) as stop:
+            main([str(file), *overrides, "resume_from_checkpoint=true"])
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+        assert stop.value.code == 2
+        assert line.startswith(f"ecmoe-finetune: error: {folder / 'checkpoint-4'} does not fit this recipe (")
+        assert f"); changed since: {changes}; " in line
+        assert contents(folder) == before
+    run(recipe)
+    assert_same_run(whole("plain"), folder)
+
+
+def test_a_checkpoint_of_adapters_of_another_size(recipe_of: Callable, whole: Callable, tmp_path: Path) -> None:
+    recipe = recipe_of(**fields_of("lora"))
+    stopped_after([whole("lora") / "checkpoint-4"], recipe)
+    with pytest.raises(RecipeError, match=r"does not fit this recipe .* lora=\{'r': 2\} \(was \{'r': 4\}\)"):
+        run(recipe_of(**fields_of("lora") | {"lora": {"r": 2}}, resume_from_checkpoint=True))
+    damaged = recipe_of(**fields_of("lora"), output_dir=tmp_path / "damaged")
+    optimizer = stopped_after([whole("lora") / "checkpoint-4"], damaged) / "checkpoint-4" / "optimizer.pt"
+    torch.save({"state": {}, "param_groups": []}, optimizer)
+    with pytest.raises(ValueError, match="parameter groups") as stop:  # nothing was changed, so nobody foresaw it
+        run(damaged)
+    assert not isinstance(stop.value, RecipeError)
 
 
 def test_runs_differ_by_their_seed(recipe_of: Callable, tmp_path: Path) -> None:

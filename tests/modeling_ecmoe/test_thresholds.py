@@ -338,6 +338,28 @@ def test_calibration_refuses_what_it_cannot_do(make_model: Callable, make_tokens
         calibrate_thresholds(make_model("Llama", mlp_layer_types=["dense"] * 2), batches_of(make_tokens, padded=False))
 
 
+@pytest.mark.parametrize("bounds", [{}, {"min_experts_per_token": 1, "max_experts_per_token": 3}], ids=["", "bounds"])
+def test_calibration_says_what_is_wrong_with_its_input(
+    bounds: dict[str, int], make_model: Callable, make_tokens: Callable
+) -> None:
+    """Weights that are no numbers, by the first layer that shows it, and padding alone; no threshold is changed."""
+    model, ids = make_model("Llama", **bounds), make_tokens(2, 16)
+    padding = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    with pytest.raises(ValueError, match=r"attention_mask of every batch is 0 .* tokens that are no padding"):
+        calibrate_thresholds(model, [padding, padding])
+    calibrate_thresholds(model, [padding, {"input_ids": ids}])
+    before = {name: gate.threshold.clone() for name, gate in gates(model).items()}
+    assert all((threshold > 0).all() for threshold in before.values())
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[0, 0] = torch.nan
+        model.model.layers[1].mlp.gate.weight[0, 0] = torch.nan
+    for layer in (0, 1):
+        with pytest.raises(ValueError, match=rf"router scores of model.layers.{layer}.mlp are no numbers: .* damaged"):
+            calibrate_thresholds(model, [{"input_ids": ids}])
+        model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = 0
+    assert all(torch.equal(gate.threshold, before[name]) for name, gate in gates(model).items())
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_record_routing_counts_the_routes(
     family: str, padded: bool, make_routed_model: Callable, make_tokens: Callable

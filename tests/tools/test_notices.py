@@ -143,6 +143,22 @@ def test_adapters(tiny: Path, said: list[str], what: str) -> None:
     assert (saved == []) == any("thresholds" in line for line in said)
 
 
+def test_a_second_adapter_on_experts_that_have_one(tiny: Path, said: list[str]) -> None:
+    """The weights are named as they are without the wrappers, and so a third adapter reaches them."""
+    first = peft.LoraConfig(target_parameters=EXPERTS, modules_to_save=["gate"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny / "ecmoe"), first, "first")
+    model.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"]))
+    model.set_adapter("second")
+    model.train()
+    (line,) = said
+    named = re.findall(r"'(\S+?)'", line.partition("target_parameters=")[2])
+    assert sorted(named) == sorted(EXPERTS)
+    model.add_adapter("third", peft.LoraConfig(target_parameters=named, modules_to_save=["gate"]))
+    model.set_adapter("third")
+    model.train()
+    assert said == [line]
+
+
 def test_an_adapter_on_the_router_alone(tiny: Path) -> None:
     """PEFT's wrapper of a parameter hides the thresholds: said in the first pass, in train and in eval mode."""
     config = peft.LoraConfig(target_parameters=["mlp.gate.weight"])
