@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
-from modeling_ecmoe import calibrate_thresholds, sparse_blocks
+from modeling_ecmoe import sparse_blocks
 
 from .adapters import add_lora, size_of, trained_parameters
 from .curves import draw_curves
@@ -29,8 +29,6 @@ from .loading import load
 from .recipe import Recipe, RecipeError, training_arguments
 from .trainer import EcMoeTrainer, freeze, is_expert_choice
 
-CALIBRATION_TOKENS = 131_072  # a quarter of them leaves the load of single experts 11 % off, by sampling alone
-CALIBRATION_POOL = 4_096  # tokens of one forward pass, the pool among which experts choose meanwhile
 _ONE_STEP: dict[str, Any] = {
     "max_steps": 1,
     "num_train_epochs": 1,
@@ -95,6 +93,8 @@ def _train(trainer: EcMoeTrainer, recipe: Recipe, resume: Path | None) -> None:
     # Not trainer.evaluate() before train(): a model that accelerate has prepared to evaluate it does not prepare
     # again, and DDP would train every rank by itself (accelerate 1.15).
     trainer.args.eval_on_start = resume is None
+    if trainer.routes:
+        trainer.calibration.prepare()
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -257,42 +257,10 @@ def _progress(trainer: EcMoeTrainer) -> dict[str, Any]:
 def _evaluate(trainer: EcMoeTrainer) -> dict[str, Any]:
     """The causal loss after training and, for expert choice, how the calibrated thresholds route."""
     if is_expert_choice(trainer.model):
-        _calibrate(trainer)
+        trainer.calibration.run()
     found = trainer.evaluate()
     results: dict[str, Any] = {"loss_after": found["eval_loss"]}
     if "eval_loss_top_k" in found:
         results |= {"loss_after_top_k": found["eval_loss_top_k"], "loss_gap": found["eval_loss_gap"]}
         results["routing"] = trainer.routing
     return results
-
-
-def _calibrate(trainer: EcMoeTrainer) -> None:
-    """Replaces the averages of training by exact quantiles on training text, each rank reading a part of it."""
-    ranks, rank = trainer.args.world_size, trainer.args.process_index
-    rows = _calibration_rows(trainer.train_dataset, ranks)[rank::ranks]
-    batches, batch = [], []
-    for row in rows:
-        batch.append(row)
-        if sum(len(row["input_ids"]) for row in batch) >= CALIBRATION_POOL:
-            batches.append(batch)
-            batch = []
-    batches += [batch] if batch or not batches else []
-    # The ranks wait for each other in every pass.
-    shared = min(trainer.accelerator.gather(torch.tensor([len(batches)], device=trainer.args.device)).tolist())
-    inputs = [trainer.data_collator(batch) for batch in batches[:shared]]
-    for one in inputs:
-        one.pop("labels")
-    with trainer.accelerator.autocast():
-        calibrate_thresholds(trainer.model, inputs)
-
-
-def _calibration_rows(train: Dataset | Endless, ranks: int) -> list[dict[str, Any]]:
-    """Training sequences worth CALIBRATION_TOKENS, as many for every rank."""
-    shuffled = iter(train.shuffle(seed=0) if isinstance(train, Dataset) else train)
-    rows, tokens = [], 0
-    for row in shuffled:
-        rows.append(row)
-        tokens += len(row["input_ids"])
-        if tokens >= CALIBRATION_TOKENS and len(rows) % ranks == 0:
-            break
-    return rows[: max(1, len(rows) // ranks) * ranks]

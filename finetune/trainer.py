@@ -5,18 +5,19 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 
 from modeling_ecmoe import record_routing, sparse_blocks, use_inference_routing
 
 from .adapters import group_of
+from .calibration import Calibration
 from .folder import last_whole_checkpoint, step_of
 from .recipe import Recipe, RecipeError
 
@@ -69,6 +70,7 @@ class EcMoeTrainer(Trainer):
     def __init__(self, *args: Any, recipe: Recipe, **kwargs: Any) -> None:
         self.recipe = recipe
         self.timer = StepTimer()
+        self.calibration = Calibration(self)
         super().__init__(*args, **kwargs, callbacks=[self.timer, LogBeforeSaving()])
         self.routes = is_expert_choice(self.model)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
@@ -120,12 +122,26 @@ class EcMoeTrainer(Trainer):
         if lacking:
             raise ValueError(f"the checkpoint is another optimiser's, without {', '.join(lacking)}")
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, by thresholds that have caught up with the router."""
+        self._calibrate()
+        return super().evaluate(*args, **kwargs)
+
+    def _calibrate(self) -> None:
+        try:
+            is_new = self.calibration.refresh()
+        except ValueError:  # the router scores are no numbers
+            self._stop_at_nan("router scores", math.nan)
+        if is_new and self.timer.thresholds is not None:
+            self.timer.thresholds = _thresholds(self.model)  # what the next line of the log compares with
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future."""
         if not self.routes or self.args.torch_compile:  # a compiled model runs past the hooks that count routes
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         with record_routing(self.model) as record:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._close_progress_bar()
         with use_inference_routing(self.model, "expert_choice"):
             top_k = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         first, *others = gather_object([record])  # each rank evaluated its share of the held-out rows
@@ -138,6 +154,12 @@ class EcMoeTrainer(Trainer):
         self.routing = first.summary()
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.routing.items()}
         return output._replace(metrics=metrics)
+
+    def _close_progress_bar(self) -> None:
+        """Of the first pass of an evaluation: the second one has a bar of its own."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.on_evaluate(self.args, self.state, self.control)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trainer takes one step too many when it resumes from a checkpoint of the last step."""
@@ -191,7 +213,7 @@ class EcMoeTrainer(Trainer):
                 last = row["step"]
         return total / max(self.state.global_step, 1)
 
-    def _stop_at_nan(self, name: str, value: float) -> None:
+    def _stop_at_nan(self, name: str, value: float) -> NoReturn:
         if self.state.global_step == 0:
             raise RecipeError(f"{name}={value} before any training; check model={self.recipe.model} and its dtype")
         checkpoint = last_whole_checkpoint(Path(str(self.args.output_dir)))
@@ -208,6 +230,7 @@ class EcMoeTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """A checkpoint that cannot be written leaves no half of itself, and the earlier ones alone."""
+        self._calibrate()
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception:

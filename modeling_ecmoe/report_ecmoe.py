@@ -32,7 +32,7 @@ def run_batches(model: nn.Module, batches: list[Mapping[str, Tensor]], title: st
     # Offloaded parameters are on the meta device between passes; their hooks move the inputs.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     try:
-        for batch in logging.tqdm(batches, desc=title, unit="batch"):
+        for batch in logging.tqdm(batches, desc=title, unit="batch", leave=False):
             model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
     finally:
         model.train(was_training)

@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported everything once, so that each starts in milliseconds.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,9 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of finetune.train, in the processes below and in the fixture `quick_end`: no picture, and little calibration, each
-# sequence a pool of its own, so that any number of ranks finds the same thresholds.
-QUICK_END: dict[str, Any] = {"CALIBRATION_TOKENS": 4096, "CALIBRATION_POOL": 1, "draw_curves": lambda *_: None}
+# In the processes below and in the fixture `quick_end`: no picture, and little calibration, each sequence a pool of its
+# own, so that any number of ranks finds the same thresholds.
+QUICK_END: dict[str, Any] = {
+    "finetune.calibration.CALIBRATION_TOKENS": 4096,
+    "finetune.calibration.CALIBRATION_POOL": 1,
+    "finetune.train.draw_curves": lambda *_: None,
+}
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -26,13 +31,13 @@ def _main(arguments: list[str], environment: dict[str, str], log: str, dies_at_s
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    import finetune.train
     from finetune.cli import main
     from finetune.trainer import StepTimer
 
     torch.set_num_threads(1)
     for name, value in QUICK_END.items():
-        setattr(finetune.train, name, value)
+        module, _, attribute = name.rpartition(".")
+        setattr(importlib.import_module(module), attribute, value)
     if dies_at_step is not None:
 
         def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:

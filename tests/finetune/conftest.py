@@ -65,4 +65,4 @@ def recipe_of(place: Path, tmp_path: Path) -> Callable[..., Recipe]:
 def quick_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's end without its picture and with little calibration, for tests that look at something else."""
     for name, value in QUICK_END.items():
-        monkeypatch.setattr(f"finetune.train.{name}", value)
+        monkeypatch.setattr(name, value)

@@ -66,7 +66,7 @@ def learned(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
         patch.setattr("finetune.train.make_trainer", keep)
         patch.setattr("finetune.train.Console", lambda: SimpleNamespace(print=tables.append))
         for name, value in QUICK_END.items():
-            patch.setattr(f"finetune.train.{name}", value)
+            patch.setattr(name, value)
         results = run(recipe)
     out = Path(recipe.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(out)

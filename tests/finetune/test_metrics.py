@@ -73,7 +73,7 @@ def test_what_is_logged(logged: SimpleNamespace) -> None:
     lines = logged.seen.lines
     evaluations = [line for line in lines if "eval_loss" in line]
     training = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in evaluations] == [0, 3, 6, 6]  # the last one with calibrated thresholds
+    assert [line["step"] for line in evaluations] == [0, 3, 6, 6]
     assert [line["step"] for line in training] == [2, 3, 4, 6]  # and one before the checkpoint of step 3
     for line in evaluations:
         assert {f"eval_{name}" for name in ROUTING} <= line.keys()
@@ -81,9 +81,8 @@ def test_what_is_logged(logged: SimpleNamespace) -> None:
         assert 0 <= line["eval_load_min"] <= 1 <= line["eval_load_max"] <= 4
         assert 0 <= line["eval_uncovered"] < 1 and 0 < line["eval_experts_per_token"] <= 4
     assert all(line["train_tokens_per_second"] > 0 for line in training)
-    trained, calibrated = evaluations[-2:]
-    assert trained["eval_loss_top_k"] == calibrated["eval_loss_top_k"]  # the same weights, other thresholds
-    assert trained["eval_loss"] != calibrated["eval_loss"]
+    during, after = evaluations[-2:]  # the same weights with the same calibrated thresholds
+    assert all(during[f"eval_{name}"] == after[f"eval_{name}"] for name in ("loss", "loss_top_k", *ROUTING))
     state = json.loads((logged.out / "trainer_state.json").read_text())
     others = ("epoch", "total_flos")  # that Trainer puts into one of them alone
     for line, kept in zip(lines, state["log_history"], strict=True):
@@ -93,14 +92,15 @@ def test_what_is_logged(logged: SimpleNamespace) -> None:
 
 
 def test_threshold_change(logged: SimpleNamespace) -> None:
-    """The mean distance that the thresholds moved since the last line of training."""
+    """The mean distance that the thresholds moved since the last line, whose evaluation may have calibrated them."""
     old = thresholds_of(AutoModelForCausalLM.from_pretrained(logged.base))
     changes = 0
     for line, new in zip(logged.seen.lines, logged.seen.thresholds, strict=True):
         if "loss" in line:
             assert line["threshold_change"] == pytest.approx((new - old).abs().mean().item(), rel=1e-5)
             assert line["threshold_change"] > 0
-            old, changes = new, changes + 1
+            changes += 1
+        old = new
     assert changes == 4
 
 
@@ -282,3 +282,30 @@ def test_no_room_for_the_final_model(recipe_of: Callable, monkeypatch: pytest.Mo
     assert last_whole_checkpoint(out) == out / "checkpoint-4"
     assert run(recipe)["steps"] == 4
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
+def test_checkpoints_are_calibrated(
+    routing: str, recipe_of: Callable, quick_end: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate that leaves the averages behind, no expert is idle in an evaluation and in its checkpoint.
+
+    Threshold training keeps the averages that it trains with.
+    """
+    fields = {"routing": routing, "threshold_decay": 0.99, "learning_rate": 1e-2, "max_steps": 6}
+    fields |= {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    kept, loads = [], []
+    for calibrates in (True, False):
+        if not calibrates:
+            monkeypatch.setattr("finetune.calibration.Calibration.refresh", lambda _: None)
+        out = tmp_path / f"out-{calibrates}"
+        run(recipe_of(**fields, output_dir=out))
+        kept.append(thresholds_of(AutoModelForCausalLM.from_pretrained(out / "checkpoint-3")))
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        line = next(row for row in history if row["step"] == 3 and "eval_loss" in row)
+        loads.append(line["eval_load_min"])
+    if routing == "threshold":
+        assert torch.equal(*kept)
+    else:
+        assert not torch.equal(*kept)
+        assert loads[0] > 0.3 and loads[1] < 0.1
