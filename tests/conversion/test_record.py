@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,22 @@ def test_an_unverified_card_says_so_and_holds_no_loss(tmp_path: Path, dense: Pat
     assert "was not verified (`--no-verify`)" in card
     assert "calibrate_thresholds(model, batches)" in card
     assert not re.search("nats|divergence|its share|None|nan", card)
+
+
+def test_the_card_s_snippet_runs_unattended_without_the_package(tmp_path: Path, verified: tuple[Path, dict]) -> None:
+    """Whoever downloads the folder copies it; no line of it may wait for an answer."""
+    card = (verified[0] / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    packages = ("modeling_ecmoe", "conversion", "finetune", "analysis")
+    hide = f"import sys\nsys.modules.update(dict.fromkeys({packages}))\n"  # an import of them raises
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    script = hide + snippet.replace("this-folder-or-repository", str(verified[0]))
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "[y/N]" not in done.stdout + done.stderr, done.stderr[-2000:]
 
 
 READMES = {
