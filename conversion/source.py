@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
@@ -63,12 +64,19 @@ def locate(source: str, revision: str | None = None, with_weights: bool = True) 
         )
     except _HUB_ERRORS as error:
         raise ConversionError(
-            f"source={source} is no local folder and could not be fetched from the Hub: {_first_line(error)}"
+            f"source={source} is no local folder and could not be fetched from the Hub: {_hub_reason(error)}"
         ) from error
     return Path(snapshot), Path(snapshot).name
 
 
 _HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def _hub_reason(error: BaseException) -> str:
+    """The first line, in place of which the Hub client has a number for what is not there, a mistyped name mostly."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no such repository, or a private one (log in with `hf auth login`)"
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
