@@ -201,8 +201,22 @@ def test_the_report_on_the_screen_holds_the_records_figures(
     figures = [f"{record['parameters'][kind]:,}" for kind in ("dense", "total", "active")]
     figures += [f"{measured['loss_dense']:.6f}", f"{measured['kl_divergence']:.1e}", f"{measured['uncovered']:.1%}"]
     figures += [f"{max(measured['layer_errors'].values()):.1e}", f"{measured['experts_per_token']:.2f}"]
-    for figure in [*figures, "Greedy text: the same."]:
+    for figure in [*figures, "Greedy text: the same.", f"Calibrated and measured on {text}.\n"]:
         assert figure in printed
+
+
+def test_the_report_says_on_which_text_and_how_to_go_on(
+    tmp_path: Path, dense: Path, few_tokens: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = "easured on Python's own documentation; --text FILE takes yours.\n"
+    main([str(dense), str(tmp_path / "out")])
+    assert f"Calibrated and m{where}" in capsys.readouterr().out
+    main([str(tmp_path / "out"), str(tmp_path / "plain"), "--to=token-choice"])
+    assert f"M{where}" in capsys.readouterr().out
+    main([str(dense), str(tmp_path / "estimated"), "--no-verify"])
+    printed = capsys.readouterr().out
+    assert "train, or call modeling_ecmoe.calibrate_thresholds(model, batches), before" in printed
+    assert "measured on" not in printed
 
 
 @pytest.fixture
