@@ -1,5 +1,6 @@
 """Checkpoints as the analysis commands want them."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,16 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
         model = model.to(place)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        where = "" if path.is_dir() else "there is no folder of that name here, and "
-        reason = " ".join(str(error).split())[:200]
-        raise AnalysisError(f"checkpoint={checkpoint} cannot be loaded: {where}{reason}") from error
+        raise AnalysisError(f"checkpoint={checkpoint} {_why_not(error, path)}") from error
     return model.eval(), tokenizer
+
+
+def _why_not(error: Exception, path: Path) -> str:
+    """One line of what may be many; of an error of the Hub the first alone, the others are advice on logins."""
+    if path.is_dir():
+        return f"cannot be loaded: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return f"is no local folder and could not be fetched from the Hub: {first}; give a checkpoint folder or a Hub id"
 
 
 def _device(device: str | None) -> torch.device:

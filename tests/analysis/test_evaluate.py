@@ -157,6 +157,15 @@ def test_other_refusals(place: Path, tmp_path: Path) -> None:
         evaluate(str(place / "ecmoe"), pairs=[str(tmp_path / "pairs.jsonl")])
 
 
+def test_a_mistyped_folder_gets_one_whole_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "t-fulll", "--data", str(tmp_path)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkpoint=t-fulll is no local folder and could not be fetched from the Hub: " in line
+    assert line.endswith("; give a checkpoint folder or a Hub id")
+
+
 def test_json_is_for_machines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["evaluate", str(place / "ecmoe"), "--data", str(place / "text.txt"), "--max-tokens", "1000", "--json"])
     assert json.loads(capsys.readouterr().out)["model_type"] == "ecmoe_llama"
