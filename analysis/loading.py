@@ -57,12 +57,17 @@ def load_expert_choice(checkpoint: str, device: str | None = None, dtype: str = 
         AnalysisError: naming the command that makes experts of it.
     """
     model, tokenizer = load(checkpoint, device, dtype)
-    if not str(model.config.model_type).startswith("ecmoe_"):
+    if not is_expert_choice(model):
         raise AnalysisError(
             f"checkpoint={checkpoint} is a {model.config.model_type} model without experts, so there are no routes to "
             "look at; convert it with ecmoe-convert"
         )
     return model, tokenizer
+
+
+def is_expert_choice(model: Any) -> bool:
+    """Whether it is of this family, and has routes to look at."""
+    return str(model.config.model_type).startswith("ecmoe_")
 
 
 def padding_id(tokenizer: Any) -> int:
