@@ -288,18 +288,21 @@ def _step_times(model: Any, variants: list[Variant], batch: Batch) -> list[list[
     seconds: list[list[float]] = [[] for _ in variants]
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     model.train()
-    for is_warm in (False, *[True] * ROUNDS):
-        order = list(range(len(variants)))
-        random.shuffle(order)
-        for number in tqdm(order, desc="Timing steps", unit="step", disable=None, leave=False):
-            configure(model, variants[number])
-            model.zero_grad()
-            _wait(model.device)
-            begin = time.perf_counter()
-            model(**batch, use_cache=False).loss.backward()
-            _wait(model.device)
-            if is_warm:
-                seconds[number].append(time.perf_counter() - begin)
+    total = (1 + ROUNDS) * len(variants)
+    with tqdm(total=total, desc="Timing steps", unit="step", disable=None) as bar:
+        for is_warm in (False, *[True] * ROUNDS):
+            order = list(range(len(variants)))
+            random.shuffle(order)
+            for number in order:
+                configure(model, variants[number])
+                model.zero_grad()
+                _wait(model.device)
+                begin = time.perf_counter()
+                model(**batch, use_cache=False).loss.backward()
+                _wait(model.device)
+                if is_warm:
+                    seconds[number].append(time.perf_counter() - begin)
+                bar.update()
     return seconds
 
 

@@ -1,5 +1,6 @@
 """Losses, speed and routes of a checkpoint on text, and its choices between minimal pairs."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from modeling_ecmoe import RoutingRecord, record_routing, use_inference_routing
 
 from .errors import AnalysisError
-from .loading import load_expert_choice, padding_id
+from .loading import is_expert_choice, load, padding_id
 from .text import batches, pad, read_documents, windows
 
 WINDOW = 512  # tokens; shorter where the model's context is
@@ -31,7 +32,7 @@ def evaluate(
     max_tokens: int | None = MAX_TOKENS,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates an expert-choice checkpoint.
+    """Evaluates a causal language model: an expert-choice one, or one to hold it against, such as its dense parent.
 
     Args:
         checkpoint: folder or Hub id.
@@ -45,7 +46,8 @@ def evaluate(
     Returns:
         Of text: loss (causal, nats per token), perplexity, loss_top_k (experts choose among the batch, which looks at
         the future), loss_gap, tokens, tokens_per_second, and the routes: summary and layers as
-        `modeling_ecmoe.routing_report`. Of pairs: the share of pairs whose good sentence is more likely, for each file
+        `modeling_ecmoe.routing_report`; a model that is not of this family has no loss_top_k, loss_gap and routes. Of
+        pairs: the share of pairs whose good sentence is more likely, for each file
         and over all.
 
     Raises:
@@ -55,7 +57,7 @@ def evaluate(
         raise AnalysisError("there is nothing to evaluate on; give data, pairs, or both")
     if max_tokens is not None and max_tokens < 0:
         raise AnalysisError(f"max_tokens={max_tokens} must not be negative; leave it out, or give 0 to read everything")
-    model, tokenizer = load_expert_choice(checkpoint, device)
+    model, tokenizer = load(checkpoint, device)
     result: dict[str, Any] = {"checkpoint": checkpoint, "model_type": model.config.model_type}
     if data is not None:
         sequences = windows(tokenizer, read_documents(data, text_column), min(WINDOW, _context(model)))
@@ -71,36 +73,38 @@ def _context(model: Any) -> int:
 
 @torch.no_grad()
 def _losses(model: Any, stream: Iterator[dict[str, Tensor]], data: str) -> dict[str, Any]:
-    """Both losses and the routes, batch by batch, so that the text is gone through once."""
+    """Loss, and for expert choice both losses and the routes, batch by batch: the text is gone through once."""
+    has_routes = is_expert_choice(model)
     causal = top_k = seconds = 0.0
     predicted = tokens = 0
     routes: RoutingRecord | None = None
     for batch in tqdm(stream, desc="Evaluating", unit="batch", disable=None):
         begin = time.perf_counter()
-        with record_routing(model) as record:
+        with record_routing(model) if has_routes else contextlib.nullcontext() as record:
             causal += -log_likelihoods(model, batch).sum().item()  # .item() waits for the device
         seconds += time.perf_counter() - begin
-        if routes is None:
+        if record is not None:
+            with use_inference_routing(model, "expert_choice"):
+                top_k += -log_likelihoods(model, batch).sum().item()
+            if routes is not None:
+                record.merge(routes)
             routes = record
-        else:
-            routes.merge(record)
-        with use_inference_routing(model, "expert_choice"):
-            top_k += -log_likelihoods(model, batch).sum().item()
         real = int(batch["attention_mask"].sum())
         tokens += real
         predicted += real - len(batch["input_ids"])
-    if routes is None or not predicted:
+    if not predicted:
         raise AnalysisError(f"data={data} holds no text; every document is empty or a single token")
-    loss, loss_top_k = causal / predicted, top_k / predicted
-    return {
+    loss = causal / predicted
+    figures = {
         "tokens": tokens,
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),
-        "loss_top_k": loss_top_k,
-        "loss_gap": loss - loss_top_k,
         "tokens_per_second": tokens / seconds,
-        "routes": routes.report(),
     }
+    if routes is None:
+        return figures
+    loss_top_k = top_k / predicted
+    return figures | {"loss_top_k": loss_top_k, "loss_gap": loss - loss_top_k, "routes": routes.report()}
 
 
 def log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Checkpoints as the analysis commands want them."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,16 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
         model = model.to(place)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        where = "" if path.is_dir() else "there is no folder of that name here, and "
-        reason = " ".join(str(error).split())[:200]
-        raise AnalysisError(f"checkpoint={checkpoint} cannot be loaded: {where}{reason}") from error
+        raise AnalysisError(f"checkpoint={checkpoint} {_why_not(error, path)}") from error
     return model.eval(), tokenizer
+
+
+def _why_not(error: Exception, path: Path) -> str:
+    """One line of what may be many; of an error of the Hub the first alone, the others are advice on logins."""
+    if path.is_dir():
+        return f"cannot be loaded: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return f"is no local folder and could not be fetched from the Hub: {first}; give a checkpoint folder or a Hub id"
 
 
 def _device(device: str | None) -> torch.device:
@@ -50,12 +57,17 @@ def load_expert_choice(checkpoint: str, device: str | None = None, dtype: str = 
         AnalysisError: naming the command that makes experts of it.
     """
     model, tokenizer = load(checkpoint, device, dtype)
-    if not str(model.config.model_type).startswith("ecmoe_"):
+    if not is_expert_choice(model):
         raise AnalysisError(
             f"checkpoint={checkpoint} is a {model.config.model_type} model without experts, so there are no routes to "
             "look at; convert it with ecmoe-convert"
         )
     return model, tokenizer
+
+
+def is_expert_choice(model: Any) -> bool:
+    """Whether it is of this family, and has routes to look at."""
+    return str(model.config.model_type).startswith("ecmoe_")
 
 
 def padding_id(tokenizer: Any) -> int:

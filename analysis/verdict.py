@@ -12,6 +12,8 @@ from .variants import DROPLESS
 STANDARD_ERRORS = 2.0
 # A load or share is no worse than another within this much: less is rounding, not routing.
 _TOLERANCE = 0.005
+# Losses that differ by less look the same in the tables, and do where all variants compute the same function.
+_UNSEEN = 0.00005
 
 Entry = dict[str, Any]
 
@@ -32,8 +34,12 @@ def verdict(result: dict[str, Any]) -> list[str]:
 
 def _lowest_loss(entries: list[Entry]) -> str:
     best = min(entries, key=lambda entry: entry["inference"]["loss"])
-    lowest = f"the lowest held-out causal loss has {best['name']}, {best['inference']['loss']:.4f}"
-    if best["name"] == DROPLESS:
+    loss = best["inference"]["loss"]
+    tied = [entry["name"] for entry in entries if entry["inference"]["loss"] - loss < _UNSEEN]
+    lowest = f"the lowest held-out causal loss has {best['name']}, {loss:.4f}"
+    if len(tied) > 1:
+        lowest = f"the lowest held-out causal loss is a tie, {loss:.4f}: {'; '.join(tied)}"
+    if DROPLESS in tied:
         return f"{lowest}."
     return f"{lowest} ({_difference(best)} to dropless token choice{_no_difference(best)})."
 
@@ -45,7 +51,7 @@ def _difference(entry: Entry) -> str:
 
 def _is_clear(entry: Entry) -> bool:
     against = entry["loss_against_dropless"]
-    return abs(against["difference"]) > STANDARD_ERRORS * against["standard_error"]
+    return abs(against["difference"]) > max(STANDARD_ERRORS * against["standard_error"], _UNSEEN)
 
 
 def _no_difference(entry: Entry) -> str:
@@ -63,11 +69,10 @@ def _routers_that_do_not_learn(result: dict[str, Any], k: int) -> list[str]:
 
 def _dropped(entries: list[Entry]) -> str:
     """Choices that an expert had no room for; expert choice makes none that could be dropped."""
-    parts = [
-        f"{entry['name']} ({entry['training']['dropped']:.1%})"
-        for entry in entries
-        if entry["fields"]["routing"] != "expert_choice" and entry["name"] != DROPLESS
-    ]
+    shares = {entry["name"]: f"{entry['training']['dropped']:.1%}" for entry in entries}
+    parts = [f"{name} ({share})" for name, share in shares.items() if share != "0.0%"]
+    if not parts:
+        return "  No choices were dropped for capacity in training."
     return f"  Choices dropped for capacity in training: {', '.join(parts)}; expert choice none, by construction."
 
 

@@ -19,6 +19,7 @@ from .errors import ConversionError
 from .export import export_plain
 from .initialisations import INITIALISATIONS
 from .plan import FAMILIES
+from .sample import OWN_TEXT
 from .settings import NAMED_LAYERS, ROUTERS
 from .targets import DESTINATIONS
 
@@ -118,7 +119,8 @@ def _report(record: dict[str, Any], destination: str) -> None:
     console = Console()
     if verification is None:
         console.print(table)
-        console.print("Not verified. The thresholds are estimates: calibrate them, or train, before judging the model.")
+        remedy = "train, or call modeling_ecmoe.calibrate_thresholds(model, batches), before judging the model"
+        console.print(f"Not verified. The thresholds are estimates: {remedy}.", soft_wrap=True, highlight=False)
     else:
         load = f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share"
         table.add_row("causal loss", f"{verification['loss_dense']:.6f}", f"{verification['loss_converted']:.6f}")
@@ -131,7 +133,13 @@ def _report(record: dict[str, Any], destination: str) -> None:
         same = "the same" if verification["greedy_same"] else "different"
         change = f"The loss changed by {verification['loss_change']:+.1e}."
         console.print(f"Greedy text: {same}. {change}", highlight=False)
+        console.print(f"Calibrated and measured on {_text_of(record)}.", soft_wrap=True, highlight=False)
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
+
+
+def _text_of(record: dict[str, Any]) -> str:
+    """A loss on the text that comes with Python says little of the user's own, so the remedy stands beside it."""
+    return "Python's own documentation; --text FILE takes yours" if record["text"] == OWN_TEXT else record["text"]
 
 
 def _report_plain(record: dict[str, Any], destination: str) -> None:
@@ -164,6 +172,8 @@ def _report_plain(record: dict[str, Any], destination: str) -> None:
         rule = f"each token takes its {count} best experts" if count > 1 else "each token takes its best expert"
         warning = f"the routing changed: {rule} instead of those above their thresholds. {change}"
         print(f"ecmoe-convert: warning: {warning}", file=sys.stderr)
+    if verification is not None:
+        console.print(f"Measured on {_text_of(record)}.", soft_wrap=True, highlight=False)
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
 
 

@@ -26,7 +26,7 @@ from .hub import check_hub
 from .measure import estimated_thresholds, measured_router, one_per_replica
 from .plan import Plan, plan_conversion
 from .router import read_prompts
-from .sample import check_same_tokenizer, load_tokenizer, read_documents, sample_windows
+from .sample import OWN_TEXT, check_same_tokenizer, load_tokenizer, read_documents, sample_windows
 from .settings import Settings
 from .source import Digests, Source
 from .verify import TOLERANCE, check, compare
@@ -130,7 +130,7 @@ def convert(
     record = {
         "source": source,
         "revision": sources[0].commit,
-        "text": text or "pydoc_data.topics",
+        "text": text or OWN_TEXT,
         "calibration_tokens": texts.calibration.numel() if texts and verify else 0,
         **asdict(plan.settings),
         "parameters": parameters(plan),

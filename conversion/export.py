@@ -32,6 +32,7 @@ from .errors import ConversionError
 from .fit import fit
 from .hub import check_hub
 from .plain import PlainPlan, plan_plain
+from .sample import OWN_TEXT
 from .source import Digests, Source
 from .targets import fields_for_older_tools
 from .verify import TOLERANCE, greedy_texts, side_by_side
@@ -112,7 +113,7 @@ def _record(plan: PlainPlan, source: str, to: str, text: str | None, seed: int) 
         "capacity_factor": source_config.capacity_factor,
         "form": {name: getattr(plan.form, name) for name in ("num_idle", "is_joined", "is_scaled", "is_shifted")},
         "is_exact": plan.form.is_exact,
-        "text": text or "pydoc_data.topics",
+        "text": text or OWN_TEXT,
         "seed": seed,
         "parameters": plan.parameters,
         "versions": VERSIONS,

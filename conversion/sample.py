@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from .errors import ConversionError
 from .source import Source
 
+OWN_TEXT = "pydoc_data.topics"  # what a record calls the help topics, where there was no file
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from .errors import ConversionError
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"  # of PEFT
 # Tensors that are copied as they are come in pieces of this size: an embedding of any size costs no more memory.
 PIECE_BYTES = 1 << 26
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -62,12 +64,19 @@ def locate(source: str, revision: str | None = None, with_weights: bool = True) 
         )
     except _HUB_ERRORS as error:
         raise ConversionError(
-            f"source={source} is no local folder and could not be fetched from the Hub: {_first_line(error)}"
+            f"source={source} is no local folder and could not be fetched from the Hub: {_hub_reason(error)}"
         ) from error
     return Path(snapshot), Path(snapshot).name
 
 
 _HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def _hub_reason(error: BaseException) -> str:
+    """The first line, in place of which the Hub client has a number for what is not there, a mistyped name mostly."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no such repository, or a private one (log in with `hf auth login`)"
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -115,6 +124,7 @@ class Source:
     def __init__(self, source: str, revision: str | None = None, headers_only: bool = False) -> None:
         self.source = source
         self.folder, self.commit = locate(source, revision, with_weights=not headers_only)
+        self._refuse_adapter()
         if self.commit and headers_only:
             self.headers = self._headers_on_hub(source.partition("@")[0])
         else:
@@ -122,6 +132,19 @@ class Source:
         for old, new in OLD_NAMES.items():
             if old in self.headers:
                 self.headers.setdefault(new, self.headers.pop(old))
+
+    def _refuse_adapter(self) -> None:
+        """A folder of adapters, which may hold a config.json but no weights of a whole model."""
+        whole = (WEIGHTS_NAME, INDEX_NAME) if self.commit is None else ("config.json",)  # weights may not be fetched
+        path = self.folder / ADAPTER_NAME
+        if not path.is_file() or any((self.folder / name).is_file() for name in whole):
+            return
+        base = read_json(path).get("base_model_name_or_path") or "BASE"
+        raise ConversionError(
+            f"source={self.source} is a PEFT adapter of {base}, not a whole model; merge it first, "
+            f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{self.source}')"
+            ".merge_and_unload().save_pretrained('merged'), save the tokenizer there too, and give merged"
+        )
 
     def _headers_on_hub(self, repository: str) -> dict[str, Header]:
         try:

@@ -215,7 +215,7 @@ def test_the_standard_error_is_that_of_repeated_draws() -> None:
 
 
 def made_up(name: str, difference: float, **changes: float) -> dict[str, Any]:
-    """An entry of a result; the standard error is 0.001, the step ratios lie 0.05 around `ratio`."""
+    """An entry of a result; the standard error is 0.001 unless given, the step ratios lie 0.05 around `ratio`."""
     (variant,) = (v for v in variants_of(8) if (v.name, v.num_choices) == (name, 1))
     routes = {"no_expert": changes.get("no_expert", 0.0), "load_max": changes.get("load_max", 1.0)}
     ratio = changes.get("ratio", 1.0)
@@ -226,7 +226,10 @@ def made_up(name: str, difference: float, **changes: float) -> dict[str, Any]:
         "fields": variant.fields,
         "training": routes | {"dropped": changes.get("dropped", 0.0)},
         "inference": routes | {"loss": 1.5 + difference},
-        "loss_against_dropless": {"difference": difference, "standard_error": 0.001},
+        "loss_against_dropless": {
+            "difference": difference,
+            "standard_error": changes.get("standard_error", 0.001),
+        },
         "step": {"ratio": ratio, "ratios": [ratio - 0.05, ratio, ratio + 0.05]},
     }
 
@@ -280,6 +283,30 @@ def test_the_verdict_reads_the_figures_alone() -> None:
         lost
     )
     assert "wins: plain -0.0050" in sentences(won) and "lowest held-out causal loss has expert" in sentences(won)
+
+
+def test_the_verdict_names_no_winner_among_equals() -> None:
+    """As of untrained copies, all of which compute the same function but for rounding."""
+    said = sentences(made_up("expert choice", -1e-8, standard_error=1e-9), made_up("threshold", 0.0))
+    assert "a tie, 1.5000: token choice, dropless; expert choice; threshold.\n" in said
+    assert "No difference that this text can show: plain -0.0000 ± 0.0000, trained by threshold" in said
+    said = sentences(made_up("expert choice", -0.005), made_up("expert choice, at least 1", -0.005))
+    assert "a tie, 1.4950: expert choice; expert choice, at least 1 (-0.0050 ± 0.0010 to dropless token" in said
+
+
+def test_the_verdict_lists_only_what_dropped_choices() -> None:
+    said = sentences(made_up("threshold", 0.0))
+    assert "Choices dropped for capacity in training: token choice, capacity 1.0 (12.5%); expert" in said
+    said = sentences(made_up("threshold", 0.0, dropped=0.01))
+    assert "capacity 1.0 (12.5%), threshold (1.0%); expert choice none" in said
+    nothing = {"variants": [made_up(DROPLESS, 0.0), made_up("threshold", 0.0)], "normalize_combine_weights": False}
+    assert "No choices were dropped for capacity in training." in "\n".join(verdict(nothing))
+
+
+def test_help_says_what_takes_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "that time a training step, also with --steps 0" in " ".join(capsys.readouterr().out.split())
 
 
 REFUSALS = {

@@ -48,6 +48,22 @@ def test_losses_are_those_of_the_model(place: Path) -> None:
     assert sum(loads) / len(loads) == pytest.approx(summary["experts_per_token"] / 1.5)
 
 
+def test_the_dense_parent_and_a_fresh_conversion_have_one_loss(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same windows of the same file: what is new in a fine-tuned model can be read off against its parent."""
+    convert(str(place / "dense"), str(tmp_path / "shared"), num_experts=4, verify=False)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"sentence_good": "a b", "sentence_bad": "b a"}) + "\n")
+    options = {"data": str(place / "text.txt"), "pairs": [str(tmp_path / "pairs.jsonl")], "max_tokens": 4096}
+    dense, shared = (evaluate(str(folder), **options) for folder in (place / "dense", tmp_path / "shared"))
+    assert dense["loss"] == pytest.approx(shared["loss"], abs=1e-5)
+    assert (dense["tokens"], dense["pairs"]) == (shared["tokens"], shared["pairs"])
+    assert shared.keys() - dense.keys() == {"loss_top_k", "loss_gap", "routes"}
+    main(["evaluate", str(place / "dense"), f"--data={place / 'text.txt'}", "--max-tokens=1"])
+    printed = capsys.readouterr().out
+    assert "causal loss" in printed and "top-k" not in printed and "expert" not in printed
+
+
 def test_max_tokens_stops_early(place: Path) -> None:
     few = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=1)
     everything = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=None)
@@ -138,8 +154,6 @@ def test_bad_text_gets_one_line(place: Path, tmp_path: Path, name: str, capsys: 
 
 
 def test_other_refusals(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(AnalysisError, match="is a llama model without experts"):
-        evaluate(str(place / "dense"), data=str(place / "text.txt"))
     with pytest.raises(AnalysisError, match="does not exist"):
         evaluate(str(tmp_path / "nowhere"), data=str(place / "text.txt"))
     with pytest.raises(AnalysisError, match="nothing to evaluate on"):
@@ -155,6 +169,15 @@ def test_other_refusals(place: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"good": "a"}\n')
     with pytest.raises(AnalysisError, match="line 1: sentence_good and sentence_bad must be text"):
         evaluate(str(place / "ecmoe"), pairs=[str(tmp_path / "pairs.jsonl")])
+
+
+def test_a_mistyped_folder_gets_one_whole_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "t-fulll", "--data", str(tmp_path)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkpoint=t-fulll is no local folder and could not be fetched from the Hub: " in line
+    assert line.endswith("; give a checkpoint folder or a Hub id")
 
 
 def test_json_is_for_machines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,7 +246,7 @@ def test_what_the_hub_does_not_have(tmp_path: Path, hub: list, refuse, monkeypat
         monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", fail(error))
         refuse(["me/model", str(tmp_path / "out"), "--dry-run"], f"could be read from the Hub: {error}", left=["hub"])
     response = type("Response", (), {"headers": {}, "request": None})()
-    error = RepositoryNotFoundError("Repository Not Found for url: https://...\nmore", response=response)
+    error = RepositoryNotFoundError("404 Client Error.\n\nRepository Not Found for url: ...", response=response)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail(error))
-    message = "source=me/no is no local folder and could not be fetched from the Hub: Repository Not Found"
+    message = "source=me/no is no local folder and could not be fetched from the Hub: it has no such repository, or a"
     refuse(["me/no", str(tmp_path / "out")], message, left=["hub"])

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,22 @@ def test_an_unverified_card_says_so_and_holds_no_loss(tmp_path: Path, dense: Pat
     assert not re.search("nats|divergence|its share|None|nan", card)
 
 
+def test_the_card_s_snippet_runs_unattended_without_the_package(tmp_path: Path, verified: tuple[Path, dict]) -> None:
+    """Whoever downloads the folder copies it; no line of it may wait for an answer."""
+    card = (verified[0] / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    packages = ("modeling_ecmoe", "conversion", "finetune", "analysis")
+    hide = f"import sys\nsys.modules.update(dict.fromkeys({packages}))\n"  # an import of them raises
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    script = hide + snippet.replace("this-folder-or-repository", str(verified[0]))
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "[y/N]" not in done.stdout + done.stderr, done.stderr[-2000:]
+
+
 READMES = {
     "none": (None, "The licence of the dense model applies: LICENSE in this folder."),
     "no front matter": ("# A model\n", "The licence of the dense model applies"),
@@ -182,8 +201,22 @@ def test_the_report_on_the_screen_holds_the_records_figures(
     figures = [f"{record['parameters'][kind]:,}" for kind in ("dense", "total", "active")]
     figures += [f"{measured['loss_dense']:.6f}", f"{measured['kl_divergence']:.1e}", f"{measured['uncovered']:.1%}"]
     figures += [f"{max(measured['layer_errors'].values()):.1e}", f"{measured['experts_per_token']:.2f}"]
-    for figure in [*figures, "Greedy text: the same."]:
+    for figure in [*figures, "Greedy text: the same.", f"Calibrated and measured on {text}.\n"]:
         assert figure in printed
+
+
+def test_the_report_says_on_which_text_and_how_to_go_on(
+    tmp_path: Path, dense: Path, few_tokens: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = "easured on Python's own documentation; --text FILE takes yours.\n"
+    main([str(dense), str(tmp_path / "out")])
+    assert f"Calibrated and m{where}" in capsys.readouterr().out
+    main([str(tmp_path / "out"), str(tmp_path / "plain"), "--to=token-choice"])
+    assert f"M{where}" in capsys.readouterr().out
+    main([str(dense), str(tmp_path / "estimated"), "--no-verify"])
+    printed = capsys.readouterr().out
+    assert "train, or call modeling_ecmoe.calibrate_thresholds(model, batches), before" in printed
+    assert "measured on" not in printed
 
 
 @pytest.fixture

@@ -339,6 +339,24 @@ def test_places(tmp_path: Path, dense: Path, refuse) -> None:
     refuse([str(dense), str(tmp_path / "out"), f"--text={short}"], "cannot be read as UTF-8", left=["taken"])
 
 
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize("to", [[], ["--to=token-choice"]])
+def test_an_adapter_is_to_be_merged_first(
+    tmp_path: Path, dense: Path, refuse, to: list[str], with_config: bool
+) -> None:
+    """As Trainer leaves it: pickled arguments beside the adapter, which are no weights."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/base"}))
+    save_file({"x": torch.ones(1)}, adapter / "adapter_model.safetensors")
+    (adapter / "training_args.bin").touch()
+    if with_config:
+        shutil.copy(dense / "config.json", adapter)
+    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('me/base'), '{adapter}')"
+    message = f"is a PEFT adapter of me/base, not a whole model; merge it first, {load}.merge_and_unload().save_pre"
+    refuse([str(adapter), str(tmp_path / "out"), *to], message, left=["adapter"])
+
+
 def test_a_mount_point_cannot_be_replaced(tmp_path: Path, dense: Path, refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder gives way to the checkpoint; an empty mounted disk cannot, and that must show before the work."""
     (tmp_path / "disk").mkdir()
