@@ -38,10 +38,26 @@ class Encoder:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         if self.is_packed:
             return pack((self._text(row) for row in rows), self.sequence_length)
-        encode = {"text": self._text, "messages": self._messages, "prompt": self._prompt}[self.kind]
-        sequences = [encode(row) for row in rows]
-        kept = [fitted for sequence in sequences if (fitted := self._fit(*sequence)) is not None]
+        kept = [fitted for row in rows if (fitted := self._fit(*self._encode(row))) is not None]
         return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+
+    def mark(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """One sequence for each row, empty where it is left out, and whether it was too long.
+
+        It is in the columns, so that `datasets` keeps it with the sequences and it can be counted the next time.
+        """
+        marked: dict[str, list[Any]] = {"input_ids": [], "labels": [], "is_kept": [], "is_too_long": []}
+        for values in zip(*batch.values(), strict=True):
+            sequence = self._encode(dict(zip(batch, values, strict=True)))
+            fitted = self._fit(*sequence)
+            ids, labels = fitted or ([], [])
+            row = (ids, labels, fitted is not None, len(sequence[0]) > self.sequence_length)
+            for name, value in zip(marked, row, strict=True):
+                marked[name].append(value)
+        return marked
+
+    def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        return {"text": self._text, "messages": self._messages, "prompt": self._prompt}[self.kind](row)
 
     def _text(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         ids = self._ids(row["text"])

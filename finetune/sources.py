@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from .recipe import Recipe, RecipeError, refuse_unknown
@@ -44,6 +45,12 @@ def load_rows(recipe: Recipe) -> tuple[Rows, Rows, str]:
     train = _mix([rows for rows, _ in splits], weights)
     held_out = splits[0][1] if recipe.validation_dataset else _mix([rows for _, rows in splits], weights)
     return train, held_out, kind
+
+
+def say(line: str) -> None:
+    """Prints a line once, however many processes run."""
+    if PartialState().is_main_process:
+        print(line, flush=True)
 
 
 def _entry(entry: Any, recipe: Recipe) -> tuple[Rows, str, float]:

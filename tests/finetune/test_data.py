@@ -212,6 +212,35 @@ def test_the_second_time_nothing_is_tokenized(
     assert len(calls) == 120
 
 
+@pytest.mark.parametrize(("too_long", "fate", "left"), [("drop", "left out", 14), ("truncate", "cut", 20)])
+def test_rows_that_are_too_long_are_counted(
+    recipe_of: Callable,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    too_long: str,
+    fate: str,
+    left: int,
+) -> None:
+    """The same number when the sequences come from the cache, and nothing of a stream, which is not read before."""
+    monkeypatch.setattr("finetune.data.PART", 7)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": f"{n} " + "ab " * (99 if n % 10 < 3 else 2)}) + "\n" for n in range(20))
+    )
+    fields = {"dataset": rows, "validation_dataset": rows, "packing": False, "too_long": too_long}
+    line = f"6 of 20 training rows are longer than sequence_length=64 and are {fate} (too_long={too_long})"
+    for _ in range(2):
+        train, _ = prepare(recipe_of(**fields), tokenizer_of(place), 300)
+        assert len(train) == left and set(train.column_names) == {"input_ids", "labels"}
+        assert line in capsys.readouterr().out.splitlines()
+    prepare(recipe_of(**fields), tokenizer_of(place), 300, 1)
+    assert "of the first 7 training rows are longer" in capsys.readouterr().out
+    prepare(recipe_of(**fields, streaming=True), tokenizer_of(place), 300)
+    assert "longer than" not in capsys.readouterr().out
+
+
 def test_only_what_a_run_uses_is_tokenized(recipe_of: Callable, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.data.PART", 2)
     whole, _ = prepare(recipe_of(), tokenizer_of(place), 300)
