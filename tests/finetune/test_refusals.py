@@ -33,6 +33,7 @@ REFUSALS = {
     "dtype=float8": "dtype=float8 is unknown",
     "too_long=cut": "too_long=cut is unknown; choose refuse, truncate or drop",
     "model=/no/such/model": "model=/no/such/model does not exist",
+    "model={adapter}": "is a PEFT adapter of me/base, not a whole model; merge it first, PeftModel.from_pretrained(",
     "model={dense}": "",  # the control: nothing is refused
     "learning_rate=fast": "learning_rate='fast' must be float",
     "learning_rate=-1e-3": "learning_rate=-0.001 must be at least 0",
@@ -122,6 +123,8 @@ def files(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     (folder / "raises.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     (folder / "broken.jinja").write_text("{% for %}")
     (folder / "folder").mkdir()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
     tokenizer = AutoTokenizer.from_pretrained(place / "dense")
     write_dense(folder / "small", "Llama", vocab_size=200)
     AutoModelForCausalLM.from_pretrained(place / "dense").save_pretrained(folder / "bare")
