@@ -105,6 +105,7 @@ class Encoder:
                 mask += [0] * (len(before) - len(mask)) + [1] * (len(after) - len(before))
             mask += [0] * (len(ids) - len(mask))
         if not any(mask):
+            _refuse_other_keys(messages)
             raise RecipeError(
                 f"a conversation has no token of the assistant to learn from: {str(messages)[:120]}; leave such rows "
                 "out, or check the roles and the chat template"
@@ -117,6 +118,7 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # Jinja's own errors, and those that a template raises
+            _refuse_other_keys(messages)
             raise RecipeError(
                 f"the chat template refuses {str(messages)[:120]}: {' '.join(str(error).split())}"
             ) from error
@@ -146,6 +148,17 @@ class Encoder:
                 return None
             ids, labels = ids[:length], labels[:length]
         return (ids, labels) if any(label != IGNORE for label in labels) else None
+
+
+def _refuse_other_keys(messages: list[Any]) -> None:
+    """Says so where messages lack the key that templates ask for, as those of ShareGPT do."""
+    for message in messages:
+        if isinstance(message, dict) and message.get("role") is None:
+            has = ", ".join(key for key, value in message.items() if value is not None)
+            raise RecipeError(
+                f"a message of a conversation has the keys {has}; it needs role (system, user or assistant) and "
+                "content: rename them in the dataset"
+            )
 
 
 def pack(documents: Iterable[tuple[list[int], list[int]]], length: int) -> dict[str, list[list[int]]]:

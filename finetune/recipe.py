@@ -183,6 +183,11 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             training[name] = _checked(name, value)
         elif name in _ROUTING:
             routing[name] = value
+        elif name == "num_experts":
+            raise RecipeError(
+                f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "
+                "it out, or convert again with another one"
+            )
         else:
             nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING | _ROUTING, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else "see finetune/recipe.py and TrainingArguments"

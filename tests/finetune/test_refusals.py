@@ -24,7 +24,7 @@ REFUSALS = {
     "learning_rte=1": "learning_rte=1 is no field of a recipe; did you mean learning_rate?",
     "sequence_lenght=3": "did you mean sequence_length?",
     "treshold_decay=0.5": "did you mean threshold_decay?",
-    "num_experts=3": "num_experts=3 is no field of a recipe",
+    "num_experts=3": "num_experts=3 is no field of a recipe: the number of experts is fixed at conversion; leave",
     "sequence_length=many": "sequence_length",
     "sequence_length=1": "sequence_length=1 must be at least 2",
     "sequence_length=4096": "is more than the model's 128 positions; shorten it",
@@ -91,7 +91,8 @@ REFUSALS = {
     # Conversations and instructions.
     "dataset={chat.jsonl} model={bare}": "the tokenizer has no chat template and the dataset holds conversations",
     "dataset={users.jsonl}": "has no token of the assistant to learn from",
-    "dataset={odd.jsonl}": "has no token of the assistant to learn from",
+    "dataset={odd.jsonl}": "a message of a conversation has the keys from, value; it needs role (system, user or",
+    "dataset={odd.jsonl} chat_template={raises.jinja}": "has the keys from, value; it needs role",
     "dataset={chat.jsonl} chat_template={last.jinja}": "does not render a conversation turn by turn",
     "dataset={chat.jsonl} chat_template={raises.jinja}": "the chat template refuses",
     "dataset={chat.jsonl} chat_template={broken.jinja}": "the chat template refuses",
