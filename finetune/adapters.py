@@ -155,6 +155,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "embedding": ("embed_tokens", "embed_in"),
     "head": ("lm_head",),
 }
+_ADDED = ("lora_", "trainable_tokens_")  # the parameters of PEFT's adapters begin so
 
 
 def group_of(name: str) -> str:
@@ -167,11 +168,16 @@ def size_of(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def is_of_base(name: str) -> bool:
+    """False of what PEFT adds to a model: adapters, and the trained copies of modules that are saved whole."""
+    return not any(part == "modules_to_save" or part.startswith(_ADDED) for part in name.split("."))
+
+
 def trained_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Parameters of each part of the model: how many are trained, and how many there are with the adapters."""
+    """Parameters of each part: how many are trained, adapters among them, and how many the base model has."""
     counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         trained, total = counts.get(group_of(name), (0, 0))
         size = size_of(parameter)
-        counts[group_of(name)] = (trained + size * parameter.requires_grad, total + size)
+        counts[group_of(name)] = (trained + size * parameter.requires_grad, total + size * is_of_base(name))
     return counts

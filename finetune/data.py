@@ -1,7 +1,7 @@
 """From rows to training and held-out sequences, and from sequences to batches."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from .encode import IGNORE, Encoder
 from .recipe import Recipe, RecipeError
-from .sources import Rows, load_rows
+from .sources import Rows, load_rows, say
 
 PART = 10_000  # rows tokenized at a time
 
@@ -57,11 +57,20 @@ def _encode(rows: Rows, encoder: Encoder, recipe: Recipe, part: str, wanted: int
         sequences = Dataset.from_list(list(_mapped(rows, encoder).take(wanted)))
     else:
         parts: list[Dataset] = []
+        too_long = end = 0
         for start in range(0, len(rows), PART):
-            block = rows.select(range(start, min(start + PART, len(rows))))
-            parts.append(_mapped(block, encoder, desc=f"Tokenizing ({part})"))
+            end = min(start + PART, len(rows))
+            found, its_too_long = _counted(rows.select(range(start, end)), encoder, f"Tokenizing ({part})")
+            parts.append(found)
+            too_long += its_too_long
             if wanted is not None and sum(map(len, parts)) >= wanted:
                 break
+        if too_long and part == "training":
+            read = f"{end:,}" if end == len(rows) else f"the first {end:,}"
+            say(
+                f"{too_long:,} of {read} training rows are longer than sequence_length={recipe.sequence_length} and "
+                f"are {'left out' if recipe.too_long == 'drop' else 'cut'} (too_long={recipe.too_long})"
+            )
         sequences = datasets.concatenate_datasets(parts) if parts else Dataset.from_list([])
     if not len(sequences):
         raise RecipeError(
@@ -71,11 +80,22 @@ def _encode(rows: Rows, encoder: Encoder, recipe: Recipe, part: str, wanted: int
     return sequences if wanted is None else sequences.select(range(min(len(sequences), wanted)))
 
 
-def _mapped(rows: Any, encoder: Encoder, **options: Any) -> Any:
+def _counted(rows: Dataset, encoder: Encoder, desc: str) -> tuple[Dataset, int]:
+    """The sequences of these rows, and how many rows were too long; packed ones never are."""
+    if encoder.is_packed:
+        return _mapped(rows, encoder, desc=desc), 0
+    marked = _mapped(rows, encoder, ["is_kept", "is_too_long"], desc=desc)
+    kept = [number for number, is_kept in enumerate(marked["is_kept"]) if is_kept]
+    return marked.select(kept).remove_columns(["is_kept", "is_too_long"]), sum(marked["is_too_long"])
+
+
+def _mapped(rows: Any, encoder: Encoder, marks: Sequence[str] = (), **options: Any) -> Any:
     names = ["input_ids", "labels", *(["position_ids"] if encoder.is_packed else [])]
     # Said aloud, because a part without a single sequence has no types to read off.
     features = datasets.Features({name: datasets.List(datasets.Value("int64")) for name in names})
-    return rows.map(encoder, batched=True, remove_columns=list(rows.column_names), features=features, **options)
+    features |= {name: datasets.Value("bool") for name in marks}
+    encode = encoder.mark if marks else encoder
+    return rows.map(encode, batched=True, remove_columns=list(rows.column_names), features=features, **options)
 
 
 class Collator:

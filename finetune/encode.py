@@ -38,10 +38,26 @@ class Encoder:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         if self.is_packed:
             return pack((self._text(row) for row in rows), self.sequence_length)
-        encode = {"text": self._text, "messages": self._messages, "prompt": self._prompt}[self.kind]
-        sequences = [encode(row) for row in rows]
-        kept = [fitted for sequence in sequences if (fitted := self._fit(*sequence)) is not None]
+        kept = [fitted for row in rows if (fitted := self._fit(*self._encode(row))) is not None]
         return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+
+    def mark(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """One sequence for each row, empty where it is left out, and whether it was too long.
+
+        It is in the columns, so that `datasets` keeps it with the sequences and it can be counted the next time.
+        """
+        marked: dict[str, list[Any]] = {"input_ids": [], "labels": [], "is_kept": [], "is_too_long": []}
+        for values in zip(*batch.values(), strict=True):
+            sequence = self._encode(dict(zip(batch, values, strict=True)))
+            fitted = self._fit(*sequence)
+            ids, labels = fitted or ([], [])
+            row = (ids, labels, fitted is not None, len(sequence[0]) > self.sequence_length)
+            for name, value in zip(marked, row, strict=True):
+                marked[name].append(value)
+        return marked
+
+    def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        return {"text": self._text, "messages": self._messages, "prompt": self._prompt}[self.kind](row)
 
     def _text(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         ids = self._ids(row["text"])
@@ -89,6 +105,7 @@ class Encoder:
                 mask += [0] * (len(before) - len(mask)) + [1] * (len(after) - len(before))
             mask += [0] * (len(ids) - len(mask))
         if not any(mask):
+            _refuse_other_keys(messages)
             raise RecipeError(
                 f"a conversation has no token of the assistant to learn from: {str(messages)[:120]}; leave such rows "
                 "out, or check the roles and the chat template"
@@ -101,6 +118,7 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # Jinja's own errors, and those that a template raises
+            _refuse_other_keys(messages)
             raise RecipeError(
                 f"the chat template refuses {str(messages)[:120]}: {' '.join(str(error).split())}"
             ) from error
@@ -130,6 +148,17 @@ class Encoder:
                 return None
             ids, labels = ids[:length], labels[:length]
         return (ids, labels) if any(label != IGNORE for label in labels) else None
+
+
+def _refuse_other_keys(messages: list[Any]) -> None:
+    """Says so where messages lack the key that templates ask for, as those of ShareGPT do."""
+    for message in messages:
+        if isinstance(message, dict) and message.get("role") is None:
+            has = ", ".join(key for key, value in message.items() if value is not None)
+            raise RecipeError(
+                f"a message of a conversation has the keys {has}; it needs role (system, user or assistant) and "
+                "content: rename them in the dataset"
+            )
 
 
 def pack(documents: Iterable[tuple[list[int], list[int]]], length: int) -> dict[str, list[list[int]]]:

@@ -1,5 +1,6 @@
 """Model and tokenizer of a recipe, with the routing fields and the parallel plan it asks for."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
     path = Path(recipe.model).expanduser()
     if (path.is_absolute() or recipe.model.startswith((".", "~"))) and not path.is_dir():
         raise RecipeError(f"model={recipe.model} does not exist; give a checkpoint folder or a Hub id")
+    _refuse_adapter(recipe.model, path)
     options: dict[str, Any] = dict(recipe.routing_fields)
     if recipe.distributed:
         options["distributed_config"] = _distributed_config(recipe)
@@ -46,6 +48,22 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
             f"sequence_length={recipe.sequence_length} is more than the model's {longest} positions; shorten it"
         )
     return model, tokenizer
+
+
+def _refuse_adapter(model: str, folder: Path) -> None:
+    """A folder of adapters, which may hold a config.json but no weights of a whole model; as `conversion` says it."""
+    path = folder / "adapter_config.json"  # of PEFT
+    if not path.is_file() or any(any(folder.glob(name)) for name in ("model*", "pytorch_model*")):
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
+    except (OSError, ValueError, AttributeError):
+        base = "BASE"
+    raise RecipeError(
+        f"model={model} is a PEFT adapter of {base}, not a whole model; merge it first, "
+        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{model}')"
+        ".merge_and_unload().save_pretrained('merged'), save the tokenizer there too, and give merged"
+    )
 
 
 def _distributed_config(recipe: Recipe) -> DistributedConfig:

@@ -34,7 +34,8 @@ class Recipe:
         draws rows in proportion to the weights.
     dataset_config, dataset_split: of a Hub dataset.
     validation_dataset: held-out rows, given as a dataset is; without it a part of the dataset is held out.
-    text_column: the column that holds plain text.
+    text_column: the column that holds plain text. Where none of the columns is named, messages, prompt with
+        completion, and text are looked for, in this order; what is named must be there.
     messages_column: the column that holds conversations, lists of {"role", "content"}; they go through the tokenizer's
         chat template, and only the assistant's tokens are learned.
     prompt_column, completion_column: columns of instructions and answers; only the answer is learned. They become a
@@ -62,10 +63,10 @@ class Recipe:
     dataset_config: str | None = None
     dataset_split: str = "train"
     validation_dataset: str | None = None
-    text_column: str = "text"
-    messages_column: str = "messages"
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
+    text_column: str | None = None
+    messages_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
     chat_template: str | None = None
     sequence_length: int = 512
     packing: bool = True
@@ -182,6 +183,11 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             training[name] = _checked(name, value)
         elif name in _ROUTING:
             routing[name] = value
+        elif name == "num_experts":
+            raise RecipeError(
+                f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "
+                "it out, or convert again with another one"
+            )
         else:
             nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING | _ROUTING, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else "see finetune/recipe.py and TrainingArguments"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from .recipe import Recipe, RecipeError, refuse_unknown
@@ -14,6 +15,13 @@ from .recipe import Recipe, RecipeError, refuse_unknown
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 SPLIT_SEED = 0  # not the recipe's: every seed is judged on the same documents
 _FIELDS = ("dataset", "weight", "dataset_config", "dataset_split")
+# What each kind is read from, in the order in which they are looked for, and what is said of it.
+_KINDS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
+_LEARNED = {
+    "messages": "conversations from {}; only what the assistant says is learned",
+    "prompt": "prompt and completion from {}; only the completion is learned",
+    "text": "text from {}; all of it is learned",
+}
 Rows: TypeAlias = Dataset | IterableDataset
 
 
@@ -46,6 +54,12 @@ def load_rows(recipe: Recipe) -> tuple[Rows, Rows, str]:
     return train, held_out, kind
 
 
+def say(line: str) -> None:
+    """Prints a line once, however many processes run."""
+    if PartialState().is_main_process:
+        print(line, flush=True)
+
+
 def _entry(entry: Any, recipe: Recipe) -> tuple[Rows, str, float]:
     """Rows, kind and weight of one part of a mixture."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
@@ -72,7 +86,7 @@ def _read(entry: dict[str, Any], recipe: Recipe) -> Rows:
             texts = [part for part in parts if part]
             if not texts:
                 raise RecipeError(f"dataset={name} is empty")
-            documents = Dataset.from_dict({recipe.text_column: texts})
+            documents = Dataset.from_dict({recipe.text_column or "text": texts})
             return documents.to_iterable_dataset() if recipe.streaming else documents
         if path.suffix in (".json", ".jsonl", ".parquet"):
             if not path.is_file():
@@ -94,20 +108,14 @@ def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:
     """The rows with the columns of their kind alone, empty ones left out."""
     resolved = rows._resolve_features() if isinstance(rows, IterableDataset) else rows
     features: dict[str, Any] = dict(resolved.features or {})
-    columns = list(features)
-    if recipe.messages_column in columns:
-        kind, found = "messages", {recipe.messages_column: "messages"}
-    elif {recipe.prompt_column, recipe.completion_column} <= set(columns):
-        kind = "prompt"
-        found = {recipe.prompt_column: "prompt", recipe.completion_column: "completion"}
-    else:
-        kind, found = "text", {recipe.text_column: "text"}
-        _check_column(recipe.text_column, recipe, columns, name)
+    kind = _kind_of(list(features), recipe, name)
+    found = _columns(recipe, kind)
     for column in found if kind != "messages" else ():
         if features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
             raise RecipeError(
                 f"{found[column]}_column={column} holds {features[column]}, not text; name the column that holds text"
             )
+    say(f"dataset={name}: {_LEARNED[kind].format(', '.join(found))}")
     rows = rows.select_columns(list(found))
     for old, new in found.items():
         rows = rows.rename_column(old, new) if old != new else rows
@@ -115,16 +123,33 @@ def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:
     return rows.filter(lambda row: all(map(_is_filled, row.values())), **options), kind
 
 
-def _check_column(column: str, recipe: Recipe, columns: list[str], name: str) -> None:
-    if column in columns:
-        return
+def _columns(recipe: Recipe, kind: str) -> dict[str, str]:
+    """The columns that a kind is read from, each with the name it gets."""
+    return {getattr(recipe, f"{part}_column") or part: part for part in _KINDS[kind]}
+
+
+def _kind_of(columns: list[str], recipe: Recipe, name: str) -> str:
+    """The first kind that is there; of those that the recipe names, if it names any."""
     if not columns:
         raise RecipeError(f"dataset={name} is empty")
-    nearest = difflib.get_close_matches(column, columns, n=1, cutoff=0.0)
+    named = [kind for kind, parts in _KINDS.items() if any(getattr(recipe, f"{part}_column") for part in parts)]
+    for kind in named or _KINDS:
+        if _columns(recipe, kind).keys() <= set(columns):
+            return kind
+    kind = named[0] if named else "text"
+    wanted = _columns(recipe, kind)
+    missing = next(column for column in wanted if column not in columns)
+    nearest = difflib.get_close_matches(
+        missing, [column for column in columns if column not in wanted], n=1, cutoff=0.0
+    )
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    others = (
+        " Conversations are read from messages_column=messages, instructions from prompt_column=prompt with "
+        "completion_column=completion"
+    )
     raise RecipeError(
-        f"text_column={column} is not in dataset={name}, which has {', '.join(columns)}; did you mean {nearest[0]}? "
-        f"Conversations are read from messages_column={recipe.messages_column}, instructions from "
-        f"prompt_column={recipe.prompt_column} with completion_column={recipe.completion_column}"
+        f"{wanted[missing]}_column={missing} is not in dataset={name}, which has {', '.join(columns)}{hint}"
+        + ("" if named else others)
     )
 
 

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments, set_s
 
 from modeling_ecmoe import sparse_blocks
 
-from .adapters import add_lora, size_of, trained_parameters
+from .adapters import add_lora, is_of_base, size_of, trained_parameters
 from .curves import draw_curves
 from .data import Collator, Endless, prepare
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
@@ -213,12 +213,12 @@ def _sequences_used(arguments: TrainingArguments) -> int | None:
 
 
 def describe(model: Any, recipe: Recipe) -> dict[str, Any]:
-    """Name, parameters, and the parameters that the average token meets."""
-    total = sum(map(size_of, model.parameters()))
+    """Name, parameters, and the parameters that the average token meets, without adapters; and what is trained."""
+    total = sum(size_of(p) for name, p in model.named_parameters() if is_of_base(name))
     idle = 0
     if str(model.config.model_type).startswith("ecmoe_"):
         for block in sparse_blocks(model).values():
-            experts = sum(map(size_of, block.experts.parameters()))
+            experts = sum(size_of(p) for name, p in block.experts.named_parameters() if is_of_base(name))
             idle += experts - round(experts * block.config.capacity_factor / block.config.num_experts)
     return {
         "model": recipe.model,
@@ -235,7 +235,7 @@ def print_trained(model: Any) -> None:
     if not PartialState().is_main_process or all(trained == total for trained, total in counts.values()):
         return
     table = Table(title="What is trained")
-    for column in ("part", "trained", "of"):
+    for column in ("part", "trained", "in the model"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, (trained, total) in counts.items():
         table.add_row(part, f"{trained:,}", f"{total:,}")

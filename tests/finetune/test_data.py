@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune import RecipeError, load_recipe
 from finetune.data import Collator, prepare
 from finetune.encode import IGNORE, pack
+from finetune.sources import load_rows
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=12)
 
@@ -212,6 +213,35 @@ def test_the_second_time_nothing_is_tokenized(
     assert len(calls) == 120
 
 
+@pytest.mark.parametrize(("too_long", "fate", "left"), [("drop", "left out", 14), ("truncate", "cut", 20)])
+def test_rows_that_are_too_long_are_counted(
+    recipe_of: Callable,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    too_long: str,
+    fate: str,
+    left: int,
+) -> None:
+    """The same number when the sequences come from the cache, and nothing of a stream, which is not read before."""
+    monkeypatch.setattr("finetune.data.PART", 7)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": f"{n} " + "ab " * (99 if n % 10 < 3 else 2)}) + "\n" for n in range(20))
+    )
+    fields = {"dataset": rows, "validation_dataset": rows, "packing": False, "too_long": too_long}
+    line = f"6 of 20 training rows are longer than sequence_length=64 and are {fate} (too_long={too_long})"
+    for _ in range(2):
+        train, _ = prepare(recipe_of(**fields), tokenizer_of(place), 300)
+        assert len(train) == left and set(train.column_names) == {"input_ids", "labels"}
+        assert line in capsys.readouterr().out.splitlines()
+    prepare(recipe_of(**fields), tokenizer_of(place), 300, 1)
+    assert "of the first 7 training rows are longer" in capsys.readouterr().out
+    prepare(recipe_of(**fields, streaming=True), tokenizer_of(place), 300)
+    assert "longer than" not in capsys.readouterr().out
+
+
 def test_only_what_a_run_uses_is_tokenized(recipe_of: Callable, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.data.PART", 2)
     whole, _ = prepare(recipe_of(), tokenizer_of(place), 300)
@@ -255,3 +285,35 @@ def test_text_columns(place: Path, tmp_path: Path) -> None:
         prepared("text_column=number")
     train, held_out = prepared("text_column=story", "packing=false", "too_long=truncate")
     assert len(train) + len(held_out) == 20
+
+
+WORDS = {"text": "a word", "question": "1 + 1?", "response": "2", "talk": [{"role": "assistant", "content": "Hi"}]}
+COLUMNS = {
+    "prompt_column=question completion_column=answer": (
+        r"^completion_column=answer is not in dataset=\S*, which has text, question, response, talk; did you mean \w+\?"
+    ),
+    "prompt_column=query completion_column=response": r"^prompt_column=query is not in .* did you mean question\?$",
+    "messages_column=talks": r"^messages_column=talks is not in .* did you mean talk\?$",
+    "completion_column=response": r"^prompt_column=prompt is not in .*",
+    "text_column=words": r"^text_column=words is not in .*",
+    "prompt_column=question completion_column=response": "prompt and completion from question, response; only the comp",
+    "prompt_column=query messages_column=talk": "conversations from talk; only what the assistant says is learned",
+    "prompt_column=query text_column=question": "text from question; all of it is learned",
+    "": "text from text; all of it is learned",
+}
+
+
+@pytest.mark.parametrize("fields", COLUMNS)
+def test_named_columns_must_be_there(
+    recipe_of: Callable, tmp_path: Path, fields: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However much the other columns look like plain text; what was recognised is said."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(WORDS) + "\n" for _ in range(4)))
+    recipe = recipe_of(dataset=path, validation_fraction=0.5, **dict(field.split("=") for field in fields.split()))
+    if COLUMNS[fields].startswith("^"):
+        with pytest.raises(RecipeError, match=COLUMNS[fields]):
+            load_rows(recipe)
+        return
+    load_rows(recipe)
+    assert f"dataset={path}: {COLUMNS[fields]}" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from modeling_ecmoe import sparse_blocks
 
 GSM8K = DATA / "gsm8k" / "train.jsonl"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+NOTHING = {"model": "", "output_dir": "", "dataset": ""}
 FEW = {"max_steps": 4, "max_eval_sequences": 4, "learning_rate": 1e-2}
 
 
@@ -158,7 +159,13 @@ def test_what_trains(learned: SimpleNamespace) -> None:
     for part, trained, total in zip(*columns, strict=True):
         assert trained == f"{expected.get(part, 0):,}" and total == f"{counts[part][1]:,}"
     assert set(columns[0]) == set(counts) > set(expected)
-    old = AutoModelForCausalLM.from_pretrained(learned.base).state_dict()
+    plain = AutoModelForCausalLM.from_pretrained(learned.base)
+    assert {part: total for part, (_, total) in counts.items()} == {
+        part: total for part, (_, total) in trained_parameters(plain).items()
+    }
+    for name in ("parameters", "active_parameters"):  # adapters and the router's copy are no part of the model
+        assert learned.results[name] == finetune.train.describe(plain, make_recipe(NOTHING))[name]
+    old = plain.state_dict()
     new = {
         name.removeprefix("base_model.model.").replace("base_layer.", ""): parameter
         for name, parameter in learned.model.named_parameters()

@@ -24,7 +24,7 @@ REFUSALS = {
     "learning_rte=1": "learning_rte=1 is no field of a recipe; did you mean learning_rate?",
     "sequence_lenght=3": "did you mean sequence_length?",
     "treshold_decay=0.5": "did you mean threshold_decay?",
-    "num_experts=3": "num_experts=3 is no field of a recipe",
+    "num_experts=3": "num_experts=3 is no field of a recipe: the number of experts is fixed at conversion; leave",
     "sequence_length=many": "sequence_length",
     "sequence_length=1": "sequence_length=1 must be at least 2",
     "sequence_length=4096": "is more than the model's 128 positions; shorten it",
@@ -33,6 +33,7 @@ REFUSALS = {
     "dtype=float8": "dtype=float8 is unknown",
     "too_long=cut": "too_long=cut is unknown; choose refuse, truncate or drop",
     "model=/no/such/model": "model=/no/such/model does not exist",
+    "model={adapter}": "is a PEFT adapter of me/base, not a whole model; merge it first, PeftModel.from_pretrained(",
     "model={dense}": "",  # the control: nothing is refused
     "learning_rate=fast": "learning_rate='fast' must be float",
     "learning_rate=-1e-3": "learning_rate=-0.001 must be at least 0",
@@ -90,7 +91,8 @@ REFUSALS = {
     # Conversations and instructions.
     "dataset={chat.jsonl} model={bare}": "the tokenizer has no chat template and the dataset holds conversations",
     "dataset={users.jsonl}": "has no token of the assistant to learn from",
-    "dataset={odd.jsonl}": "has no token of the assistant to learn from",
+    "dataset={odd.jsonl}": "a message of a conversation has the keys from, value; it needs role (system, user or",
+    "dataset={odd.jsonl} chat_template={raises.jinja}": "has the keys from, value; it needs role",
     "dataset={chat.jsonl} chat_template={last.jinja}": "does not render a conversation turn by turn",
     "dataset={chat.jsonl} chat_template={raises.jinja}": "the chat template refuses",
     "dataset={chat.jsonl} chat_template={broken.jinja}": "the chat template refuses",
@@ -122,6 +124,8 @@ def files(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     (folder / "raises.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     (folder / "broken.jinja").write_text("{% for %}")
     (folder / "folder").mkdir()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
     tokenizer = AutoTokenizer.from_pretrained(place / "dense")
     write_dense(folder / "small", "Llama", vocab_size=200)
     AutoModelForCausalLM.from_pretrained(place / "dense").save_pretrained(folder / "bare")
