@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks quality", description="Quality against controls, causally.")
-    parser.add_argument("--quick", action="store_true", help="the core arms, half of the steps, no BLiMP")
+    parser.add_argument("--quick", action="store_true", help="four arms, half of the steps: a quarter of an hour")
     parser.add_argument("--parts", nargs="+", help="such as main, rates, pool; all when left out")
     parser.add_argument("--seeds", type=int, nargs="+", help="such as 0; all when left out, or one for each process")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and plots of what is there")
