@@ -16,7 +16,7 @@ from tqdm import tqdm
 from modeling_ecmoe import RoutingRecord, record_routing, use_inference_routing
 
 from .errors import AnalysisError
-from .loading import is_expert_choice, load, padding_id
+from .loading import is_of_family, load, padding_id
 from .text import batches, pad, read_documents, windows
 
 WINDOW = 512  # tokens; shorter where the model's context is
@@ -74,7 +74,7 @@ def _context(model: Any) -> int:
 @torch.no_grad()
 def _losses(model: Any, stream: Iterator[dict[str, Tensor]], data: str) -> dict[str, Any]:
     """Loss, and for expert choice both losses and the routes, batch by batch: the text is gone through once."""
-    has_routes = is_expert_choice(model)
+    has_routes = is_of_family(model)
     causal = top_k = seconds = 0.0
     predicted = tokens = 0
     routes: RoutingRecord | None = None

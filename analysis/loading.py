@@ -57,7 +57,7 @@ def load_expert_choice(checkpoint: str, device: str | None = None, dtype: str = 
         AnalysisError: naming the command that makes experts of it.
     """
     model, tokenizer = load(checkpoint, device, dtype)
-    if not is_expert_choice(model):
+    if not is_of_family(model):
         raise AnalysisError(
             f"checkpoint={checkpoint} is a {model.config.model_type} model without experts, so there are no routes to "
             "look at; convert it with ecmoe-convert"
@@ -65,8 +65,8 @@ def load_expert_choice(checkpoint: str, device: str | None = None, dtype: str = 
     return model, tokenizer
 
 
-def is_expert_choice(model: Any) -> bool:
-    """Whether it is of this family, and has routes to look at."""
+def is_of_family(model: Any) -> bool:
+    """Of this family, token choice included: whether there are routes to look at."""
     return str(model.config.model_type).startswith("ecmoe_")
 
 
