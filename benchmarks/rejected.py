@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_ecmoe import experts_ecmoe
-from modeling_ecmoe.bounded_ecmoe import Prices, choose_tokens_within_bounds
+from modeling_ecmoe.bounded_ecmoe import Prices, Shares, choose_tokens_within_bounds
 from modeling_ecmoe.routing_ecmoe import ExpertChoice, routes_by_threshold
 
 from .harness import TrainingStep, interleaved, summarize, table
@@ -30,7 +30,7 @@ PRODUCTS = {  # D, I, E, T, c
     "middle": (1024, 2816, 16, 4096, 2),
 }
 PARTS = {OURS: None, "one expert at a time": 1, "2 MiB": 2 << 20, "16 MiB": 16 << 20, "all experts at once": 1 << 60}
-POOLS = ((2048, 8), (4096, 16), (4096, 64))
+POOLS = ((2048, 8, 0), (4096, 16, 0), (4096, 16, 3), (4096, 64, 0))  # tokens, experts, skew of the router
 BEST = "100 rounds"
 LEAST, MOST, FACTOR = 0, 3, 2
 _OF = Prices.of
@@ -40,16 +40,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks rejected", description=__doc__.splitlines()[0])
     parser.add_argument("--products", nargs="+", default=list(PRODUCTS), choices=PRODUCTS)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--selections", type=int, default=15, help="rounds of the choices, which are short")
     options = parser.parse_args(arguments)
-    figures: dict[str, Any] = {"rounds": options.rounds}
+    figures: dict[str, Any] = {"rounds": options.rounds, "selections": options.selections}
     for name in options.products:
         rows = summarize(interleaved(products(*PRODUCTS[name]), options.rounds), OURS)
         figures[f"products, {name}"] = rows
         print(f"\nproducts, {name}: D, I, E, T, c = {PRODUCTS[name]}\n\n{table(rows, OURS)}", flush=True)
-    for num_tokens, num_experts in POOLS:
-        rows = prices(num_tokens, num_experts, options.rounds)
-        figures[f"choice within [0, 3], {num_tokens} tokens, {num_experts} experts"] = rows
-        print(f"\nchoice within [0, 3], {num_tokens} tokens, {num_experts} experts\n\n{table(rows, OURS)}")
+    for num_tokens, num_experts, skew in POOLS:
+        name = f"choice within [0, 3], {num_tokens} tokens, {num_experts} experts, skew {skew}"
+        figures[name] = rows = prices(num_tokens, num_experts, skew, options.selections)
+        print(f"\n{name}\n\n{table(rows, OURS)}")
         for way, row in rows.items():
             print(f"{way}: score {row['score']:.5f} of {BEST}, load within {row['load']:.1%}", flush=True)
     print(save("rejected", figures))
@@ -82,11 +83,12 @@ def products(hidden: int, width: int, experts: int, tokens: int, capacity: int) 
     return steps
 
 
-def prices(num_tokens: int, num_experts: int, rounds: int) -> dict[str, dict[str, float]]:
+def prices(num_tokens: int, num_experts: int, skew: float, rounds: int) -> dict[str, dict[str, float]]:
     """Time of the whole choice; its score over the best; and the largest distance of a load from its share, over the
-    share, by the threshold rule."""
+    share, by the threshold rule. skew: the router's logits favour some experts over others by up to twice that."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(1, num_tokens, num_experts, generator=generator).softmax(-1)
+    logits = torch.randn(1, num_tokens, num_experts, generator=generator) + torch.linspace(-skew, skew, num_experts)
+    scores = logits.softmax(-1)
 
     def choose(changed: dict[str, Any]) -> ExpertChoice:
         with _set(Prices, changed):
@@ -94,9 +96,11 @@ def prices(num_tokens: int, num_experts: int, rounds: int) -> dict[str, dict[str
 
     ways: dict[str, dict[str, Any]] = {
         OURS: {},
-        BEST: {"of": lambda prices, scores, rounds: _OF(prices, scores, 100)},
-        "4 rounds": {"of": lambda prices, scores, rounds: _OF(prices, scores, 4)},
-        "4 rounds on 1,024 tokens, then 2": {"of": sampled},
+        BEST: {"of": lambda prices, scores: _OF(prices, scores, 100)},
+        "3 rounds": {"of": lambda prices, scores: _OF(prices, scores, 3)},
+        "4 rounds, half of the way each": {"of": lambda prices, scores: halfway(prices, scores, 4)},
+        "8 rounds, half of the way each": {"of": lambda prices, scores: halfway(prices, scores, 8)},
+        "4 rounds on 1,024 tokens": {"of": sampled},
         "50 projections of 1,024 tokens": {"of": projected},
     }
     rows = summarize(interleaved({name: lambda c=c: choose(c) for name, c in ways.items()}, rounds), OURS)  # type: ignore[misc]
@@ -109,18 +113,26 @@ def prices(num_tokens: int, num_experts: int, rounds: int) -> dict[str, dict[str
     return rows
 
 
-def sampled(prices: Prices, scores_PNE: Tensor, rounds: int) -> Tensor:
-    """[P, E] most of the way on a sample of the tokens, for pools without padding."""
-    stride = scores_PNE.shape[1] // 1024
-    fewer = Prices(FACTOR, LEAST, MOST, prices.share_PE // stride, prices.num_slots // stride, 1024, None)
-    return _OF(prices, scores_PNE, 2, _OF(fewer, scores_PNE[:, ::stride], 4))
+def halfway(prices: Prices, scores_PEN: Tensor, rounds: int) -> Tensor:
+    """[P, E] without the advice of earlier rounds."""
+    price_PE = prices._quantile(scores_PEN)
+    for _ in range(rounds):
+        price_PE = (price_PE + prices._asked(scores_PEN, price_PE)) / 2
+    return price_PE
 
 
-def projected(prices: Prices, scores_PNE: Tensor, rounds: int) -> Tensor:
+def sampled(prices: Prices, scores_PEN: Tensor) -> Tensor:
+    """[P, E] from a sample of the tokens, for pools without padding."""
+    stride = scores_PEN.shape[2] // 1024
+    shares = Shares(prices.share_PE // stride, prices.num_slots // stride, True)
+    return _OF(Prices(FACTOR, LEAST, MOST, shares, 1024, None), scores_PEN[..., ::stride].contiguous())
+
+
+def projected(prices: Prices, scores_PEN: Tensor) -> Tensor:
     """[P, E] from Dykstra's projections of a sample, as in Zhou et al. 2022 (arXiv 2202.09368, appendix), for pools
     without padding and without a lower bound: over-relaxed, and with an entropy term that shrinks to the paper's."""
-    num_tokens = scores_PNE.shape[1]
-    scores_PNE = scores_PNE[:, :: num_tokens // 1024]
+    num_tokens = scores_PEN.shape[2]
+    scores_PNE = scores_PEN[..., :: num_tokens // 1024].transpose(1, 2)
     log_share_P1E = (prices.share_PE * 1024 / num_tokens).log()[:, None, :]
     price_P1E, grant_PN1 = torch.zeros_like(log_share_P1E), torch.zeros_like(scores_PNE[..., :1])
     clip_PNE = torch.zeros_like(scores_PNE)

@@ -135,12 +135,12 @@ def test_block(results: Path) -> None:
 
 def test_rejected(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rejected.PRODUCTS, "small", (32, 48, 4, 64, 2))
-    monkeypatch.setattr(rejected, "POOLS", ((2048, 8),))
+    monkeypatch.setattr(rejected, "POOLS", ((2048, 8, 1),))
     before = experts_ecmoe._PART_BYTES, bounded_ecmoe.Prices.of
-    rejected.main(["--products", "small", "--rounds", "1"])
+    rejected.main(["--products", "small", "--rounds", "1", "--selections", "1"])
     found = read(results / "rejected.json")
     assert set(found["products, small"]) >= set(rejected.PARTS)
-    rows = found["choice within [0, 3], 2048 tokens, 8 experts"]
+    rows = found["choice within [0, 3], 2048 tokens, 8 experts, skew 1"]
     assert rows[rejected.BEST]["score"] == 1 and 0.99 < rows[rejected.OURS]["score"] < 1.001
     projections = rows["50 projections of 1,024 tokens"]
     assert 0.9 < projections["score"] < 1.001 and rows[rejected.OURS]["load"] < projections["load"]
