@@ -235,14 +235,22 @@ def _combine(rows_RD: Tensor, weight_R: Tensor, index_R: Tensor, num_tokens: int
     return output_TD.index_add(0, index_R, rows_RD * weight_R[:, None])
 
 
+def _blocks_of(layer: nn.Module) -> list[EcMoeBlock]:
+    """The block of a decoder layer, wrapped or not; without the walk over all modules, which every token would pay."""
+    mlp = getattr(layer, "mlp", None)
+    if isinstance(mlp, EcMoeBlock):
+        return [mlp]
+    return [module for module in layer.modules() if isinstance(module, EcMoeBlock)]
+
+
 @contextlib.contextmanager
-def announce_tokens(model: nn.Module, token_mask: Tensor | None) -> Iterator[None]:
+def announce_tokens(model: Any, token_mask: Tensor | None) -> Iterator[None]:
     """Tells the blocks of a base model which tokens [B, S] are real, before its layers are entered.
 
     In eager mode each decoder layer tells its block again, because a recomputed layer is entered without the
     model. A compiled layer under gradient checkpointing may not set attributes, and reads what was set here.
     """
-    blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
+    blocks = [block for layer in model.layers for block in _blocks_of(layer)]
     learning = model.training and torch.is_grad_enabled()
     if learning and getattr(model, "_is_replica", False):
         raise ValueError(
