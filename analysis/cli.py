@@ -12,19 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
 
-from .compare import MAX_TOKENS as COMPARED_TOKENS
-from .compare import compare
-from .draw import as_text, draw
 from .errors import AnalysisError
-from .evaluate import MAX_TOKENS, evaluate
-from .report import report
+from .limits import COMPARED_TOKENS, EVALUATED_TOKENS
 from .verdict import settings, tables
-from .walkthrough import read_matrices, walk_through
+
+# What needs torch is imported when a command runs: --help and a mistyped option are answered at once.
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +30,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(command, "checkpoint folder or Hub id, expert-choice or any causal language model", needs_data=False)
     command.add_argument("--pairs", nargs="+", metavar="FILE", help="minimal pairs as BLiMP's .jsonl files, or folders")
     command.add_argument(
-        "--max-tokens", type=int, default=MAX_TOKENS, help=f"read about so many (default: {MAX_TOKENS:,}; 0: all)"
+        "--max-tokens",
+        type=int,
+        default=EVALUATED_TOKENS,
+        help=f"read about so many (default: {EVALUATED_TOKENS:,}; 0: all)",
     )
     command = commands.add_parser(
         "compare",
@@ -82,6 +80,10 @@ def _add_common(command: argparse.ArgumentParser, checkpoint: str, needs_data: b
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = vars(_parser().parse_args(argv))
+
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
     debug, command = options.pop("debug"), options.pop("command")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -99,6 +101,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _draw(options: dict[str, Any]) -> None:
+    from .draw import as_text, draw
+    from .walkthrough import read_matrices, walk_through
+
     matrices = read_matrices(Path(options["matrices"]).expanduser()) if options["matrices"] else None
     walk = walk_through(options["experts"], options["top"], options["seed"], matrices)
     if options["output"]:
@@ -107,11 +112,15 @@ def _draw(options: dict[str, Any]) -> None:
 
 
 def _report(options: dict[str, Any]) -> None:
+    from .page import report
+
     result = report(**options)
     print(f"{options['output']}: {len(result['ids']):,} tokens, {len(result['layers'])} layers")
 
 
 def _evaluate(options: dict[str, Any]) -> None:
+    from .evaluation import evaluate
+
     as_json = options.pop("json")
     options["max_tokens"] = options["max_tokens"] or None
     result = evaluate(**options)
@@ -122,6 +131,10 @@ def _evaluate(options: dict[str, Any]) -> None:
 
 
 def _compare(options: dict[str, Any]) -> None:
+    from transformers.utils import logging
+
+    from .comparison import compare
+
     as_json = options.pop("json")
     logging.disable_progress_bar()  # fourteen checkpoints are loaded below one bar of our own
     result = compare(**options)

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the page from the numbers in #routes; see `numbers` in report.py for what they are.
+// Draws the page from the numbers in #routes; see `numbers` in page.py for what they are.
 (() => {
   const data = JSON.parse(document.getElementById("routes").textContent);
   const { layers, texts, names, num_experts: numExperts } = data;

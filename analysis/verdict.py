@@ -19,7 +19,7 @@ Entry = dict[str, Any]
 
 
 def verdict(result: dict[str, Any]) -> list[str]:
-    """The sentences, for each number of experts per token; `result` as `compare.compare` makes it."""
+    """The sentences, for each number of experts per token; `result` as `comparison.compare` makes it."""
     lines = []
     for k in sorted({entry["num_choices"] for entry in result["variants"]}):
         entries = [entry for entry in result["variants"] if entry["num_choices"] == k]

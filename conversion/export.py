@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM
 from modeling_ecmoe.block_ecmoe import use_inference_routing
 
 from .card import render_plain_card
-from .convert import (
+from .errors import ConversionError
+from .fit import fit
+from .hub import check_hub
+from .plain import PlainPlan, plan_plain
+from .sample import OWN_TEXT
+from .source import Digests, Source
+from .targets import fields_for_older_tools
+from .upcycle import (
     RECORD_NAME,
     VERIFICATION_BATCH,
     VERSIONS,
@@ -28,13 +35,6 @@ from .convert import (
     load_model,
     read_texts,
 )
-from .errors import ConversionError
-from .fit import fit
-from .hub import check_hub
-from .plain import PlainPlan, plan_plain
-from .sample import OWN_TEXT
-from .source import Digests, Source
-from .targets import fields_for_older_tools
 from .verify import TOLERANCE, greedy_texts, side_by_side
 from .workspace import Workspace, produce
 from .writer import parse_size, write_shards, write_whole

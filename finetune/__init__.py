@@ -1,6 +1,20 @@
 """Fine-tuning on transformers.Trainer: one recipe for expert-choice models and their dense controls."""
 
-from .recipe import Recipe, RecipeError, load_recipe
-from .train import run
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import RecipeError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe, load_recipe
+    from .train import run
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "run"]
+_FILES = {"Recipe": "recipe", "load_recipe": "recipe", "run": "train"}
+
+
+def __getattr__(name: str) -> Any:
+    """The functions are loaded when they are asked for: Transformers takes seconds, and --help does without it."""
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_FILES[name]}", __name__), name)

@@ -8,7 +8,8 @@ from torch import nn
 
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
-from .recipe import RecipeError, refuse_unknown
+from .errors import RecipeError
+from .recipe import refuse_unknown
 
 # PEFT adapts a stacked parameter by adding to it, in every layer: what these fields may be there, the default first.
 _POSSIBLE_ON_EXPERTS: dict[str, tuple[Any, ...]] = {

@@ -7,23 +7,32 @@ import argparse
 import sys
 from typing import Any
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from .folder import RESULTS_NAME
-from .recipe import RecipeError, load_recipe
-from .train import dry_run, run
+from .errors import RecipeError
+
+# What needs Transformers is imported when there is something to train: --help and a mistyped option need not wait.
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command; exits with code 2 and one line on an error the user can put right."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecmoe-finetune", description="Fine-tune an expert-choice or dense model.")
     parser.add_argument("recipe", help="YAML file; see recipes/")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replaces a field of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="one step on the longest sequences; report memory")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_intermixed_args(argv)  # overrides before and after --dry-run
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command; exits with code 2 and one line on an error the user can put right."""
+    options = _parser().parse_intermixed_args(argv)  # overrides before and after --dry-run
+
+    from accelerate import PartialState
+
+    from .recipe import load_recipe
+    from .train import dry_run, run
+
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         results = dry_run(recipe) if options.dry_run else run(recipe)
@@ -48,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _report(results: dict[str, Any], output_dir: str) -> None:
+    from .folder import RESULTS_NAME
+
     table = Table(title=f"{results['model']} -> {output_dir}")
     table.add_column("")
     table.add_column(results["model_type"], justify="right")

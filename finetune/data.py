@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from .encode import IGNORE, Encoder
-from .recipe import Recipe, RecipeError
+from .errors import RecipeError
+from .recipe import Recipe
 from .sources import Rows, load_rows, say
 
 PART = 10_000  # rows tokenized at a time

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .recipe import Recipe, RecipeError
+from .errors import RecipeError
+from .recipe import Recipe
 
 IGNORE = -100
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")

@@ -9,7 +9,8 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .recipe import Recipe, RecipeError
+from .errors import RecipeError
+from .recipe import Recipe
 
 RESULTS_NAME = "finetune_results.json"
 RECIPE_NAME = "finetune_recipe.yaml"

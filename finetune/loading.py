@@ -10,7 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
-from .recipe import Recipe, RecipeError, refuse_unknown
+from .errors import RecipeError
+from .recipe import Recipe, refuse_unknown
 
 
 def load(recipe: Recipe) -> tuple[Any, Any]:

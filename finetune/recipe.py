@@ -17,9 +17,7 @@ from transformers import TrainingArguments
 
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
 
-
-class RecipeError(ValueError):
-    """Something the user can put right; the message names the field, the value and the remedy."""
+from .errors import RecipeError
 
 
 @strict

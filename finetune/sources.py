@@ -10,7 +10,8 @@ import datasets
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
-from .recipe import Recipe, RecipeError, refuse_unknown
+from .errors import RecipeError
+from .recipe import Recipe, refuse_unknown
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 SPLIT_SEED = 0  # not the recipe's: every seed is judged on the same documents

@@ -24,9 +24,10 @@ from modeling_ecmoe import sparse_blocks
 from .adapters import add_lora, is_of_base, size_of, trained_parameters
 from .curves import draw_curves
 from .data import Collator, Endless, prepare
+from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
 from .loading import load
-from .recipe import Recipe, RecipeError, training_arguments
+from .recipe import Recipe, training_arguments
 from .trainer import EcMoeTrainer, freeze, is_expert_choice
 
 _ONE_STEP: dict[str, Any] = {

@@ -18,8 +18,9 @@ from modeling_ecmoe import record_routing, sparse_blocks, use_inference_routing
 
 from .adapters import group_of
 from .calibration import Calibration
+from .errors import RecipeError
 from .folder import last_whole_checkpoint, step_of
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe
 
 
 def is_expert_choice(model: Any) -> bool:

@@ -1,6 +1,7 @@
 """Imports point one way: modeling_ecmoe <- {conversion, finetune, analysis}, and these three apart."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def test_stages_do_not_import_each_other(room: str) -> None:
         imported = top_level(path.read_text())
         assert not imported & (ROOMS - {room, "modeling_ecmoe"}), path.name
         assert not any(name.startswith("..") for name in imported_modules(path.read_text())), path.name
+
+
+@pytest.mark.parametrize(
+    ("room", "heavy"), [("conversion", "transformers"), ("finetune", "torch"), ("analysis", "torch")]
+)
+def test_help_does_not_wait_for_what_it_does_not_need(room: str, heavy: str) -> None:
+    script = f"import sys; from {room}.cli import _parser; _parser().format_help(); sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.evaluate import log_likelihoods
+from analysis.evaluation import log_likelihoods
 from analysis.text import pad
 from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks, use_inference_routing
 

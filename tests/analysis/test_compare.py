@@ -1,7 +1,6 @@
 """The comparison: figures against naive counts, the same text for everyone, and a verdict that only reads figures."""
 
 import copy
-import importlib
 import itertools
 import json
 import math
@@ -16,6 +15,7 @@ from checkpoints import STORIES_MODEL, STORIES_TEXT, write_dense, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis import AnalysisError, compare
+from analysis import comparison as module
 from analysis.cli import main
 from analysis.text import fixed_batches, packed
 from analysis.variants import BALANCE_COEFFICIENT, DROPLESS, configure, variants_of
@@ -23,7 +23,6 @@ from analysis.verdict import verdict
 from conversion import convert
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
-module = importlib.import_module("analysis.compare")  # the package exports the function by the same name
 EXPERTS, TOKENS = 4, 512
 
 

@@ -363,6 +363,12 @@ def test_an_embedding_that_is_said_to_be_tied_and_is_not(tmp_path: Path, blend: 
     refuse(command, "set tie_word_embeddings to false in ", left=["source"])
 
 
+def test_help_names_every_destination(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert set(conversion.targets.DESTINATIONS) <= set(capsys.readouterr().out.split())
+
+
 def test_another_family_is_refused(tmp_path: Path, blend: Path, refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that is added to the family and that no plain class was found for yet."""
     monkeypatch.delitem(conversion.targets.DESTINATIONS["token-choice"], "ecmoe_llama")

@@ -16,7 +16,7 @@ from checkpoints import DATA
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis import evaluate
-from analysis.evaluate import log_likelihoods
+from analysis.evaluation import log_likelihoods
 from analysis.text import pad
 from modeling_ecmoe import sparse_blocks, use_inference_routing
 

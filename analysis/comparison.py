@@ -18,6 +18,7 @@ from tqdm import tqdm
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks, training_routes
 
 from .errors import AnalysisError
+from .limits import COMPARED_TOKENS
 from .loading import load_expert_choice
 from .text import Batch, fixed_batches, packed, read_documents, windows
 from .variants import BALANCE_COEFFICIENT, DROPLESS, Variant, configure, variants_of
@@ -25,7 +26,6 @@ from .verdict import verdict
 
 WINDOW = 512  # tokens of a row; shorter where the model's context is
 POOL = 4_096  # tokens of a batch, among which experts choose
-MAX_TOKENS = 32_768
 CALIBRATION_BATCHES = 8
 HELD_OUT_EVERY = 10  # documents
 LEARNING_RATE = 3e-4
@@ -40,7 +40,7 @@ def compare(
     data: str,
     steps: int = 0,
     text_column: str = "text",
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = COMPARED_TOKENS,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Measures token choice, expert choice and threshold routing on one checkpoint and one text.

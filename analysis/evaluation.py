@@ -16,12 +16,12 @@ from tqdm import tqdm
 from modeling_ecmoe import RoutingRecord, record_routing, use_inference_routing
 
 from .errors import AnalysisError
+from .limits import EVALUATED_TOKENS
 from .loading import is_of_family, load, padding_id
 from .text import batches, pad, read_documents, windows
 
 WINDOW = 512  # tokens; shorter where the model's context is
 POOL = 4_096  # tokens of a batch, among which experts choose for the top-k loss
-MAX_TOKENS = 262_144
 
 
 def evaluate(
@@ -29,7 +29,7 @@ def evaluate(
     data: str | None = None,
     pairs: list[str] | None = None,
     text_column: str = "text",
-    max_tokens: int | None = MAX_TOKENS,
+    max_tokens: int | None = EVALUATED_TOKENS,
     device: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a causal language model: an expert-choice one, or one to hold it against, such as its dense parent.

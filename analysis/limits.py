@@ -1,0 +1,4 @@
+"""How much text a command reads unless it is told otherwise; in a file of their own, which --help can have at once."""
+
+EVALUATED_TOKENS = 262_144
+COMPARED_TOKENS = 32_768  # held out
