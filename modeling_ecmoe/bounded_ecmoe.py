@@ -27,8 +27,7 @@ from .routing_ecmoe import (
     routes_by_threshold,
 )
 
-ROUNDS = 4  # of the prices
-_PACE = 0.65  # of the way to the price that an expert asks, in a round: see Prices
+ROUNDS = 4  # of the prices; twice as many where every token has exactly c experts, and each price hangs on all others
 SWEEPS = 100  # rounds of the calibration at most; a few suffice
 _HAIR = 1e-6  # of a score, below which ties are
 _FAR = 1e9  # stands for infinity where infinities would cancel to NaN
@@ -62,7 +61,7 @@ def choose_tokens_within_bounds(
     chosen_PEN = assign(ranking_PEN - price_PE[..., None], shares, min_experts, most, token_mask_PN)
     index_PEC = _places_of(chosen_PEN, num_slots)
     is_chosen_PEC = torch.arange(num_slots, device=index_PEC.device) < shares.share_PE[..., None]
-    # An expert without a share points at its best real token, as every unused slot does.
+    # Unused slots point at the expert's first token; of an expert without a share at its best real one.
     if token_mask_PN is not None:
         best_PE1 = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -_FAR).argmax(2, keepdim=True)
         index_PEC = torch.where(is_chosen_PEC[..., :1], index_PEC, best_PE1)
@@ -93,8 +92,9 @@ class Prices:
 
     An expert wins a token whose score - price exceeds a bar that the token's other experts set (see `_bars`), so the
     price at which it wins exactly its share is a quantile of score - bar: coordinate ascent on the dual. All experts
-    move at once, and by a part of the way, since a token between two of them moves both; from the second round on as
-    the last two rounds together advise (Anderson acceleration of depth one, Walker and Ni 2011, section 2).
+    move at once, and by half of the way w, since a token between two of them moves both; from the second round on the
+    last one corrects it: p + w / 2 - g (dp + dw / 2), with differences d to the last round and g = <dw, w> / <dw, dw>,
+    kept from leaping (Anderson acceleration of depth one, Walker and Ni 2011, section 2).
     """
 
     def __init__(
@@ -117,25 +117,28 @@ class Prices:
         self.bounds = (min_experts, max_experts) if self.each is None else (self.each, self.each)
         self.is_nearly_least = self.each is None and capacity_factor - min_experts < _NEARLY
 
-    def of(self, scores_PEN: Tensor, rounds: int = ROUNDS, is_enough: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """The prices after so many rounds, or after as many as are enough; begun with those of plain expert choice.
+    def of(
+        self, scores_PEN: Tensor, rounds: int | None = None, is_enough: Callable[[Tensor], bool] | None = None
+    ) -> Tensor:
+        """The prices after so many rounds, or `ROUNDS`, or as many as are enough; begun with those of plain expert choice.
 
         scores_PEN: finite at padding, too.
         """
         if self.bounds[0] == scores_PEN.shape[1]:  # nothing to choose, and no price that says so
             return torch.zeros_like(self.share_PE, dtype=scores_PEN.dtype)
         price_PE = self._quantile(scores_PEN)
+        rounds = rounds or ROUNDS * (1 if self.each is None else 2)
         before_PE = way_before_PE = torch.zeros_like(price_PE)
         for number in range(rounds):
             if is_enough is not None and is_enough(price_PE):
                 break
             way_PE = self._asked(scores_PEN, price_PE) - price_PE
-            step_PE = way_PE * _PACE
+            step_PE = way_PE / 2
             if number:
                 turn_PE = way_PE - way_before_PE
                 extent_P1 = turn_PE.square().sum(1, keepdim=True).clamp(min=torch.finfo(turn_PE.dtype).tiny)
                 weight_P1 = ((turn_PE * way_PE).sum(1, keepdim=True) / extent_P1).clamp(-2, 0.5)
-                step_PE = step_PE - weight_P1 * (price_PE - before_PE + turn_PE * _PACE)
+                step_PE = step_PE - weight_P1 * (price_PE - before_PE + turn_PE / 2)
             before_PE, way_before_PE, price_PE = price_PE, way_PE, price_PE + step_PE
         return price_PE
 
@@ -220,34 +223,30 @@ def _bars(margin_PEN: Tensor, least: int, most: int) -> Tensor:
 
 def _best(margin_PEN: Tensor, number: int) -> Tensor:
     """[P, number, N] each token's best margins in falling order; on a CPU in less time than topk over few experts."""
-    return _best_of_groups(margin_PEN, number)[-1][:, 0, :number]
+    best_PGKN = _alone(margin_PEN)
+    while best_PGKN.shape[1] > 1:
+        best_PGKN = _merge_pairs(best_PGKN, number)
+    return best_PGKN[:, 0, :number]
 
 
-def _best_of_groups(margin_PEN: Tensor, number: int) -> list[Tensor]:
-    """Lists [P, G, K, N] of the tokens' best margins, in falling order, within groups of 1, 2, 4, ... and all experts.
-
-    K: as many as the group has experts, at most the power of two that holds `number`. The experts are filled up to a
-    power of two by such as no token takes.
-    """
+def _alone(margin_PEN: Tensor) -> Tensor:
+    """[P, G, 1, N] lists of one expert each, filled up to a power of two by experts that no token takes."""
     filled = _power_of_two(margin_PEN.shape[1]) - margin_PEN.shape[1]
-    margin_PEN = pad(margin_PEN, (0, 0, 0, filled), value=-torch.inf)
-    best = [margin_PEN[:, :, None]]
-    while best[-1].shape[1] > 1:
-        pairs = best[-1].unflatten(1, (-1, 2))
-        best.append(_merge(pairs[:, :, 0], pairs[:, :, 1], _power_of_two(number)))
-    return best
+    return pad(margin_PEN, (0, 0, 0, filled), value=-torch.inf)[:, :, None]
 
 
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _merge(first_PGKN: Tensor, second_PGKN: Tensor, keep: int) -> Tensor:
-    """The best of two lists in falling order, at most `keep` or both whole: Batcher's bitonic merge (1968)."""
-    size = first_PGKN.shape[2]
+def _merge_pairs(best_PGKN: Tensor, number: int) -> Tensor:
+    """Lists of the tokens' best margins within groups of experts -> within groups of twice as many; K, a power of two,
+    doubles until it holds `number`. Both in falling order: a step of Batcher's bitonic sort (1968)."""
+    first_PGKN, second_PGKN = best_PGKN.unflatten(1, (-1, 2)).unbind(2)
     second_PGKN = second_PGKN.flip(2)
     merged = torch.maximum(first_PGKN, second_PGKN)
-    if size < keep:
+    size = first_PGKN.shape[2]
+    if size < number:
         merged = torch.cat([merged, torch.minimum(first_PGKN, second_PGKN)], 2)
     distance = size // 2
     while distance:
@@ -266,15 +265,22 @@ def assign(
     are halved, and every half again, down to one: of a token's number, as many go to the left half as gain by it over
     the right one, the highest gains of all tokens first, until the left half has what its experts' shares add up to.
     Because every pair is allowed and the shares differ by one at most, some way to fill both halves is always left
-    (Gale-Ryser). Each step is optimal for the margins within the halves; at the best prices all of them are.
+    (Gale-Ryser). Each step is the best one for the prices that the experts have.
+
+    Up to log2(E) + 1 times the memory of the margins, twice that for one expert more than a power of two: filled-in
+    experts are halved with the others. They have no share, and margins of -inf, so that no token goes to them: n is at
+    most the number of a group's own experts, hence never are both sides of a gain infinite.
     """
     num_experts = margin_PEN.shape[1]
-    best = _best_of_groups(margin_PEN, max_experts)
-    size = best[0].shape[1]
+    groups = [_alone(margin_PEN)]
+    size = groups[0].shape[1]
     are_even = shares.are_even and size == num_experts
     share_PE = pad(shares.share_PE, (0, size - num_experts))
-    number_PGN = _numbers_of_experts(best[-1][:, 0], shares, min_experts, max_experts, token_mask_PN)[:, None]
-    for halves in best[-2::-1]:
+    while groups[-1].shape[1] > 1:
+        groups.append(_merge_pairs(groups[-1], max_experts))
+    number_PGN = _numbers_of_experts(groups.pop()[:, 0], shares, min_experts, max_experts, token_mask_PN)[:, None]
+    while groups:
+        halves = groups.pop()
         size //= 2
         left_PGKN, right_PGKN = halves.unflatten(1, (-1, 2))[..., :max_experts, :].unbind(2)
         # The k-th in the left half takes the place of the (n - k + 1)-th in the right one, if there is one; past the
@@ -283,6 +289,7 @@ def assign(
         place_K1 = torch.arange(left_PGKN.shape[2], device=margin_PEN.device)[:, None]
         displaced_PGKN = (number_PGN[:, :, None] - place_K1).clamp(0, len(place_K1) + 1)
         gain_PGKN = left_PGKN - right_PGKN.gather(2, displaced_PGKN)
+        del displaced_PGKN  # of eight bytes each
         share_PG = share_PE.view(len(share_PE), -1, 2, size).sum(3)[..., 0]
         left_PGN = _highest(gain_PGKN.flatten(2), share_PG, size * shares.num_slots, are_even).view_as(gain_PGKN).sum(2)
         number_PGN = torch.stack([left_PGN, number_PGN - left_PGN], 2).flatten(1, 2)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 class ExpertChoice(NamedTuple):
     """What each expert chose in training: E experts, P pools, C slots each.
 
-    token_index: [E, P * C] long, the chosen token's row in the flat [T] order, best first in each pool.
+    token_index: [E, P * C] long, the chosen token's row in the flat [T] order; in each pool best first, or within
+        bounds in the order of the text.
     scores: [E, P * C] float, the token's score; differentiable.
     is_chosen: [E, P * C] bool, False marks a slot beyond the capacity of the pool's real tokens.
     threshold: [E] float32, detached, the score that separates chosen from refused, mean over pools.
@@ -170,7 +171,7 @@ def real_capacity(scores_PNE: Tensor, capacity_factor: float, token_mask_PN: Ten
 
 
 def as_choice(scores_PNE: Tensor, index_PEC: Tensor, is_chosen_PEC: Tensor, threshold: Tensor) -> ExpertChoice:
-    """Slots per pool and expert to rows per expert; a slot that is not used points at the expert's best token."""
+    """Slots per pool and expert to rows per expert; a slot that is not used points at the expert's first one."""
     num_pools, num_tokens, _ = scores_PNE.shape
     index_PEC = torch.where(is_chosen_PEC, index_PEC, index_PEC[..., :1])
     scores_PEC = scores_PNE.transpose(1, 2).gather(-1, index_PEC)

@@ -298,6 +298,35 @@ def test_prices_are_thresholds(factor: int, least: int, most: int | None, bias: 
         assert off(choose_tokens(scores_TE[None], factor).threshold) > 0.1
 
 
+def like_a_text(kind: str, seed: int) -> Tensor:
+    """[T, E] scores of tokens that are much alike: of twenty kinds, or along two directions."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "clusters":
+        kinds = 2 * torch.randn(20, 16, generator=generator)
+        logits_TE = kinds[torch.randint(20, (4096,), generator=generator)]
+    else:
+        logits_TE = 2 * torch.randn(4096, 2, generator=generator) @ torch.randn(2, 16, generator=generator)
+    return (logits_TE + torch.randn(4096, 16, generator=generator) / 10 + torch.linspace(-1, 1, 16)).softmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["clusters", "two directions"])
+@pytest.mark.parametrize(
+    ("factor", "least", "most", "bound"), [(1, 1, None, 0.35), (1, 0, 1, 0.35), (1, 0, 2, 0.1), (2, 1, 4, 0.05)]
+)
+def test_prices_of_tokens_that_are_alike(kind: str, factor: int, least: int, most: int | None, bound: float) -> None:
+    """Rougher where every token has exactly c experts, and calibrated thresholds are exact there, too."""
+    share = 4096 * factor // 16
+
+    def off(scores_TE: Tensor, threshold_E: Tensor) -> float:
+        load_E = routes_by_threshold(scores_TE, threshold_E, least, most).sum(0)
+        return float((load_E / share - 1).abs().max())
+
+    texts = [like_a_text(kind, seed) for seed in range(6)]
+    found = [off(text, choose_tokens_within_bounds(text[None], factor, least, most).threshold) for text in texts]
+    assert sum(found) / len(found) <= bound
+    assert max(off(text, balanced_thresholds(text, factor, least, most or 16)) for text in texts) <= 0.02
+
+
 @pytest.mark.parametrize(("factor", "bias"), [(1.02, 3.0), (1.1, 3.0), (1.02, 8.0), (2.1, 3.0)])
 def test_few_places_beyond_the_lower_bound(factor: float, bias: float) -> None:
     """What all prices have in common hangs on few tokens then."""
