@@ -120,9 +120,9 @@ class Prices:
     def of(
         self, scores_PEN: Tensor, rounds: int | None = None, is_enough: Callable[[Tensor], bool] | None = None
     ) -> Tensor:
-        """The prices after so many rounds, or `ROUNDS`, or as many as are enough; begun with those of plain expert choice.
+        """The prices after so many rounds, or after as many as are enough; begun with those of plain expert choice.
 
-        scores_PEN: finite at padding, too.
+        scores_PEN: finite at padding, too. rounds: None for as many as `ROUNDS` says.
         """
         if self.bounds[0] == scores_PEN.shape[1]:  # nothing to choose, and no price that says so
             return torch.zeros_like(self.share_PE, dtype=scores_PEN.dtype)

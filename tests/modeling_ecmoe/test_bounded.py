@@ -80,7 +80,7 @@ def exact_optimum(case: Case) -> float:
 
 
 # Of two thousand cases those that were hardest for other ways of rounding.
-WORST = (1110, 1695, 1715, 1735, 1763, 1281, 1190)
+WORST = (1695, 1715, 1735, 1763, 1281, 1190)
 
 
 @pytest.mark.parametrize("seed", [*range(50), *WORST])
@@ -311,7 +311,7 @@ def like_a_text(kind: str, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["clusters", "two directions"])
 @pytest.mark.parametrize(
-    ("factor", "least", "most", "bound"), [(1, 1, None, 0.35), (1, 0, 1, 0.35), (1, 0, 2, 0.1), (2, 1, 4, 0.05)]
+    ("factor", "least", "most", "bound"), [(1, 1, None, 0.15), (1, 0, 1, 0.15), (1, 0, 2, 0.08), (2, 1, 4, 0.05)]
 )
 def test_prices_of_tokens_that_are_alike(kind: str, factor: int, least: int, most: int | None, bound: float) -> None:
     """Rougher where every token has exactly c experts, and calibrated thresholds are exact there, too."""
