@@ -98,8 +98,8 @@ def prices(num_tokens: int, num_experts: int, skew: float, rounds: int) -> dict[
         OURS: {},
         BEST: {"of": lambda prices, scores: _OF(prices, scores, 100)},
         "3 rounds": {"of": lambda prices, scores: _OF(prices, scores, 3)},
-        "4 rounds, half of the way each": {"of": lambda prices, scores: halfway(prices, scores, 4)},
-        "8 rounds, half of the way each": {"of": lambda prices, scores: halfway(prices, scores, 8)},
+        "4 plain rounds": {"of": lambda prices, scores: halfway(prices, scores, 4)},
+        "8 plain rounds": {"of": lambda prices, scores: halfway(prices, scores, 8)},
         "4 rounds on 1,024 tokens": {"of": sampled},
         "50 projections of 1,024 tokens": {"of": projected},
     }
@@ -114,7 +114,7 @@ def prices(num_tokens: int, num_experts: int, skew: float, rounds: int) -> dict[
 
 
 def halfway(prices: Prices, scores_PEN: Tensor, rounds: int) -> Tensor:
-    """[P, E] without the advice of earlier rounds."""
+    """[P, E] without acceleration."""
     price_PE = prices._quantile(scores_PEN)
     for _ in range(rounds):
         price_PE = (price_PE + prices._asked(scores_PEN, price_PE)) / 2
