@@ -55,7 +55,7 @@ def start(
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     if "PYTHONPATH" not in os.environ:  # the server reads it when it starts
         os.environ["PYTHONPATH"] = path
-    _context.set_forkserver_preload(["finetune.cli", "modeling_ecmoe"])
+    _context.set_forkserver_preload(["finetune.cli", "finetune.train", "modeling_ecmoe"])
     process = _context.Process(target=_main, args=(arguments, environment or {}, str(log), dies_at_step), daemon=True)
     process.start()
     return process
