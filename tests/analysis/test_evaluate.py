@@ -171,7 +171,10 @@ def test_other_refusals(place: Path, tmp_path: Path) -> None:
         evaluate(str(place / "ecmoe"), pairs=[str(tmp_path / "pairs.jsonl")])
 
 
-def test_a_mistyped_folder_gets_one_whole_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_folder_gets_one_whole_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it tries for most of a minute
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "t-fulll", "--data", str(tmp_path)])
     assert stop.value.code == 2
