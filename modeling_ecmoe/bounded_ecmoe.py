@@ -267,9 +267,9 @@ def assign(
     Because every pair is allowed and the shares differ by one at most, some way to fill both halves is always left
     (Gale-Ryser). Each step is the best one for the prices that the experts have.
 
-    The lists take up to log2(E) + 1 times the memory of the margins, and twice that for one expert above a power of two:
-    filled-in experts are halved with the others. They have no share, and margins of -inf, so that no token goes to them;
-    n is at most the number of a group's own experts, hence never are both sides of a gain infinite.
+    The lists take up to log2(E) + 1 times the memory of the margins, twice that for one expert above a power of two,
+    since filled-in experts are halved with the others. They have no share, and margins of -inf, so that no token goes
+    to them; n is at most the number of a group's own experts, hence never are both sides of a gain infinite.
     """
     num_experts = margin_PEN.shape[1]
     groups = [_alone(margin_PEN)]
