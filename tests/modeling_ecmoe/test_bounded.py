@@ -167,7 +167,7 @@ def test_bounds_hold_with_padding(
     choice = choose_tokens_within_bounds(scores_TE[None], factor, least, most, real_T[None])
     assert_within_bounds(assigned(scores_TE, choice), Case(scores_TE, factor, least, most), real_T)
     assert choice.token_index.shape == (experts, oracle.capacity(tokens, experts, factor))
-    assert (choice.threshold.abs() < 2).all()
+    assert (choice.threshold.abs() < 10).all()  # nothing of what stands for infinity
     has_share_E = choice.is_chosen.any(1)
     assert real_T[choice.token_index[has_share_E]].all()
 
