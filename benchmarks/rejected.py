@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_ecmoe import experts_ecmoe
-from modeling_ecmoe.bounded_ecmoe import Prices, Shares, choose_tokens_within_bounds
+from modeling_ecmoe.bounded_ecmoe import Prices, choose_tokens_within_bounds, expert_shares
 from modeling_ecmoe.routing_ecmoe import ExpertChoice, routes_by_threshold
 
 from .harness import TrainingStep, interleaved, summarize, table
@@ -124,8 +124,9 @@ def halfway(prices: Prices, scores_PEN: Tensor, rounds: int) -> Tensor:
 def sampled(prices: Prices, scores_PEN: Tensor) -> Tensor:
     """[P, E] from a sample of the tokens, for pools without padding."""
     stride = scores_PEN.shape[2] // 1024
-    shares = Shares(prices.share_PE // stride, prices.num_slots // stride, True)
-    return _OF(Prices(FACTOR, LEAST, MOST, shares, 1024, None), scores_PEN[..., ::stride].contiguous())
+    sample_PEN = scores_PEN[..., ::stride].contiguous()
+    shares = expert_shares(sample_PEN.transpose(1, 2), FACTOR, MOST, None)
+    return _OF(Prices(FACTOR, LEAST, MOST, shares, None), sample_PEN)
 
 
 def projected(prices: Prices, scores_PEN: Tensor) -> Tensor:

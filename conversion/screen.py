@@ -13,12 +13,7 @@ from .upcycle import RECORD_NAME
 def print_conversion(record: dict[str, Any], destination: str) -> None:
     """Dense and converted side by side."""
     verification, parameters = record["verification"], record["parameters"]
-    table = Table(title=f"{record['source']} -> {destination} ({record['init']})")
-    table.add_column("")
-    table.add_column("dense", justify="right")
-    table.add_column("expert choice", justify="right")
-    table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['total']:,}")
-    table.add_row("active per token", f"{parameters['dense']:,}", f"{parameters['active']:,}")
+    table = _dense_beside_sparse(f"{record['source']} -> {destination} ({record['init']})", parameters)
     console = Console()
     if verification is None:
         console.print(table)
@@ -48,10 +43,7 @@ def _text_of(record: dict[str, Any]) -> str:
 def print_export(record: dict[str, Any], destination: str) -> None:
     """Source and plain checkpoint side by side, or the plan of it, and what has changed."""
     parameters, verification = record["parameters"], record.get("verification")
-    table = Table(title=f"{record['source']} -> {destination} ({record['architecture']})")
-    table.add_column("")
-    table.add_column("expert choice", justify="right")
-    table.add_column("plain", justify="right")
+    table = _side_by_side(f"{record['source']} -> {destination} ({record['architecture']})", "expert choice", "plain")
     table.add_row("parameters", f"{parameters['source']:,}", f"{parameters['total']:,}")
     table.add_row("that a token meets", "", f"{parameters['active']:,}")
     table.add_row("experts per token", f"{record['capacity_factor']} on average", str(record["num_experts_per_tok"]))
@@ -84,12 +76,7 @@ def print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
     """The figures of a dry run."""
     parameters, flops, memory = plan["parameters"], plan["flops_per_token"], plan["training_bytes_per_gpu"]
     gpus = plan["num_gpus"]
-    table = Table(title=f"Plan: {options['source']} -> {options['destination']} ({plan['init']})")
-    table.add_column("")
-    table.add_column("dense", justify="right")
-    table.add_column("expert choice", justify="right")
-    table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['total']:,}")
-    table.add_row("active per token", f"{parameters['dense']:,}", f"{parameters['active']:,}")
+    table = _dense_beside_sparse(f"Plan: {options['source']} -> {options['destination']} ({plan['init']})", parameters)
     ratio = flops["converted"] / flops["dense"]
     table.add_row("FLOPs per token", f"{flops['dense']:.3g}", f"{flops['converted']:.3g} ({ratio:.2f} of dense)")
     table.add_row("layers with experts", "", str(plan["sparse_layers"]))
@@ -105,6 +92,22 @@ def print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
         "Nothing was written.",
         highlight=False,
     )
+
+
+def _side_by_side(title: str, left: str, right: str) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column(left, justify="right")
+    table.add_column(right, justify="right")
+    return table
+
+
+def _dense_beside_sparse(title: str, parameters: dict[str, int]) -> Table:
+    """What a conversion and the plan of one begin with."""
+    table = _side_by_side(title, "dense", "expert choice")
+    table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['total']:,}")
+    table.add_row("active per token", f"{parameters['dense']:,}", f"{parameters['active']:,}")
+    return table
 
 
 def _gigabytes(size: int) -> str:

@@ -47,44 +47,49 @@ def choose_tokens_within_bounds(
     The threshold of the choice is the expert's price in the programme, which the bounded rule at inference ranks by.
     An expert's tokens come in the order of the text.
     """
-    num_tokens, num_experts = scores_PNE.shape[1:]
-    most = num_experts if max_experts is None else max_experts
-    num_slots = expert_capacity(num_tokens, num_experts, capacity_factor)
-    capacity_P, num_real_P = real_capacity(scores_PNE, capacity_factor, token_mask_PN)
-    are_even = token_mask_PN is None and num_slots * num_experts <= most * num_tokens
-    shares = Shares(expert_shares(capacity_P, num_real_P, num_experts, most), num_slots, are_even)
+    most = scores_PNE.shape[2] if max_experts is None else max_experts
+    shares = expert_shares(scores_PNE, capacity_factor, most, token_mask_PN)
     ranking_PEN = scores_PNE.detach().transpose(1, 2).contiguous()
     if token_mask_PN is not None:  # whatever stands at padding
         ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], 0)
-    prices = Prices(capacity_factor, min_experts, most, shares, num_tokens, token_mask_PN)
+    prices = Prices(capacity_factor, min_experts, most, shares, token_mask_PN)
     price_PE = prices.of(ranking_PEN)
     chosen_PEN = assign(ranking_PEN - price_PE[..., None], shares, min_experts, most, token_mask_PN)
-    index_PEC = _places_of(chosen_PEN, num_slots)
-    is_chosen_PEC = torch.arange(num_slots, device=index_PEC.device) < shares.share_PE[..., None]
+    index_PEC = _places_of(chosen_PEN, shares.num_slots)
+    is_chosen_PEC = torch.arange(shares.num_slots, device=index_PEC.device) < shares.share_PE[..., None]
     # Unused slots point at the expert's first token; of an expert without a share at its best real one.
     if token_mask_PN is not None:
         best_PE1 = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -_FAR).argmax(2, keepdim=True)
         index_PEC = torch.where(is_chosen_PEC[..., :1], index_PEC, best_PE1)
     threshold_PE = prices.thresholds(ranking_PEN, price_PE)
-    return as_choice(scores_PNE, index_PEC, is_chosen_PEC, mean_over_pools(threshold_PE, num_real_P))
+    return as_choice(scores_PNE, index_PEC, is_chosen_PEC, mean_over_pools(threshold_PE, shares.num_real_P))
 
 
 class Shares(NamedTuple):
-    """How many tokens each expert takes: share_PE [P, E], at most num_slots; are_even: all of them just as many."""
+    """How many tokens each expert takes.
+
+    share_PE: [P, E], at most num_slots; are_even: all of them just as many. num_real_P: [P] of num_tokens in a pool.
+    """
 
     share_PE: Tensor  # noqa: N815
     num_slots: int
     are_even: bool
+    num_real_P: Tensor  # noqa: N815
+    num_tokens: int
 
 
-def expert_shares(num_slots_P: Tensor, num_real_P: Tensor, num_experts: int, max_experts: int) -> Tensor:
-    """[P, E] tokens of each expert: C each, or less where even b experts for every token would not fill them all.
+def expert_shares(scores_PNE: Tensor, capacity_factor: float, max_experts: int, token_mask_PN: Tensor | None) -> Shares:
+    """C tokens for each expert, or less where even b experts for every token would not fill them all.
 
     Only rounding brings that about (b = c, and T no multiple of E); the shares then differ by one at most.
     """
-    total_P1 = torch.minimum(num_slots_P * num_experts, num_real_P * max_experts)[:, None]
+    num_tokens, num_experts = scores_PNE.shape[1:]
+    num_slots = expert_capacity(num_tokens, num_experts, capacity_factor)
+    capacity_P, num_real_P = real_capacity(scores_PNE, capacity_factor, token_mask_PN)
+    total_P1 = torch.minimum(capacity_P * num_experts, num_real_P * max_experts)[:, None]
     first = torch.arange(num_experts, device=total_P1.device) < total_P1 % num_experts
-    return total_P1 // num_experts + first
+    are_even = token_mask_PN is None and num_slots * num_experts <= max_experts * num_tokens
+    return Shares(total_P1 // num_experts + first, num_slots, are_even, num_real_P, num_tokens)
 
 
 class Prices:
@@ -103,11 +108,10 @@ class Prices:
         min_experts: int,
         max_experts: int,
         shares: Shares,
-        num_tokens: int,
         token_mask_PN: Tensor | None,
     ) -> None:
         self.least, self.most = min_experts, max_experts
-        self.share_PE, self.num_slots, self.are_even = shares
+        self.share_PE, self.num_slots, self.are_even, self.num_real_P, num_tokens = shares
         self.mask_PN = token_mask_PN
         # Where c is a bound every token has exactly c experts, and [c, c] is solved: its prices are soon found. At the
         # lower bound C must not have been rounded up; at the upper one `expert_shares` has taken that away.
@@ -184,11 +188,9 @@ class Prices:
         """[P, 1] by how much all prices together are too low: of the margins of each token beyond its a-th, as many lie
         above 0 then as the shares have places beyond a for every token."""
         beyond_PKN = _best(margin_PEN, self.most)[:, self.least :]
-        num_tokens = margin_PEN.shape[2]
-        num_real_P1 = torch.full_like(self.share_PE[:, :1], num_tokens)
+        num_real_P1 = self.num_real_P[:, None]
         if self.mask_PN is not None:
             beyond_PKN = beyond_PKN.masked_fill(~self.mask_PN[:, None, :], -_FAR)
-            num_real_P1 = self.mask_PN.sum(1, keepdim=True)
         ranked_PR = beyond_PKN.flatten(1).sort(dim=1, descending=True).values
         last_P1, next_P1 = _border(ranked_PR, self.share_PE.sum(1, keepdim=True) - self.least * num_real_P1)
         next_P1 = torch.where(next_P1 < -_FAR / 2, last_P1, next_P1)
@@ -215,14 +217,14 @@ def _bars(margin_PEN: Tensor, least: int, most: int) -> Tensor:
     def of_others(bar_PKN: Tensor, number: int) -> Tensor:
         is_best_PEN = margin_PEN >= best_PKN[:, number - 1, None]  # and so none of the others
         above, at = bar_PKN[:, number - 1, None], bar_PKN[:, number, None]
-        return torch.lerp(above, at, is_best_PEN.to(above.dtype))  # on a CPU a third of the time of where
+        return torch.lerp(above, at, is_best_PEN.to(above.dtype))  # where is not vectorised for it on a CPU
 
     bar_PEN = of_others(best_PKN.clamp(min=0), most) if most < num_experts else torch.zeros_like(margin_PEN[:, :1])
     return torch.minimum(bar_PEN, of_others(best_PKN, least)) if least else bar_PEN
 
 
 def _best(margin_PEN: Tensor, number: int) -> Tensor:
-    """[P, number, N] each token's best margins in falling order; on a CPU in less time than topk over few experts."""
+    """[P, number, N] each token's best margins in falling order."""
     best_PGKN = _alone(margin_PEN)
     while best_PGKN.shape[1] > 1:
         best_PGKN = _merge_pairs(best_PGKN, number)
@@ -334,19 +336,15 @@ def balanced_thresholds(scores_TE: Tensor, capacity_factor: float, min_experts: 
     The prices of the assignment, round after round until every load is within one percent of the share, or for
     `SWEEPS` rounds.
     """
-    num_tokens, num_experts = scores_TE.shape
-    share = expert_capacity(num_tokens, num_experts, capacity_factor)
-    if share >= num_tokens:
-        return scores_TE.new_zeros(num_experts)
-    capacity_1, num_real_1 = (torch.tensor([number], device=scores_TE.device) for number in (share, num_tokens))
-    share_1E = expert_shares(capacity_1, num_real_1, num_experts, max_experts)
-    shares = Shares(share_1E, share, share * num_experts <= max_experts * num_tokens)
-    prices = Prices(capacity_factor, min_experts, max_experts, shares, num_tokens, None)
+    shares = expert_shares(scores_TE[None], capacity_factor, max_experts, None)
+    if shares.num_slots >= len(scores_TE):
+        return torch.zeros_like(scores_TE[0])
+    prices = Prices(capacity_factor, min_experts, max_experts, shares, None)
     scores_1EN = scores_TE.T.contiguous()[None]
 
     def is_balanced(price_1E: Tensor) -> bool:
         threshold_E = prices.thresholds(scores_1EN, price_1E)[0]
         load_E = routes_by_threshold(scores_TE, threshold_E, min_experts, max_experts).sum(0)
-        return bool((load_E - share_1E[0]).abs().max() <= max(1, share // 100))
+        return bool((load_E - shares.share_PE[0]).abs().max() <= max(1, shares.num_slots // 100))
 
     return prices.thresholds(scores_1EN, prices.of(scores_1EN, SWEEPS, is_balanced))[0]
