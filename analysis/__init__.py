@@ -7,11 +7,12 @@ from .errors import AnalysisError
 
 if TYPE_CHECKING:
     from .comparison import compare
+    from .drawing import draw
     from .evaluation import evaluate
     from .page import report
 
-__all__ = ["AnalysisError", "compare", "evaluate", "report"]
-_FILES = {"compare": "comparison", "evaluate": "evaluation", "report": "page"}
+__all__ = ["AnalysisError", "compare", "draw", "evaluate", "report"]
+_FILES = {"compare": "comparison", "draw": "drawing", "evaluate": "evaluation", "report": "page"}
 
 
 def __getattr__(name: str) -> Any:

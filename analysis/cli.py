@@ -9,7 +9,6 @@ ecmoe-inspect report qwen3-8x-tuned --text "Once upon a time" --output routes.ht
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -101,14 +100,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _draw(options: dict[str, Any]) -> None:
-    from .draw import as_text, draw
-    from .walkthrough import read_matrices, walk_through
+    from .drawing import draw
 
-    matrices = read_matrices(Path(options["matrices"]).expanduser()) if options["matrices"] else None
-    walk = walk_through(options["experts"], options["top"], options["seed"], matrices)
-    if options["output"]:
-        draw(walk, Path(options["output"]).expanduser())
-    print(as_text(walk))
+    print(draw(options.pop("experts"), **options))
 
 
 def _report(options: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from modeling_ecmoe import RoutingRecord, record_routing, use_inference_routing
 
 from .errors import AnalysisError
 from .limits import EVALUATED_TOKENS
-from .loading import is_of_family, load, padding_id
+from .loading import is_of_family, name_of, opened, padding_id
 from .text import batches, pad, read_documents, windows
 
 WINDOW = 512  # tokens; shorter where the model's context is
@@ -25,23 +25,25 @@ POOL = 4_096  # tokens of a batch, among which experts choose for the top-k loss
 
 
 def evaluate(
-    checkpoint: str,
+    checkpoint: Any,
     data: str | None = None,
     pairs: list[str] | None = None,
     text_column: str = "text",
     max_tokens: int | None = EVALUATED_TOKENS,
     device: str | None = None,
+    tokenizer: Any = None,
 ) -> dict[str, Any]:
     """Evaluates a causal language model: an expert-choice one, or one to hold it against, such as its dense parent.
 
     Args:
-        checkpoint: folder or Hub id.
+        checkpoint: folder or Hub id, or a model in memory, with its tokenizer.
         data: text file or folder of text files; see `text.read_documents`.
         pairs: files of minimal pairs, rows of JSON with sentence_good and sentence_bad (as BLiMP,
             arXiv 1912.00582), or folders of such files.
         text_column: of .jsonl and .parquet files.
         max_tokens: read at most about so many tokens of text; None reads all.
-        device: the first accelerator, or the CPU, when None.
+        device: the first accelerator, or the CPU, when None; a model in memory is run where it is.
+        tokenizer: of a model in memory.
 
     Returns:
         Of text: loss (causal, nats per token), perplexity, loss_top_k (experts choose among the batch, which looks at
@@ -57,13 +59,13 @@ def evaluate(
         raise AnalysisError("there is nothing to evaluate on; give data, pairs, or both")
     if max_tokens is not None and max_tokens < 0:
         raise AnalysisError(f"max_tokens={max_tokens} must not be negative; leave it out, or give 0 to read everything")
-    model, tokenizer = load(checkpoint, device)
-    result: dict[str, Any] = {"checkpoint": checkpoint, "model_type": model.config.model_type}
-    if data is not None:
-        sequences = windows(tokenizer, read_documents(data, text_column), min(WINDOW, _context(model)))
-        result |= _losses(model, batches(sequences, POOL, max_tokens, padding_id(tokenizer)), data)
-    if pairs:
-        result["pairs"] = _pairs(model, tokenizer, pairs)
+    with opened(checkpoint, tokenizer, device) as (model, tokenizer):
+        result: dict[str, Any] = {"checkpoint": name_of(checkpoint), "model_type": model.config.model_type}
+        if data is not None:
+            sequences = windows(tokenizer, read_documents(data, text_column), min(WINDOW, _context(model)))
+            result |= _losses(model, batches(sequences, POOL, max_tokens, padding_id(tokenizer)), data)
+        if pairs:
+            result["pairs"] = _pairs(model, tokenizer, pairs)
     return result
 
 

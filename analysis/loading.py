@@ -1,10 +1,13 @@
 """Checkpoints as the analysis commands want them."""
 
+import contextlib
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_ecmoe  # noqa: F401  registers the family
@@ -50,6 +53,44 @@ def _device(device: str | None) -> torch.device:
     return torch.device(place)
 
 
+@contextlib.contextmanager
+def opened(
+    checkpoint: Any, tokenizer: Any = None, device: str | None = None, needs_experts: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """Model in eval mode, and tokenizer, of a checkpoint; or a model in memory, left in the mode that it was in.
+
+    Raises:
+        AnalysisError: when it cannot be loaded, or an option does not go with it.
+    """
+    if isinstance(checkpoint, str):
+        if tokenizer is not None:
+            raise AnalysisError(
+                "tokenizer is of a model in memory; that of a checkpoint lies in its folder, leave it out"
+            )
+        yield load_expert_choice(checkpoint, device) if needs_experts else load(checkpoint, device)
+        return
+    if not isinstance(checkpoint, nn.Module):
+        raise AnalysisError(f"checkpoint={checkpoint!r} is neither a checkpoint's folder or Hub id nor a model")
+    if tokenizer is None:
+        raise AnalysisError("tokenizer=None: a model in memory has none; give the one that goes with it")
+    if device is not None:
+        raise AnalysisError(f"device={device} is of a checkpoint; a model in memory is run where it is, leave it out")
+    if needs_experts:
+        _refuse_without_experts(checkpoint, name_of(checkpoint))
+    was_training = checkpoint.training
+    try:
+        yield checkpoint.eval(), tokenizer
+    finally:
+        checkpoint.train(was_training)
+
+
+def name_of(checkpoint: Any) -> str:
+    """What a result calls a checkpoint, or a model in memory."""
+    if isinstance(checkpoint, str):
+        return checkpoint
+    return getattr(getattr(checkpoint, "config", None), "name_or_path", "") or type(checkpoint).__name__
+
+
 def load_expert_choice(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """As `load`, and refuses a model without experts.
 
@@ -57,12 +98,16 @@ def load_expert_choice(checkpoint: str, device: str | None = None, dtype: str = 
         AnalysisError: naming the command that makes experts of it.
     """
     model, tokenizer = load(checkpoint, device, dtype)
+    _refuse_without_experts(model, checkpoint)
+    return model, tokenizer
+
+
+def _refuse_without_experts(model: Any, name: str) -> None:
     if not is_of_family(model):
         raise AnalysisError(
-            f"checkpoint={checkpoint} is a {model.config.model_type} model without experts, so there are no routes to "
+            f"checkpoint={name} is a {model.config.model_type} model without experts, so there are no routes to "
             "look at; convert it with ecmoe-convert"
         )
-    return model, tokenizer
 
 
 def is_of_family(model: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import AnalysisError
-from .loading import load_expert_choice
+from .loading import name_of, opened
 from .routes import LayerRoutes, TextRoutes, read_text, routes_of_text
 
 BINS = 24  # of a histogram
@@ -19,20 +19,22 @@ FAVOURITES = 8  # tokens listed for each expert
 
 
 def report(
-    checkpoint: str,
+    checkpoint: Any,
     output: str,
     text: str | None = None,
     text_file: str | None = None,
     device: str | None = None,
+    tokenizer: Any = None,
 ) -> dict[str, Any]:
     """Runs the model over one text and writes the page; the file appears whole or not at all.
 
     Args:
-        checkpoint: folder or Hub id.
+        checkpoint: folder or Hub id, or a model in memory, with its tokenizer.
         output: the page to write, .html.
         text: the text, or
         text_file: a UTF-8 file with it; at most as many tokens as the model's context.
-        device: the first accelerator, or the CPU, when None.
+        device: the first accelerator, or the CPU, when None; a model in memory is run where it is.
+        tokenizer: of a model in memory.
 
     Returns:
         What the page shows; see `numbers`.
@@ -46,11 +48,12 @@ def report(
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or not path.parent.is_dir():
         raise AnalysisError(f"output={output} cannot be written; name a file in a folder that you may write to")
     content = read_text(text, text_file)
-    model, tokenizer = load_expert_choice(checkpoint, device)
-    folder = Path(checkpoint).expanduser()
-    name = folder.resolve().name if folder.is_dir() else checkpoint  # a page is passed on; paths stay at home
+    name = name_of(checkpoint)
+    folder = Path(name).expanduser()
+    name = folder.resolve().name if folder.is_dir() else name  # a page is passed on; paths stay at home
     source = "text" if text_file is None else f"text_file={text_file}"
-    result = numbers(routes_of_text(model, tokenizer, content, source), name)
+    with opened(checkpoint, tokenizer, device, needs_experts=True) as (model, tokenizer):
+        result = numbers(routes_of_text(model, tokenizer, content, source), name)
     _write(path, render(result))
     return result
 

@@ -64,7 +64,7 @@ def measure(name: str, scratch: Path, repeats: int, num_experts: int) -> dict[st
     peaks = []
     for _ in range(repeats):
         options = ["--no-verify", "--max-shard-size", SHARD, "--num-experts", str(num_experts), "--init", "copy"]
-        taken, peak = timed([sys.executable, "-m", "conversion", str(source), str(output), *options])
+        taken, peak = timed([sys.executable, "-m", "ecmoe.conversion", str(source), str(output), *options])
         seconds["convert"].append(taken)
         peaks.append(peak)
         seconds["cp"].append(timed(["cp", "-r", str(output), str(copy)])[0])

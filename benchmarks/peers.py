@@ -12,9 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from modeling_ecmoe import EcMoeLlamaConfig
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
-from modeling_ecmoe.modeling_ecmoe import EcMoeLlamaForCausalLM
+from modeling_ecmoe.llama_ecmoe import EcMoeLlamaConfig, EcMoeLlamaForCausalLM
 
 
 @dataclass(frozen=True)

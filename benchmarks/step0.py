@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from conversion import convert
-from conversion.initialisations import INITIALISATIONS
+from ecmoe.conversion import convert
+from ecmoe.conversion.upcycling.initialisations import INITIALISATIONS
 
 from .machine import save
 

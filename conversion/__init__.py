@@ -1,4 +1,4 @@
-"""Dense checkpoint in, expert-choice checkpoint out; or expert-choice in, plain mixture of experts out."""
+"""Dense in, expert choice out, in folders or in memory; or expert choice in, plain mixture of experts out."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConversionError
 
 if TYPE_CHECKING:
-    from .export import export_plain
-    from .upcycle import convert
+    from .leaving.export import export
+    from .upcycling.convert import convert
+    from .upcycling.in_memory import upcycle
 
-__all__ = ["ConversionError", "convert", "export_plain"]
-_FILES = {"convert": "upcycle", "export_plain": "export"}
+__all__ = ["ConversionError", "convert", "export", "upcycle"]
+_FILES = {"convert": "upcycling.convert", "export": "leaving.export", "upcycle": "upcycling.in_memory"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 from .errors import ConversionError
-from .initialisations import INITIALISATIONS
-from .settings import NAMED_LAYERS, ROUTERS
+from .upcycling.initialisations import INITIALISATIONS
+from .upcycling.settings import NAMED_LAYERS, ROUTERS
 
 # What needs Transformers is imported when there is something to convert: --help and a mistyped option need not wait.
 
@@ -67,15 +67,15 @@ def main(argv: list[str] | None = None) -> None:
     from transformers.utils import logging
 
     from . import screen
-    from .export import export_plain
-    from .upcycle import convert
+    from .leaving.export import export
+    from .upcycling.convert import convert
 
     debug, to = options.pop("debug", False), options.get("to")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         disable_progress_bars()
     try:
-        function = convert if to is None else export_plain
+        function = convert if to is None else export
         _refuse_foreign(options, function)
         record = function(**options)
     except ConversionError as error:

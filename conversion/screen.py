@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .sample import OWN_TEXT
-from .upcycle import RECORD_NAME
+from .checkpoints.provenance import RECORD_NAME
+from .texts import OWN_TEXT
 
 
 def print_conversion(record: dict[str, Any], destination: str) -> None:
@@ -17,7 +17,7 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
     console = Console()
     if verification is None:
         console.print(table)
-        remedy = "train, or call modeling_ecmoe.calibrate_thresholds(model, batches), before judging the model"
+        remedy = "train, or call ecmoe.calibrate_thresholds(model, batches), before judging the model"
         console.print(f"Not verified. The thresholds are estimates: {remedy}.", soft_wrap=True, highlight=False)
     else:
         load = f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share"

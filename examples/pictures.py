@@ -12,9 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from analysis import AnalysisError, report
-from analysis.draw import draw
-from analysis.walkthrough import walk_through
+import ecmoe
+from ecmoe.analysis import AnalysisError
 
 
 def main() -> None:
@@ -29,8 +28,8 @@ def main() -> None:
         sys.exit(2)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        report(options.checkpoint, str(options.output / "report.html"), text_file=options.text)
-        draw(walk_through(), options.output / "expert-choice.png")
+        ecmoe.report(options.checkpoint, str(options.output / "report.html"), text_file=options.text)
+        ecmoe.draw(output=str(options.output / "expert-choice.png"))
         screenshot(chromium, options.output / "report.html", options.output / "report.png")
     except (AnalysisError, OSError, subprocess.SubprocessError) as error:
         print(f"pictures: error: {error}", file=sys.stderr)

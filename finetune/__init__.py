@@ -7,10 +7,11 @@ from .errors import RecipeError
 
 if TYPE_CHECKING:
     from .recipe import Recipe, load_recipe
-    from .train import run
+    from .train import dry_run, run
+    from .trainer import EcMoeTrainer
 
-__all__ = ["Recipe", "RecipeError", "load_recipe", "run"]
-_FILES = {"Recipe": "recipe", "load_recipe": "recipe", "run": "train"}
+__all__ = ["EcMoeTrainer", "Recipe", "RecipeError", "dry_run", "load_recipe", "run"]
+_FILES = {"EcMoeTrainer": "trainer", "Recipe": "recipe", "dry_run": "train", "load_recipe": "recipe", "run": "train"}
 
 
 def __getattr__(name: str) -> Any:

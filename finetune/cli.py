@@ -1,10 +1,11 @@
-"""ecmoe-finetune RECIPE.yaml [field=value ...], also as `accelerate launch -m finetune RECIPE.yaml`.
+"""ecmoe-finetune RECIPE.yaml [field=value ...], also as `accelerate launch -m ecmoe.finetune RECIPE.yaml`.
 
-ecmoe-finetune recipes/full.yaml model=qwen3-8x dataset=roneneldan/TinyStories max_steps=300
+ecmoe-finetune full model=qwen3-8x dataset=roneneldan/TinyStories max_steps=300
 """
 
 import argparse
 import sys
+from importlib import resources
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +17,11 @@ from .errors import RecipeError
 
 
 def _parser() -> argparse.ArgumentParser:
+    names = ", ".join(
+        sorted(path.name[:-5] for path in resources.files("ecmoe.recipes").iterdir() if path.name.endswith(".yaml"))
+    )
     parser = argparse.ArgumentParser(prog="ecmoe-finetune", description="Fine-tune an expert-choice or dense model.")
-    parser.add_argument("recipe", help="YAML file; see recipes/")
+    parser.add_argument("recipe", help=f"YAML file, or one of those that are shipped: {names}")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replaces a field of the recipe")
     parser.add_argument("--dry-run", action="store_true", help="one step on the longest sequences; report memory")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 from .errors import RecipeError
-from .recipe import Recipe, refuse_unknown
+from .recipe import Recipe, refuse_unknown, shipped
 
 
 def load(recipe: Recipe) -> tuple[Any, Any]:
@@ -89,7 +89,10 @@ def _distributed_config(recipe: Recipe) -> DistributedConfig:
 
 
 def _read_template(name: str) -> str:
+    place, known = Path(name).expanduser(), shipped(".jinja")
+    if not place.exists() and name in known:
+        place = known[name]
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return place.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"chat_template={name} cannot be read ({error})") from error

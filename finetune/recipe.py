@@ -3,8 +3,9 @@
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Recipe:
         chat template, and only the assistant's tokens are learned.
     prompt_column, completion_column: columns of instructions and answers; only the answer is learned. They become a
         user and an assistant message where the tokenizer has a chat template, and are joined as they are elsewhere.
-    chat_template: file with a Jinja chat template for a tokenizer that has none, or another one.
+    chat_template: file with a Jinja chat template for a tokenizer that has none, or another one; chatml is shipped.
     sequence_length: tokens per training sequence.
     packing: fill each sequence with documents of plain text, which do not see each other.
     append_eos: end every document with the tokenizer's end-of-sequence token.
@@ -134,20 +135,19 @@ def refuse_unknown(content: dict[str, Any], known: Iterable[str], what: str) -> 
             raise RecipeError(f"{name}={value!r} is no field of {what}; did you mean {nearest[0]}?")
 
 
+def shipped(ending: str) -> dict[str, Path]:
+    """The files with that ending that come with the package, by their name without it."""
+    folder = Path(str(resources.files("ecmoe.recipes")))
+    return {path.name.removesuffix(ending): path for path in sorted(folder.glob(f"*{ending}"))}
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a YAML recipe and applies `field=value` overrides.
+    """Reads a YAML recipe, or the one that is shipped under that name, and applies `field=value` overrides.
 
     Raises:
         RecipeError: for a file that is no recipe, an unknown field (with the nearest name), a wrong value.
     """
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe={path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe={path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"recipe={path} must hold `field: value` lines")
+    content = _read(path)
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
@@ -157,6 +157,47 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         except yaml.YAMLError as error:
             raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from error
     return make_recipe(content)
+
+
+def recipe_of(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **changes: Any) -> Recipe:
+    """A recipe from what stands for one, with some fields replaced.
+
+    Args:
+        recipe: a Recipe, flat `field: value` pairs, a YAML file, or the name of a shipped one; None is keywords alone.
+        changes: fields of ours or arguments of TrainingArguments.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    if isinstance(recipe, Recipe):
+        if not changes:
+            return recipe
+        own = {name: getattr(recipe, name) for name in _OWN}
+        return make_recipe(own | recipe.training | recipe.routing_fields | changes)
+    if recipe is not None and not isinstance(recipe, (str, Path, Mapping)):
+        raise RecipeError(f"recipe={recipe!r} must be a Recipe, a mapping, a YAML file or the name of a shipped recipe")
+    content = dict(recipe) if isinstance(recipe, Mapping) else {} if recipe is None else _read(recipe)
+    return make_recipe(content | changes)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The flat fields of a YAML file, or of the one that is shipped under that name."""
+    place, known = Path(path).expanduser(), shipped(".yaml")
+    if not place.exists() and str(path) in known:
+        place = known[str(path)]
+    try:
+        content = yaml.safe_load(place.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"recipe={path} does not exist; give a YAML file, or one of those that are shipped: {', '.join(known)}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe={path} cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe={path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe={path} must hold `field: value` lines")
+    return content
 
 
 def make_recipe(content: dict[str, Any]) -> Recipe:

@@ -5,7 +5,7 @@ import errno
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .data import Collator, Endless, prepare
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
 from .loading import load
-from .recipe import Recipe, training_arguments
+from .recipe import Recipe, recipe_of, training_arguments
 from .trainer import EcMoeTrainer, freeze, is_expert_choice
 
 _ONE_STEP: dict[str, Any] = {
@@ -42,15 +42,20 @@ _ONE_STEP: dict[str, Any] = {
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+def run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields: Any) -> dict[str, Any]:
     """Fine-tunes the recipe's model, writes it to `output_dir`, and returns what was measured.
 
     Stopped at any moment, the same call goes on from the last checkpoint and ends as if it had not been stopped.
     The losses are causal: evaluation routes by threshold. Before and after are measured on the same held-out text.
 
+    Args:
+        recipe: a Recipe, flat `field: value` pairs, a YAML file, or the name of a shipped one such as "full".
+        fields: of a recipe, replacing those that are there.
+
     Raises:
         RecipeError: for anything the user can put right.
     """
+    recipe = recipe_of(recipe, **fields)
     output = Path(recipe.output_dir).expanduser()
     resume = resume_point(recipe)
     with _refusals_in_one_line(recipe):
@@ -109,13 +114,14 @@ def _train(trainer: EcMoeTrainer, recipe: Recipe, resume: Path | None) -> None:
         ) from error
 
 
-def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """One optimiser step on the longest sequences, and the memory it took; nothing is written.
+def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields: Any) -> dict[str, Any]:
+    """One optimiser step on the longest sequences, and the memory it took; nothing is written. Arguments as of `run`.
 
     Returns:
         peak_bytes: of the accelerator, or what this process has resident on the CPU; tokens: of the step;
         loss: of that step; trained: by part of the model, [trained, all] parameters.
     """
+    recipe = recipe_of(recipe, **fields)
     resume_point(recipe)
     with tempfile.TemporaryDirectory() as scratch, _refusals_in_one_line(recipe):
         trainer = make_trainer(recipe, scratch)

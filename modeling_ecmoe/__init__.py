@@ -1,29 +1,41 @@
-"""The expert-choice model family. Importing it registers every class with the Auto classes of Transformers."""
+"""The expert-choice model family. Importing it makes every family known to the Auto classes of Transformers.
 
-import transformers
+What it offers is loaded when it is asked for: the families' classes, such as `EcMoeQwen3ForCausalLM` of qwen3_ecmoe.py,
+and what works on any model of them.
+"""
 
-from . import configuration_ecmoe, modeling_ecmoe
-from .block_ecmoe import use_inference_routing
-from .calibration_ecmoe import calibrate_thresholds
-from .configuration_ecmoe import *
-from .modeling_ecmoe import *
-from .modeling_ecmoe import MODEL_CLASSES
-from .report_ecmoe import RoutingRecord, record_routing, routing_report, sparse_blocks, training_routes
+import importlib
+from typing import TYPE_CHECKING, Any
 
-for _config_class, _model_classes in MODEL_CLASSES.items():
-    transformers.AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    for _auto_class, _model_class in _model_classes.items():
-        getattr(transformers, _auto_class).register(_config_class, _model_class, exist_ok=True)
+from .registry_ecmoe import class_endings, class_named, config_class, families, model_class, register_all
 
-__all__ = [
-    *configuration_ecmoe.__all__,
-    *modeling_ecmoe.__all__,
-    "MODEL_CLASSES",
-    "RoutingRecord",
-    "calibrate_thresholds",
-    "record_routing",
-    "routing_report",
-    "sparse_blocks",
-    "training_routes",
-    "use_inference_routing",
-]
+if TYPE_CHECKING:
+    from .block_ecmoe import use_inference_routing
+    from .calibration_ecmoe import calibrate_thresholds
+    from .report_ecmoe import RoutingRecord, record_routing, routing_report, sparse_blocks, training_routes
+
+register_all()
+
+_FILES = {
+    "block_ecmoe": ["use_inference_routing"],
+    "calibration_ecmoe": ["calibrate_thresholds"],
+    "report_ecmoe": ["RoutingRecord", "record_routing", "routing_report", "sparse_blocks", "training_routes"],
+}
+_FILE_OF = {name: file for file, names in _FILES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A function or class from the file it lives in; `__all__` lists the families' classes too."""
+    if name in _FILE_OF:
+        return getattr(importlib.import_module(f".{_FILE_OF[name]}", __name__), name)
+    if name == "__all__":
+        classes = [prefix + ending for prefix in families().values() for ending in class_endings()]
+        return [*_FILE_OF, "config_class", "families", "model_class", *classes]
+    found = class_named(name)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .block_ecmoe import EcMoeBlock, num_ranks, use_inference_routing
 from .bounded_ecmoe import balanced_thresholds
-from .report_ecmoe import run_batches, sparse_blocks
+from .report_ecmoe import batches_of, run_batches, sparse_blocks
 from .routing_ecmoe import choose_tokens, expert_capacity
 
 # A float32 score in [0, 1] has a bit pattern below 2^30, and patterns are ordered as the scores are. Two halves of
@@ -18,7 +18,9 @@ _BINS = 1 << _HALF_BITS
 
 
 @torch.no_grad()
-def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
+def calibrate_thresholds(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | Iterable[str], tokenizer: Any = None
+) -> None:
     """Sets every threshold so that its expert takes its share of the batches' real tokens.
 
     That is C = ceil(c * T / E) of T tokens: an exact quantile of the expert's scores, or with bounds on the experts
@@ -30,13 +32,14 @@ def calibrate_thresholds(model: nn.Module, batches: Iterable[Mapping[str, Tensor
     Args:
         model: any model of the family, also wrapped by PEFT.
         batches: keyword arguments of the model's forward, `input_ids` [B, S] and, with padding, `attention_mask`.
-            Large batches of the text the model is meant for; without bounds they are gone through twice.
+            Large batches of the text the model is meant for; without bounds they are gone through twice. Or texts.
+        tokenizer: of the texts.
 
     Raises:
-        ValueError: when there is no batch or padding alone, a score is no number, the model has no expert-choice
-            layer, or its buffers are offloaded.
+        ValueError: when there is no batch or padding alone, texts have no tokenizer, a score is no number, the model
+            has no expert-choice layer, or its buffers are offloaded.
     """
-    batches = list(batches)
+    batches = batches_of(model, batches, tokenizer)
     blocks = sparse_blocks(model)
     if not batches:
         raise ValueError("calibrate_thresholds needs at least one batch of tokens")

@@ -1,27 +1,10 @@
-"""Configurations of the expert-choice family: one mixin with the new fields, one class per dense family."""
+"""The fields that expert choice adds to a dense configuration, and what a family says of its dense FFN."""
 
 import difflib
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    Cohere2Config,
-    Gemma2Config,
-    Gemma3TextConfig,
-    Glm4Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Olmo3Config,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-    Starcoder2Config,
-)
 
 
 @dataclass(frozen=True)
@@ -264,13 +247,16 @@ class EcMoeConfigMixin:
         Transformers writes the entry of the saved class alone, and for a checkpoint that came from the Hub it
         would keep the others pointing at the repository it came from.
         """
+        file = type(self).__module__.rpartition(".")[2]
         family = type(self).__name__.removesuffix("Config")
-        self.auto_map = {"AutoConfig": f"configuration_ecmoe.{family}Config"} | {
-            auto_class: f"modeling_ecmoe.{family}{suffix}" for auto_class, suffix in AUTO_CLASSES.items()
+        self.auto_map = {
+            auto_class: f"{file}.{family}{ending}"
+            for auto_class, ending in {"AutoConfig": "Config", **AUTO_CLASSES}.items()
         }
         super().save_pretrained(save_directory, **kwargs)
 
 
+# How the classes that an Auto class makes end.
 AUTO_CLASSES = {
     "AutoModel": "Model",
     "AutoModelForCausalLM": "ForCausalLM",
@@ -297,109 +283,3 @@ def _refuse_misspelled(unknown: dict[str, Any]) -> None:
 
 # Words of Transformers and its consumers that look like ours and mean something else.
 _LOOK_ALIKES = {"num_experts_per_tok", "layer_types", "output_hidden_states", "num_local_experts"}
-
-
-@strict
-class EcMoeLlamaConfig(EcMoeConfigMixin, LlamaConfig):
-    model_type = "ecmoe_llama"
-    dense_ffn = DenseFFN(has_bias="mlp_bias")
-
-
-@strict
-class EcMoeMistralConfig(EcMoeConfigMixin, MistralConfig):
-    model_type = "ecmoe_mistral"
-
-
-@strict
-class EcMoeQwen2Config(EcMoeConfigMixin, Qwen2Config):
-    model_type = "ecmoe_qwen2"
-
-
-@strict
-class EcMoeQwen3Config(EcMoeConfigMixin, Qwen3Config):
-    model_type = "ecmoe_qwen3"
-
-
-@strict
-class EcMoePhi3Config(EcMoeConfigMixin, Phi3Config):
-    model_type = "ecmoe_phi3"
-    dense_ffn = DenseFFN(into=("gate_up_proj",))
-
-
-@strict
-class EcMoeSmolLM3Config(EcMoeConfigMixin, SmolLM3Config):
-    model_type = "ecmoe_smollm3"
-    dense_ffn = DenseFFN(has_bias="mlp_bias")
-
-
-@strict
-class EcMoeOlmo2Config(EcMoeConfigMixin, Olmo2Config):
-    model_type = "ecmoe_olmo2"
-    dense_ffn = DenseFFN(norm=None)
-
-
-@strict
-class EcMoeOlmo3Config(EcMoeConfigMixin, Olmo3Config):
-    model_type = "ecmoe_olmo3"
-    dense_ffn = DenseFFN(norm=None)
-
-
-@strict
-class EcMoeGemma2Config(EcMoeConfigMixin, Gemma2Config):
-    model_type = "ecmoe_gemma2"
-    dense_ffn = DenseFFN(norm="pre_feedforward_layernorm", norm_adds_one=True)
-
-
-@strict
-class EcMoeGemma3TextConfig(EcMoeConfigMixin, Gemma3TextConfig):
-    model_type = "ecmoe_gemma3_text"
-    dense_ffn = DenseFFN(norm="pre_feedforward_layernorm", norm_adds_one=True)
-
-
-@strict
-class EcMoeGraniteConfig(EcMoeConfigMixin, GraniteConfig):
-    model_type = "ecmoe_granite"
-    dense_ffn = DenseFFN(has_bias="mlp_bias")
-
-
-@strict
-class EcMoeGlm4Config(EcMoeConfigMixin, Glm4Config):
-    model_type = "ecmoe_glm4"
-    dense_ffn = DenseFFN(into=("gate_up_proj",))
-
-
-@strict
-class EcMoeCohere2Config(EcMoeConfigMixin, Cohere2Config):
-    model_type = "ecmoe_cohere2"
-    dense_ffn = DenseFFN(norm="input_layernorm")
-
-
-@strict
-class EcMoeStarcoder2Config(EcMoeConfigMixin, Starcoder2Config):
-    model_type = "ecmoe_starcoder2"
-    dense_ffn = DenseFFN(into=("c_fc",), out="c_proj", has_gate=False, has_bias="use_bias", dropout="residual_dropout")
-
-
-@strict
-class EcMoeGPTNeoXConfig(EcMoeConfigMixin, GPTNeoXConfig):
-    model_type = "ecmoe_gpt_neox"
-    dense_ffn = DenseFFN(into=("dense_h_to_4h",), out="dense_4h_to_h", has_gate=False, has_bias=True)
-
-
-__all__ = [  # noqa: RUF022 - in the order in which they are listed to users
-    "EcMoeLlamaConfig",
-    "EcMoeMistralConfig",
-    "EcMoeQwen2Config",
-    "EcMoeQwen3Config",
-    "EcMoePhi3Config",
-    "EcMoeSmolLM3Config",
-    "EcMoeOlmo2Config",
-    "EcMoeOlmo3Config",
-    "EcMoeGemma2Config",
-    "EcMoeGemma3TextConfig",
-    "EcMoeGraniteConfig",
-    "EcMoeGlm4Config",
-    "EcMoeCohere2Config",
-    "EcMoeStarcoder2Config",
-    "EcMoeGPTNeoXConfig",
-]

@@ -61,7 +61,7 @@ class EcMoePreTrainedMixin:
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Transformers looks for `@use_experts_implementation` in this file's text; it stands in block_ecmoe.py."""
+        """Transformers looks for `@use_experts_implementation` in the family's file; it stands in experts_ecmoe.py."""
         return True
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -269,7 +269,7 @@ class EcMoeHeadMixin:
     registered, so the class at hand is registered before it is needed.
     """
 
-    base_models: dict[str, type[PreTrainedModel]]  # by model_type; set where the families are declared
+    base_models: dict[str, type[PreTrainedModel]] = {}  # by model_type; each family adds its own
 
     def __init__(self, config: Any) -> None:
         AutoModel.register(type(config), self.base_models[config.model_type], exist_ok=True)

@@ -38,6 +38,48 @@ def run_batches(model: nn.Module, batches: list[Mapping[str, Tensor]], title: st
         model.train(was_training)
 
 
+WINDOW = 512  # tokens of a row made of a text; shorter where the model's context is
+POOL = 4_096  # tokens of a batch of such rows, among which experts choose
+
+
+def batches_of(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | Iterable[str], tokenizer: Any = None
+) -> list[Mapping[str, Tensor]]:
+    """Batches as they are; texts as batches of rows of `WINDOW` tokens at most, padded on the right.
+
+    Args:
+        model: whose context bounds the rows.
+        batches: keyword arguments of its forward, or texts.
+        tokenizer: of the texts.
+
+    Raises:
+        ValueError: for texts without a tokenizer, batches with one, and what is neither.
+    """
+    held = [batches] if isinstance(batches, str) else list(batches)
+    texts = [item for item in held if isinstance(item, str)]
+    if not texts and all(isinstance(item, Mapping) for item in held):
+        if tokenizer is not None:
+            raise ValueError("tokenizer is for texts, and batches of tokens are given; leave it out")
+        return held
+    if len(texts) < len(held):
+        raise ValueError("batches must all be texts, or all mappings with input_ids [B, S]")
+    if tokenizer is None:
+        raise ValueError("tokenizer=None: texts are given; give their tokenizer too, or batches of input_ids")
+    length = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+    ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    rows = [torch.tensor(row[begin : begin + length]) for row in ids for begin in range(0, len(row), length)]
+    found: list[Mapping[str, Tensor]] = []
+    batch: list[Tensor] = []
+    for row in rows:
+        batch.append(row)
+        if sum(map(len, batch)) >= POOL or row is rows[-1]:
+            ones = [torch.ones_like(row) for row in batch]
+            pad = nn.utils.rnn.pad_sequence
+            found.append({"input_ids": pad(batch, batch_first=True), "attention_mask": pad(ones, batch_first=True)})
+            batch = []
+    return found
+
+
 @dataclass
 class LayerCounts:
     """Sums over the real tokens of one layer; records of several passes or ranks simply add up.
@@ -213,13 +255,18 @@ def training_routes(block: EcMoeBlock, scores_TE: Tensor) -> tuple[Tensor, int]:
     return routes_TE, 0
 
 
-def routing_report(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
+def routing_report(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | Iterable[str], tokenizer: Any = None
+) -> dict[str, Any]:
     """Runs the batches in eval mode and reports how the model routes them; see `RoutingRecord.report`.
 
     Args:
         model: any model of the family, also wrapped by PEFT; left in the mode it was in.
-        batches: keyword arguments of the model's forward, `input_ids` [B, S] and, with padding, `attention_mask`.
+        batches: keyword arguments of the model's forward, `input_ids` [B, S] and, with padding, `attention_mask`; or
+            texts.
+        tokenizer: of the texts.
     """
+    batches = batches_of(model, batches, tokenizer)
     with record_routing(model) as record, torch.no_grad():
-        run_batches(model, list(batches), "Recording routes")
+        run_batches(model, batches, "Recording routes")
     return record.report()

@@ -84,7 +84,7 @@ class EcMoeRouter(nn.Module):
         if self.threshold_updates == 0:
             logger.warning_once(
                 "This model's thresholds were never calibrated, so every expert takes every token. Run "
-                "modeling_ecmoe.calibrate_thresholds(model, batches) on text the model is meant for, or train first."
+                "ecmoe.calibrate_thresholds(model, texts, tokenizer) on text the model is meant for, or train first."
             )
 
     def _allocate_pending(self, device: torch.device | None = None) -> Tensor:

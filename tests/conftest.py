@@ -82,7 +82,7 @@ def make_routed_model() -> MakeModel:
     def make(family: str, **fields: object) -> PreTrainedModel:
         model = build_model(family, **fields)
         with torch.no_grad():
-            for block in modeling_ecmoe.calibration_ecmoe.sparse_blocks(model).values():
+            for block in modeling_ecmoe.sparse_blocks(model).values():
                 block.gate.weight.mul_(5)
         modeling_ecmoe.calibrate_thresholds(model, [{"input_ids": random_tokens(8, 64, seed=9)}])
         return model

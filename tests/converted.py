@@ -9,7 +9,7 @@ import torch
 from checkpoints import STORIES_MODEL, STORIES_TEXT, write_dense, write_text
 from torch import Tensor
 
-from conversion import convert
+from ecmoe.conversion import convert
 from modeling_ecmoe import sparse_blocks
 
 INIT = "blend"  # its experts speak from the start; those of `shared` are silent, and would hide what breaks them

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # In the processes below and in the fixture `quick_end`: no picture, and little calibration, each sequence a pool of its
 # own, so that any number of ranks finds the same thresholds.
 QUICK_END: dict[str, Any] = {
-    "finetune.calibration.CALIBRATION_TOKENS": 4096,
-    "finetune.calibration.CALIBRATION_POOL": 1,
-    "finetune.train.draw_curves": lambda *_: None,
+    "ecmoe.finetune.calibration.CALIBRATION_TOKENS": 4096,
+    "ecmoe.finetune.calibration.CALIBRATION_POOL": 1,
+    "ecmoe.finetune.train.draw_curves": lambda *_: None,
 }
 _context = multiprocessing.get_context("forkserver")
 
@@ -31,8 +31,8 @@ def _main(arguments: list[str], environment: dict[str, str], log: str, dies_at_s
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from finetune.cli import main
-    from finetune.trainer import StepTimer
+    from ecmoe.finetune.cli import main
+    from ecmoe.finetune.trainer import StepTimer
 
     torch.set_num_threads(1)
     for name, value in QUICK_END.items():
@@ -55,7 +55,7 @@ def start(
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     if "PYTHONPATH" not in os.environ:  # the server reads it when it starts
         os.environ["PYTHONPATH"] = path
-    _context.set_forkserver_preload(["finetune.cli", "finetune.train", "modeling_ecmoe"])
+    _context.set_forkserver_preload(["ecmoe.finetune.cli", "ecmoe.finetune.train", "modeling_ecmoe"])
     process = _context.Process(target=_main, args=(arguments, environment or {}, str(log), dies_at_step), daemon=True)
     process.start()
     return process

@@ -1,4 +1,4 @@
-"""Imports point one way: modeling_ecmoe <- {conversion, finetune, analysis}, and these three apart."""
+"""Imports point one way: modeling_ecmoe <- {conversion, finetune, analysis} <- ecmoe, and these three apart."""
 
 import ast
 import subprocess
@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import ecmoe
+
 ROOT = Path(__file__).parents[1]
 STAGES = {"conversion", "finetune", "analysis"}
-ROOMS = STAGES | {"modeling_ecmoe", "examples", "benchmarks", "tests"}
+OUTSIDE = {"ecmoe", "examples", "benchmarks", "tests"}
+# What conversion/ holds, and which of its rooms each may import.
+INSIDE_CONVERSION = {"checkpoints": set(), "upcycling": {"checkpoints"}, "leaving": {"checkpoints"}}
 FAMILY_MAY_IMPORT = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
 
 
@@ -65,16 +69,74 @@ def test_routing_imports_torch_alone() -> None:
 def test_stages_do_not_import_each_other(room: str) -> None:
     for path in files_of(room):
         imported = top_level(path.read_text())
-        assert not imported & (ROOMS - {room, "modeling_ecmoe"}), path.name
-        assert not any(name.startswith("..") for name in imported_modules(path.read_text())), path.name
+        assert not imported & (STAGES | OUTSIDE), path.name
+        depth = len(path.relative_to(ROOT).parts) - 1  # so many dots stay in the room
+        for name in imported_modules(path.read_text()):
+            assert len(name) - len(name.lstrip(".")) <= depth, (path.name, name)
+
+
+@pytest.mark.parametrize("inner", INSIDE_CONVERSION)
+def test_rooms_of_conversion_point_one_way(inner: str) -> None:
+    for path in files_of(f"conversion/{inner}"):
+        for name in imported_modules(path.read_text()):
+            neighbour = name.removeprefix("..").split(".")[0] if name.startswith("..") else inner
+            assert neighbour not in INSIDE_CONVERSION.keys() - INSIDE_CONVERSION[inner] - {inner}, (path.name, name)
+
+
+def test_nothing_imports_a_room_by_a_bare_name() -> None:
+    """Installed there is no such name; run in the repository's folder it would be a second copy of the module."""
+    for room in ("ecmoe", "modeling_ecmoe", "conversion", "finetune", "analysis", "benchmarks", "examples", "tests"):
+        for path in files_of(room):
+            assert not top_level(path.read_text()) & (STAGES | {"model_cards", "recipes"}), path
+
+
+@pytest.mark.parametrize("package", ["ecmoe", "modeling_ecmoe"])
+def test_an_import_loads_nothing_that_is_slow(package: str) -> None:
+    slow = "('torch', 'transformers', 'ecmoe.', 'modeling_ecmoe.llama', 'modeling_ecmoe.block')"
+    script = f"import sys, {package}; sys.exit(', '.join(n for n in sys.modules if n.startswith({slow})) or 0)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import ecmoe",
+        "import transformers, ecmoe",
+        "from transformers import AutoConfig; import ecmoe",
+        "import ecmoe, trl",
+    ],
+)
+def test_the_family_is_registered_whatever_is_imported_first(before: str) -> None:
+    """And only the family that is asked for is loaded; what another package registers stays beside it."""
+    script = (
+        f"{before}; import sys, torch; from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig; "
+        "from transformers import CONFIG_MAPPING as known; AutoConfig.register('stranger', type('S', (PreTrainedConfig,), "
+        "{'model_type': 'stranger'})); config = AutoConfig.for_model('ecmoe_qwen3', num_hidden_layers=1); "
+        "torch.set_default_device('meta'); model = AutoModelForCausalLM.from_config(config); "
+        "assert type(model).__name__ == 'EcMoeQwen3ForCausalLM'; "
+        "assert 'stranger' in known and 'ecmoe_llama' in known and 'ecmoe_none' not in known; "
+        "assert 'modeling_ecmoe.llama_ecmoe' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_the_front_door_offers_is_there() -> None:
+    for name in ecmoe.__all__:
+        assert getattr(ecmoe, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'upcyle'"):
+        ecmoe.upcyle  # noqa: B018
 
 
 @pytest.mark.parametrize(
     ("room", "heavy"), [("conversion", "transformers"), ("finetune", "torch"), ("analysis", "torch")]
 )
 def test_help_does_not_wait_for_what_it_does_not_need(room: str, heavy: str) -> None:
-    script = f"import sys; from {room}.cli import _parser; _parser().format_help(); sys.exit({heavy!r} in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+    script = (
+        f"import sys; from ecmoe.{room}.cli import _parser; _parser().format_help(); sys.exit({heavy!r} in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 @pytest.mark.parametrize(

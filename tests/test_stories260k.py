@@ -7,9 +7,9 @@ import torch
 from checkpoints import STORIES_MODEL, STORIES_TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion import convert
-from finetune import run
-from finetune.recipe import make_recipe
+from ecmoe.conversion import convert
+from ecmoe.finetune import run
+from ecmoe.finetune.recipe import make_recipe
 
 pytestmark = pytest.mark.skipif(
     not (STORIES_MODEL.is_dir() and STORIES_TEXT.is_file()),

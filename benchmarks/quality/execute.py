@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_ecmoe  # noqa: F401  registers the family
-from conversion import convert
+from ecmoe.conversion import convert
 
 from ..machine import commit, machine
 from . import measure

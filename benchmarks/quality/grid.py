@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from analysis.variants import BALANCE_COEFFICIENT
+from ecmoe.analysis.variants import BALANCE_COEFFICIENT
 
 from .data import DOMAINS
 

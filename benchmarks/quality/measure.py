@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.evaluation import log_likelihoods
-from analysis.text import pad
+from ecmoe.analysis.evaluation import log_likelihoods
+from ecmoe.analysis.text import pad
 from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks, use_inference_routing
 
 from .data import interleave

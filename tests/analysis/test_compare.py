@@ -14,13 +14,13 @@ import torch
 from checkpoints import STORIES_MODEL, STORIES_TEXT, write_dense, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis import AnalysisError, compare
-from analysis import comparison as module
-from analysis.cli import main
-from analysis.text import fixed_batches, packed
-from analysis.variants import BALANCE_COEFFICIENT, DROPLESS, configure, variants_of
-from analysis.verdict import verdict
-from conversion import convert
+from ecmoe.analysis import AnalysisError, compare
+from ecmoe.analysis import comparison as module
+from ecmoe.analysis.cli import main
+from ecmoe.analysis.text import fixed_batches, packed
+from ecmoe.analysis.variants import BALANCE_COEFFICIENT, DROPLESS, configure, variants_of
+from ecmoe.analysis.verdict import verdict
+from ecmoe.conversion import convert
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 EXPERTS, TOKENS = 4, 512

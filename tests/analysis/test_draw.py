@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.cli import main
-from analysis.draw import as_text, draw, number
-from analysis.walkthrough import Walkthrough, read_matrices, walk_through
+from ecmoe.analysis.cli import main
+from ecmoe.analysis.drawing import as_text, number, write_picture
+from ecmoe.analysis.walkthrough import Walkthrough, read_matrices, walk_through
 from modeling_ecmoe.routing_ecmoe import choose_tokens, router_scores
 
 CASES = [(3, 2), (3, 3), (5, 2), (5, 3)]
@@ -44,7 +44,7 @@ def cells(path: Path) -> list[str]:
 @pytest.mark.parametrize(("experts", "top"), CASES)
 def test_the_picture_holds_the_librarys_numbers(tmp_path: Path, experts: int, top: int) -> None:
     walk = walk_through(experts, top)
-    draw(walk, tmp_path / "walk.svg")
+    write_picture(walk, tmp_path / "walk.svg")
     found = cells(tmp_path / "walk.svg")
     scores = router_scores((walk.tokens @ walk.experts.T), "softmax")
     choice = choose_tokens(scores[None], (top - 0.5) * experts / 6)
@@ -69,9 +69,9 @@ def numbers_before(found: list[str], at: int, count: int) -> list[str]:
 
 def test_the_same_numbers_draw_the_same_file(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
-        draw(walk_through(3, 2), tmp_path / name)
+        write_picture(walk_through(3, 2), tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    draw(walk_through(3, 2), tmp_path / "a.png")
+    write_picture(walk_through(3, 2), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -9,10 +9,10 @@ import torch
 from checkpoints import write_dense, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis import AnalysisError, evaluate
-from analysis.cli import main
-from analysis.text import _PIECE, batches, read_documents, windows
-from conversion import convert
+from ecmoe.analysis import AnalysisError, evaluate
+from ecmoe.analysis.cli import main
+from ecmoe.analysis.text import _PIECE, batches, read_documents, windows
+from ecmoe.conversion import convert
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import write_dense, write_text
 from runs import ROOT
 
-from conversion import convert
+from ecmoe.conversion import convert
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +19,8 @@ GIGABYTE = 1 << 30
 # Reads all of the text, then evaluates a part of it; prints the peak of the resident memory, bytes, after each.
 SCRIPT = """
 import json, resource, sys
-from analysis import evaluate
-from analysis.text import read_documents
+from ecmoe.analysis import evaluate
+from ecmoe.analysis.text import read_documents
 model, data = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 peaks = [peak()]

@@ -13,9 +13,9 @@ import torch
 from checkpoints import STORIES_MODEL, STORIES_TEXT, tiny_tokenizer, write_dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis import AnalysisError, report
-from analysis.cli import main
-from conversion import convert
+from ecmoe.analysis import AnalysisError, report
+from ecmoe.analysis.cli import main
+from ecmoe.conversion import convert
 from modeling_ecmoe import routing_report
 
 TEXT = "The class of an object is its type.\n\nA naïve 🙂 set of objects, and a set of types."

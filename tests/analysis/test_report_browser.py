@@ -16,10 +16,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from analysis import report
-from conversion import convert
-from finetune import run
-from finetune.recipe import make_recipe
+from ecmoe.analysis import report
+from ecmoe.conversion import convert
+from ecmoe.finetune import run
+from ecmoe.finetune.recipe import make_recipe
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

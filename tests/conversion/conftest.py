@@ -7,9 +7,8 @@ import pytest
 import torch
 from checkpoints import write_text
 
-import conversion
-from conversion import convert
-from conversion.cli import main
+from ecmoe import conversion
+from ecmoe.conversion.cli import main
 
 Refuse = Callable[..., None]
 
@@ -28,9 +27,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration and verification on few tokens, where it is not their figures that count."""
-    monkeypatch.setitem(convert.__globals__, "CALIBRATION_TOKENS", 512)
-    monkeypatch.setitem(convert.__globals__, "VERIFICATION_TOKENS", 256)
-    monkeypatch.setattr(conversion.verify, "NUM_GREEDY_TOKENS", 4)
+    monkeypatch.setattr(conversion.texts, "CALIBRATION_TOKENS", 512)
+    monkeypatch.setattr(conversion.texts, "VERIFICATION_TOKENS", 256)
+    monkeypatch.setattr(conversion.models, "NUM_GREEDY_TOKENS", 4)
 
 
 @pytest.fixture

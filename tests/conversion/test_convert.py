@@ -11,9 +11,9 @@ from families import EVERY_FAMILY
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import conversion
-from conversion import convert
-from conversion.initialisations import INITIALISATIONS
+from ecmoe import conversion
+from ecmoe.conversion import convert
+from ecmoe.conversion.upcycling.initialisations import INITIALISATIONS
 from modeling_ecmoe import sparse_blocks
 
 
@@ -214,7 +214,7 @@ def test_interruption_leaves_what_the_same_call_goes_on_with(
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / ".out.partial" / "checkpoint")
     monkeypatch.undo()
-    monkeypatch.setattr(conversion.writer, "_write_shard", interrupt)  # the shard that is there stays
+    monkeypatch.setattr(conversion.checkpoints.writer, "_write_shard", interrupt)  # the shard that is there stays
     convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
 

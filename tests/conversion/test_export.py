@@ -14,10 +14,10 @@ from conftest import build_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import conversion
-from conversion import ConversionError, convert, export_plain
-from conversion.cli import main
-from conversion.source import Source
+from ecmoe import conversion
+from ecmoe.conversion import ConversionError, convert, export
+from ecmoe.conversion.checkpoints.source import Source
+from ecmoe.conversion.cli import main
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 FAMILIES = {"Llama": "Mixtral", "Mistral": "Mixtral", "Qwen2": "Qwen2Moe", "Qwen3": "Qwen3Moe"}
@@ -34,8 +34,8 @@ FORMS = {"blend": BLEND, "shared": SHARED, "copy": COPY, "split": SPLIT, "plain"
 @pytest.fixture
 def some_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer than usual, and enough for figures that are compared."""
-    monkeypatch.setitem(convert.__globals__, "CALIBRATION_TOKENS", 4096)
-    monkeypatch.setitem(convert.__globals__, "VERIFICATION_TOKENS", 1024)
+    monkeypatch.setattr(conversion.texts, "CALIBRATION_TOKENS", 4096)
+    monkeypatch.setattr(conversion.texts, "VERIFICATION_TOKENS", 1024)
 
 
 def write_source(folder: Path, family: str, make_tokens: Callable[..., torch.Tensor], **fields: Any) -> PreTrainedModel:
@@ -91,7 +91,7 @@ def test_token_choice_leaves_exactly(
 ) -> None:
     family, fields = EXACT[case]
     source = write_source(tmp_path / "source", family, make_tokens, **TOKEN_CHOICE, **fields)
-    record = export_plain(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
+    record = export(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
     assert record["is_exact"] and record["num_experts_per_tok"] == 2
     assert record["architecture"] == f"{FAMILIES[family]}ForCausalLM"
     assert abs(record["verification"]["loss_change"]) <= 1e-5
@@ -106,11 +106,11 @@ def test_biased_scores_express_thresholds(
     """With room for all experts GLM-4-MoE computes what the thresholds do; with less, nearly."""
     source = write_source(tmp_path / "source", family, make_tokens, **FORMS[form])
     options = {"to": "glm4-moe", "verify": False}
-    record = export_plain(str(tmp_path / "source"), str(tmp_path / "all"), num_experts_per_tok=4, **options)
+    record = export(str(tmp_path / "source"), str(tmp_path / "all"), num_experts_per_tok=4, **options)
     assert record["is_exact"] and (record["num_experts"], record["architecture"]) == (8, "Glm4MoeForCausalLM")
     ids = make_tokens(3, 40)
     assert largest_error(source, tmp_path / "all", ids) <= 5e-5
-    record = export_plain(str(tmp_path / "source"), str(tmp_path / "one"), num_experts_per_tok=1, **options)
+    record = export(str(tmp_path / "source"), str(tmp_path / "one"), num_experts_per_tok=1, **options)
     assert not record["is_exact"]
     assert largest_error(source, tmp_path / "one", ids) > 1e-2  # 1.5 experts on average lose a third of them
 
@@ -130,7 +130,7 @@ def test_the_files_are_those_that_transformers_writes(
 ) -> None:
     """Names, shapes and dtypes of every tensor, and the config, after Transformers has loaded and saved it."""
     write_source(tmp_path / "source", family, make_tokens, **FORMS[form])
-    export_plain(str(tmp_path / "source"), str(tmp_path / "out"), to, text=str(text), max_shard_size="100KB")
+    export(str(tmp_path / "source"), str(tmp_path / "out"), to, text=str(text), max_shard_size="100KB")
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values())
     assert type(model).__module__.startswith("transformers.")
@@ -154,7 +154,7 @@ def test_an_upcycled_model_leaves_as_what_it_was(
     """Before any training copies of the dense FFN compute it by whatever routes, and so does the plain model."""
     dense = write_dense(tmp_path / "dense", family)
     convert(str(tmp_path / "dense"), str(tmp_path / "sparse"), num_experts=4, init=init, text=str(text))
-    export_plain(str(tmp_path / "sparse"), str(tmp_path / "plain"), text=str(text))
+    export(str(tmp_path / "sparse"), str(tmp_path / "plain"), text=str(text))
     assert largest_error(dense, tmp_path / "plain", make_tokens(3, 40)) <= 5e-5
 
 
@@ -165,10 +165,10 @@ def test_what_is_measured_beats_what_is_not(
 ) -> None:
     """Negative control: without the moved rows, and with weights of one for scales, the export is further away."""
     write_source(tmp_path / "source", "Llama", make_tokens, **FORMS[form], capacity_factor=1)
-    measured = export_plain(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
+    measured = export(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
     nothing = {f"{layer}.scales": torch.ones(4) for layer in range(2)} if form != "copy" else {}
-    monkeypatch.setattr(conversion.export, "fit", lambda *_: nothing)
-    naive = export_plain(str(tmp_path / "source"), str(tmp_path / "naive"), text=str(text))
+    monkeypatch.setattr(conversion.leaving.export, "fit", lambda *_: nothing)
+    naive = export(str(tmp_path / "source"), str(tmp_path / "naive"), text=str(text))
     assert measured["verification"]["kl_divergence"] < naive["verification"]["kl_divergence"]
 
 
@@ -177,10 +177,10 @@ def test_an_export_that_is_not_exact_fails(
 ) -> None:
     """Negative control of the check of exact forms: an expert that is a little off, and nothing is left."""
     write_source(tmp_path / "source", "Llama", make_tokens, **TOKEN_CHOICE, normalize_combine_weights=True)
-    block = conversion.plain._Maker._block
-    monkeypatch.setattr(conversion.plain._Maker, "_block", lambda *arguments: block(*arguments) * 1.01)
+    block = conversion.leaving.plain._Maker._block
+    monkeypatch.setattr(conversion.leaving.plain._Maker, "_block", lambda *arguments: block(*arguments) * 1.01)
     with pytest.raises(ConversionError, match="the export does not compute what its source does"):
-        export_plain(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
+        export(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
@@ -225,11 +225,11 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Source, "read", lambda *_: pytest.fail("weights were read"))
         main(["--to=glm4-moe", str(tmp_path / "source"), str(tmp_path / "out"), "--dry-run"])
-        plan = export_plain(str(tmp_path / "source"), str(tmp_path / "out"), "glm4-moe", dry_run=True)
+        plan = export(str(tmp_path / "source"), str(tmp_path / "out"), "glm4-moe", dry_run=True)
     printed = capsys.readouterr().out
     assert "Nothing was written." in printed and f"{plan['parameters']['total']:,}" in printed
     assert contents(tmp_path / "source") == before and [path.name for path in tmp_path.iterdir()] == ["source"]
-    record = export_plain(str(tmp_path / "source"), str(tmp_path / "out"), "glm4-moe", verify=False)
+    record = export(str(tmp_path / "source"), str(tmp_path / "out"), "glm4-moe", verify=False)
     assert record["parameters"] == plan["parameters"]
     assert plan["output_bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
 
@@ -242,11 +242,11 @@ def test_killed_it_goes_on_with_the_same_bytes(
     write_source(tmp_path / "source", "Llama", make_tokens, **BLEND)
     options = {"text": str(text), "max_shard_size": "60KB"}
     source = str(tmp_path / "source")
-    export_plain(source, str(tmp_path / "reference" / "out"), **options)
+    export(source, str(tmp_path / "reference" / "out"), **options)
     reference = contents(tmp_path / "reference" / "out")
-    count, real, fits = 0, conversion.writer._bytes, []
-    fit = conversion.export.fit
-    monkeypatch.setattr(conversion.export, "fit", lambda *arguments: fits.append(1) or fit(*arguments))
+    count, real, fits = 0, conversion.checkpoints.writer._bytes, []
+    fit = conversion.leaving.export.fit
+    monkeypatch.setattr(conversion.leaving.export, "fit", lambda *arguments: fits.append(1) or fit(*arguments))
 
     class Killed(BaseException):
         pass
@@ -258,11 +258,11 @@ def test_killed_it_goes_on_with_the_same_bytes(
             raise Killed
         return real(tensor)
 
-    monkeypatch.setattr(conversion.writer, "_bytes", piece)
+    monkeypatch.setattr(conversion.checkpoints.writer, "_bytes", piece)
     kills = 0
     while not (tmp_path / "place" / "out").exists():
         try:
-            export_plain(source, str(tmp_path / "place" / "out"), **options)
+            export(source, str(tmp_path / "place" / "out"), **options)
         except Killed:
             kills += 1
             assert [path.name for path in (tmp_path / "place").iterdir()] == [".out.partial"]
@@ -366,12 +366,12 @@ def test_an_embedding_that_is_said_to_be_tied_and_is_not(tmp_path: Path, blend: 
 def test_help_names_every_destination(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert set(conversion.targets.DESTINATIONS) <= set(capsys.readouterr().out.split())
+    assert set(conversion.leaving.targets.DESTINATIONS) <= set(capsys.readouterr().out.split())
 
 
 def test_another_family_is_refused(tmp_path: Path, blend: Path, refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that is added to the family and that no plain class was found for yet."""
-    monkeypatch.delitem(conversion.targets.DESTINATIONS["token-choice"], "ecmoe_llama")
+    monkeypatch.delitem(conversion.leaving.targets.DESTINATIONS["token-choice"], "ecmoe_llama")
     message = "model_type=ecmoe_llama: no plain class that --to token-choice writes computes its attention"
     refuse(["--to=token-choice", str(blend), str(tmp_path / "out")], message, left=[])
 
@@ -385,9 +385,9 @@ def test_a_real_model_whose_experts_differ(tmp_path: Path, monkeypatch: pytest.M
     """A twentieth of every expert's neurons redrawn, so that routes matter: moving the router rows by the thresholds
     keeps more of them than leaving the rows as they are."""
     convert(str(STORIES_MODEL), str(tmp_path / "drop"), init="drop", ratio=0.05, text=str(STORIES_TEXT))
-    moved = export_plain(str(tmp_path / "drop"), str(tmp_path / "moved"), text=str(STORIES_TEXT))["verification"]
-    monkeypatch.setattr(conversion.export, "fit", lambda *_: {})
-    left = export_plain(str(tmp_path / "drop"), str(tmp_path / "left"), text=str(STORIES_TEXT))["verification"]
+    moved = export(str(tmp_path / "drop"), str(tmp_path / "moved"), text=str(STORIES_TEXT))["verification"]
+    monkeypatch.setattr(conversion.leaving.export, "fit", lambda *_: {})
+    left = export(str(tmp_path / "drop"), str(tmp_path / "left"), text=str(STORIES_TEXT))["verification"]
     print(moved["loss_change"], moved["kl_divergence"], left["loss_change"], left["kl_divergence"])
     assert abs(moved["loss_change"]) < abs(left["loss_change"])
     assert 0 < moved["kl_divergence"] < left["kl_divergence"] / 2

@@ -13,9 +13,9 @@ from families import EVERY_FAMILY
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from conversion import convert
-from conversion.initialisations import INITIALISATIONS
-from conversion.verify import TOLERANCE
+from ecmoe.conversion import convert
+from ecmoe.conversion.models import TOLERANCE
+from ecmoe.conversion.upcycling.initialisations import INITIALISATIONS
 from modeling_ecmoe import routing_report, sparse_blocks
 
 LAYERS, WIDTH, HIDDEN = 2, 48, 32

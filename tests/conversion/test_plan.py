@@ -15,9 +15,9 @@ from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetada
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from conversion import convert
-from conversion.cli import main
-from conversion.source import Source
+from ecmoe.conversion import convert
+from ecmoe.conversion.checkpoints.source import Source
+from ecmoe.conversion.cli import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

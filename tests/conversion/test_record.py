@@ -18,9 +18,9 @@ from checkpoints import contents, write_dense
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from conversion import convert
-from conversion.cli import main
-from conversion.initialisations import INITIALISATIONS
+from ecmoe.conversion import convert
+from ecmoe.conversion.cli import main
+from ecmoe.conversion.upcycling.initialisations import INITIALISATIONS
 
 # The front matter of a real card, and one thing that must not travel.
 README = """---
@@ -215,7 +215,7 @@ def test_the_report_says_on_which_text_and_how_to_go_on(
     assert f"M{where}" in capsys.readouterr().out
     main([str(dense), str(tmp_path / "estimated"), "--no-verify"])
     printed = capsys.readouterr().out
-    assert "train, or call modeling_ecmoe.calibrate_thresholds(model, batches), before" in printed
+    assert "train, or call ecmoe.calibrate_thresholds(model, batches), before" in printed
     assert "measured on" not in printed
 
 

@@ -18,10 +18,10 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import conversion
-from conversion import convert
-from conversion.cli import main
-from conversion.writer import _write_shard
+from ecmoe import conversion
+from ecmoe.conversion import convert
+from ecmoe.conversion.checkpoints.writer import _write_shard
+from ecmoe.conversion.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
 WORK = ".out.partial"
@@ -52,7 +52,15 @@ def assert_nothing_half_made_loads(place: Path, reference: dict[str, bytes]) -> 
 
 
 def start(source: Path, target: Path, *options: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "conversion", str(source), str(target), "--num-experts=4", *map(str, options)]
+    command = [
+        sys.executable,
+        "-m",
+        "ecmoe.conversion",
+        str(source),
+        str(target),
+        "--num-experts=4",
+        *map(str, options),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, "--max-shard-size=20KB"], cwd=REPOSITORY, env=environment, **pipes)
@@ -176,7 +184,7 @@ def kill_at(patch: pytest.MonkeyPatch, step: float) -> list[str]:
 
         patch.setattr(owner, name, act)
 
-    for owner, name in ((conversion.writer, "_bytes"), (conversion.writer, "_to_disk")):
+    for owner, name in ((conversion.checkpoints.writer, "_bytes"), (conversion.checkpoints.writer, "_to_disk")):
         counted(owner, name)
     for owner, name in ((Path, "rename"), (Path, "mkdir"), (Path, "unlink"), (shutil, "copyfile"), (shutil, "rmtree")):
         counted(owner, name)
@@ -252,7 +260,7 @@ def count_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         written.append(path.name)
         _write_shard(path, *args)
 
-    monkeypatch.setattr(conversion.writer, "_write_shard", act)
+    monkeypatch.setattr(conversion.checkpoints.writer, "_write_shard", act)
     return written
 
 

@@ -9,10 +9,10 @@ from checkpoints import all_tensors, write_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion import convert
-from conversion.plan import generator_of
-from conversion.router import centroid_rows, ffn_inputs, k_means, rescaled_rows
-from conversion.sample import read_documents, sample_windows
+from ecmoe.conversion import convert
+from ecmoe.conversion.texts import read_documents, sample_windows
+from ecmoe.conversion.upcycling.plan import generator_of
+from ecmoe.conversion.upcycling.router import centroid_rows, ffn_inputs, k_means, rescaled_rows
 
 LAYERS = 2
 # Texts of one kind share few tokens with those of another.

@@ -10,9 +10,9 @@ from checkpoints import write_dense, write_text
 from converted import stories, tiny  # noqa: F401  (fixtures)
 from runs import QUICK_END
 
-from conversion import convert
-from finetune import Recipe, load_recipe
-from finetune.sources import DOCUMENT_SEPARATOR
+from ecmoe.conversion import convert
+from ecmoe.finetune import Recipe, load_recipe
+from ecmoe.finetune.sources import DOCUMENT_SEPARATOR
 
 RECIPE = """
 sequence_length: 64

@@ -11,10 +11,10 @@ from checkpoints import DATA, tiny_tokenizer
 from runs import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from finetune import RecipeError, run
-from finetune.data import Collator, prepare
-from finetune.encode import IGNORE, Encoder
-from finetune.recipe import make_recipe
+from ecmoe.finetune import RecipeError, run
+from ecmoe.finetune.data import Collator, prepare
+from ecmoe.finetune.encode import IGNORE, Encoder
+from ecmoe.finetune.recipe import make_recipe
 
 CHATML = ROOT / "recipes" / "chatml.jinja"
 DOLLY = DATA / "dolly-151" / "dolly.jsonl"

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune import RecipeError, load_recipe
-from finetune.data import Collator, prepare
-from finetune.encode import IGNORE, pack
-from finetune.sources import load_rows
+from ecmoe.finetune import RecipeError, load_recipe
+from ecmoe.finetune.data import Collator, prepare
+from ecmoe.finetune.encode import IGNORE, pack
+from ecmoe.finetune.sources import load_rows
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=12)
 
@@ -225,7 +225,7 @@ def test_rows_that_are_too_long_are_counted(
     left: int,
 ) -> None:
     """The same number when the sequences come from the cache, and nothing of a stream, which is not read before."""
-    monkeypatch.setattr("finetune.data.PART", 7)
+    monkeypatch.setattr("ecmoe.finetune.data.PART", 7)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(json.dumps({"text": f"{n} " + "ab " * (99 if n % 10 < 3 else 2)}) + "\n" for n in range(20))
@@ -243,7 +243,7 @@ def test_rows_that_are_too_long_are_counted(
 
 
 def test_only_what_a_run_uses_is_tokenized(recipe_of: Callable, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.data.PART", 2)
+    monkeypatch.setattr("ecmoe.finetune.data.PART", 2)
     whole, _ = prepare(recipe_of(), tokenizer_of(place), 300)
     part, _ = prepare(recipe_of(), tokenizer_of(place), 300, 5)
     assert len(part) == 5 < len(whole)
@@ -254,7 +254,7 @@ def test_parts_without_a_sequence(
     recipe_of: Callable, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part of the rows that gives none, dropped or too short, is no trouble for the others."""
-    monkeypatch.setattr("finetune.data.PART", 3)
+    monkeypatch.setattr("ecmoe.finetune.data.PART", 3)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": "a" if n < 25 else "word " * 20}) + "\n" for n in range(30)))
     for fields in ({"sequence_length": 32}, {"packing": False, "too_long": "drop", "append_eos": False}):

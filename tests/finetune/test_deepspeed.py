@@ -11,7 +11,7 @@ import yaml
 from checkpoints import write_dense, write_text
 from safetensors.torch import load_file
 
-from conversion import convert
+from ecmoe.conversion import convert
 
 CONFIG = Path(__file__).resolve().parents[2] / "recipes" / "accelerate" / "zero3.yaml"
 
@@ -40,7 +40,7 @@ def test_two_processes_under_zero_3(tmp_path: Path) -> None:
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero3.yaml")]
-    command += ["--main_process_port=0", "-m", "finetune", str(tmp_path / "recipe.yaml")]
+    command += ["--main_process_port=0", "-m", "ecmoe.finetune", str(tmp_path / "recipe.yaml")]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

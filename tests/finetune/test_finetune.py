@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune import load_recipe, run
-from finetune.data import Collator, prepare
-from finetune.train import dry_run, make_trainer
+from ecmoe.finetune import load_recipe, run
+from ecmoe.finetune.data import Collator, prepare
+from ecmoe.finetune.train import dry_run, make_trainer
 from modeling_ecmoe import sparse_blocks
 
-CODE = {"configuration_ecmoe.py", "modeling_ecmoe.py", "block_ecmoe.py", "router_ecmoe.py", "routing_ecmoe.py"}
+CODE = {"configuration_ecmoe.py", "llama_ecmoe.py", "block_ecmoe.py", "router_ecmoe.py", "routing_ecmoe.py"}
 
 
 @torch.no_grad()

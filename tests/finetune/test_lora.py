@@ -14,11 +14,11 @@ from runs import QUICK_END, assert_same_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl
 
-import finetune.train
-from finetune import RecipeError, run
-from finetune.adapters import add_lora, trained_parameters
-from finetune.data import Collator, prepare
-from finetune.recipe import make_recipe
+import ecmoe.finetune.train
+from ecmoe.finetune import RecipeError, run
+from ecmoe.finetune.adapters import add_lora, trained_parameters
+from ecmoe.finetune.data import Collator, prepare
+from ecmoe.finetune.recipe import make_recipe
 from modeling_ecmoe import sparse_blocks
 
 GSM8K = DATA / "gsm8k" / "train.jsonl"
@@ -62,10 +62,10 @@ def learned(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
         trainers.append(make_trainer(*args))
         return trainers[-1]
 
-    make_trainer = finetune.train.make_trainer
+    make_trainer = ecmoe.finetune.train.make_trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.train.make_trainer", keep)
-        patch.setattr("finetune.train.Console", lambda: SimpleNamespace(print=tables.append))
+        patch.setattr("ecmoe.finetune.train.make_trainer", keep)
+        patch.setattr("ecmoe.finetune.train.Console", lambda: SimpleNamespace(print=tables.append))
         for name, value in QUICK_END.items():
             patch.setattr(name, value)
         results = run(recipe)
@@ -164,7 +164,7 @@ def test_what_trains(learned: SimpleNamespace) -> None:
         part: total for part, (_, total) in trained_parameters(plain).items()
     }
     for name in ("parameters", "active_parameters"):  # adapters and the router's copy are no part of the model
-        assert learned.results[name] == finetune.train.describe(plain, make_recipe(NOTHING))[name]
+        assert learned.results[name] == ecmoe.finetune.train.describe(plain, make_recipe(NOTHING))[name]
     old = plain.state_dict()
     new = {
         name.removeprefix("base_model.model.").replace("base_layer.", ""): parameter
@@ -287,7 +287,7 @@ def test_stopped_and_run_again(recipe_of: Callable, tmp_path: Path, monkeypatch:
     run(whole)
     torch.manual_seed(1)  # the adapters begin as the recipe's seed says, whatever was drawn before
     out = Path(stopped.output_dir)
-    make_trainer = finetune.train.make_trainer
+    make_trainer = ecmoe.finetune.train.make_trainer
 
     def interrupted(*args: Any) -> Any:
         trainer = make_trainer(*args)
@@ -295,7 +295,7 @@ def test_stopped_and_run_again(recipe_of: Callable, tmp_path: Path, monkeypatch:
         return trainer
 
     with monkeypatch.context() as patch:
-        patch.setattr("finetune.train.make_trainer", interrupted)
+        patch.setattr("ecmoe.finetune.train.make_trainer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(stopped)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]

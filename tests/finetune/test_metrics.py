@@ -15,15 +15,15 @@ from checkpoints import contents
 from matplotlib import image
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
-import finetune.curves
-import finetune.train
-from finetune import RecipeError, load_recipe, run
-from finetune.adapters import group_of
-from finetune.cli import main
-from finetune.curves import draw_curves
-from finetune.data import Collator, prepare
-from finetune.folder import last_whole_checkpoint
-from finetune.train import make_trainer
+import ecmoe.finetune.curves
+import ecmoe.finetune.train
+from ecmoe.finetune import RecipeError, load_recipe, run
+from ecmoe.finetune.adapters import group_of
+from ecmoe.finetune.cli import main
+from ecmoe.finetune.curves import draw_curves
+from ecmoe.finetune.data import Collator, prepare
+from ecmoe.finetune.folder import last_whole_checkpoint
+from ecmoe.finetune.train import make_trainer
 from modeling_ecmoe import routing_report, sparse_blocks, use_inference_routing
 
 ROUTING = {"load_min", "load_max", "uncovered", "experts_per_token"}
@@ -61,7 +61,7 @@ def logged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
         return trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.train.make_trainer", watched)
+        patch.setattr("ecmoe.finetune.train.make_trainer", watched)
         results = run(recipe)
     _, held_out = prepare(recipe, AutoTokenizer.from_pretrained(out), 300)
     batch = Collator(0)(list(held_out))
@@ -150,7 +150,7 @@ def test_the_curves(logged: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tm
         colours = np.unique((panel[..., :3].reshape(-1, 3) * 255).round().astype(int), axis=0)
         assert any(np.array_equal(colour, (31, 119, 180)) for colour in colours)  # a line of the first colour
     figures: list[Any] = []
-    monkeypatch.setattr(finetune.curves.plt, "close", figures.append)
+    monkeypatch.setattr(ecmoe.finetune.curves.plt, "close", figures.append)
     history = json.loads((logged.out / "trainer_state.json").read_text())["log_history"]
     draw_curves(history, tmp_path / "again.png")
     dense = [{name: v for name, v in row.items() if name.removeprefix("eval_") not in ROUTING} for row in history]
@@ -166,7 +166,7 @@ def test_the_curves(logged: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tm
     assert causal.get_ydata().tolist() == [row["eval_loss"] for row in evaluations]
     monkeypatch.undo()
     for figure in figures:
-        finetune.curves.plt.close(figure)
+        ecmoe.finetune.curves.plt.close(figure)
 
 
 @pytest.mark.usefixtures("quick_end")
@@ -297,7 +297,7 @@ def test_checkpoints_are_calibrated(
     kept, loads = [], []
     for calibrates in (True, False):
         if not calibrates:
-            monkeypatch.setattr("finetune.calibration.Calibration.refresh", lambda _: None)
+            monkeypatch.setattr("ecmoe.finetune.calibration.Calibration.refresh", lambda _: None)
         out = tmp_path / f"out-{calibrates}"
         run(recipe_of(**fields, output_dir=out))
         kept.append(thresholds_of(AutoModelForCausalLM.from_pretrained(out / "checkpoint-3")))

@@ -14,8 +14,8 @@ from runs import ROOT, assert_same_run, comparable, finish, start_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune import run
-from finetune.folder import as_yaml, last_whole_checkpoint
+from ecmoe.finetune import run
+from ecmoe.finetune.folder import as_yaml, last_whole_checkpoint
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.usefixtures("quick_end"),
 ]
 
-CODE = {"configuration_ecmoe.py", "modeling_ecmoe.py", "block_ecmoe.py", "router_ecmoe.py", "routing_ecmoe.py"}
+CODE = {"configuration_ecmoe.py", "llama_ecmoe.py", "block_ecmoe.py", "router_ecmoe.py", "routing_ecmoe.py"}
 WEIGHTS = "model.safetensors"
 ONE_BATCH = {
     "per_device_train_batch_size": 4,
@@ -180,7 +180,7 @@ def test_under_accelerate_launch(place: Path, recipe_of: Callable, tmp_path: Pat
     (tmp_path / "recipe.yaml").write_text(as_yaml(recipe))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    command += ["-m", "finetune", str(tmp_path / "recipe.yaml")]
+    command += ["-m", "ecmoe.finetune", str(tmp_path / "recipe.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("causal loss after") == 1

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.sources import DOCUMENT_SEPARATOR
+from ecmoe.finetune.sources import DOCUMENT_SEPARATOR
 from modeling_ecmoe import record_routing, sparse_blocks
 
 # TRL's own configuration sets it under the name that Transformers 5.23 deprecates.

@@ -10,8 +10,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 
 import modeling_ecmoe
-from finetune import load_recipe
-from finetune.recipe import training_arguments
+from ecmoe.finetune import load_recipe
+from ecmoe.finetune.recipe import training_arguments
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def test_the_command_of_a_recipe_is_one(path: Path, tmp_path: Path) -> None:
     """It names the file itself, and its overrides and the recipe together are complete."""
     words = command_of(path)
     named = str(path.relative_to(ROOT))
-    assert words[0] == "ecmoe-finetune" or words[: words.index(named)][-2:] == ["-m", "finetune"]
+    assert words[0] == "ecmoe-finetune" or words[: words.index(named)][-2:] == ["-m", "ecmoe.finetune"]
     overrides = words[words.index(named) + 1 :]
     assert {"model", "output_dir"} <= {override.partition("=")[0] for override in overrides}
     recipe = load_recipe(path, [*overrides, f"output_dir={tmp_path}", "use_cpu=true"])
@@ -54,7 +54,7 @@ def test_accelerate_takes_the_configs(path: Path) -> None:
     assert words[:2] == ["accelerate", "launch"]
     options = launch_command_parser().parse_args(words[2:])
     assert options.config_file == str(path.relative_to(ROOT))
-    assert options.training_script == "finetune" and options.module
+    assert options.training_script == "ecmoe.finetune" and options.module
     assert (ROOT / options.training_script_args[0]).is_file()
     config = load_config_from_file(str(path))
     assert config.num_processes == 8 and config.distributed_type.value == (

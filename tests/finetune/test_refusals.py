@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
-from finetune import RecipeError, load_recipe, run
-from finetune.cli import main
-from finetune.folder import last_whole_checkpoint
+from ecmoe.finetune import RecipeError, load_recipe, run
+from ecmoe.finetune.cli import main
+from ecmoe.finetune.folder import last_whole_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_end")
 
@@ -156,7 +156,7 @@ def test_refusals(
 
 
 def test_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match=r"none\.yaml does not exist; give a YAML file, or .* shipped: chat, "):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(RecipeError, match="field: value"):
@@ -190,7 +190,7 @@ def test_a_gradient_that_is_no_number(recipe_of: Callable, monkeypatch: pytest.M
     """The loss of that step is still a number; the weights after it are not, and are not saved."""
     recipe = recipe_of(max_steps=4, save_strategy="steps", save_steps=1)
     monkeypatch.setattr(
-        "finetune.trainer.EcMoeTrainer._get_grad_norm",
+        "ecmoe.finetune.trainer.EcMoeTrainer._get_grad_norm",
         lambda self, *_, **__: float("nan") if self.state.global_step == 2 else 1.0,
     )
     with pytest.raises(RecipeError, match=r"grad_norm=nan at step 3: training has diverged"):
@@ -258,7 +258,7 @@ def test_other_bad_luck(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch, lu
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("finetune.trainer.EcMoeTrainer.training_step", fail)
+    monkeypatch.setattr("ecmoe.finetune.trainer.EcMoeTrainer.training_step", fail)
     with pytest.raises(type(error) if line is None else RecipeError, match=line):
         run(recipe_of(max_steps=2))
 

@@ -16,10 +16,10 @@ from checkpoints import contents
 from runs import assert_same_run, comparable, start
 from safetensors.torch import load_file
 
-from finetune import Recipe, RecipeError, load_recipe, run
-from finetune.cli import main
-from finetune.folder import as_yaml, last_whole_checkpoint
-from finetune.train import make_trainer
+from ecmoe.finetune import Recipe, RecipeError, load_recipe, run
+from ecmoe.finetune.cli import main
+from ecmoe.finetune.folder import as_yaml, last_whole_checkpoint
+from ecmoe.finetune.train import make_trainer
 
 pytestmark = pytest.mark.usefixtures("quick_end")
 
@@ -247,12 +247,12 @@ def test_runs_differ_by_their_seed(recipe_of: Callable, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "kills"), [("plain", 3), ("a stream", 2)])
 def test_five_kills(place: Path, tmp_path: Path, way: str, kills: int) -> None:
-    """`python -m finetune` killed again and again, first while it writes a checkpoint, then at random moments."""
+    """`python -m ecmoe.finetune` killed again and again, first while it writes a checkpoint, then at random moments."""
     commands = {}
     for name in ("whole", "killed"):
         fields = fields_of(way) | {"max_steps": 70, "save_total_limit": 2}
         recipe = write_recipe(place, tmp_path / f"{name}.yaml", tmp_path / name, **fields)
-        commands[name] = [sys.executable, "-m", "finetune", str(recipe)]
+        commands[name] = [sys.executable, "-m", "ecmoe.finetune", str(recipe)]
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": Path(__file__).parents[2]}
     subprocess.run(commands["whole"], check=True, **quiet)
     moments = []

@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 from checkpointing import recompute_layers
+from families import FAMILIES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import modeling_ecmoe
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 from modeling_ecmoe.calibration_ecmoe import sparse_blocks
+from modeling_ecmoe.configuration_ecmoe import AUTO_CLASSES
 
 HEADS = {
     "AutoModel": ("Model", ()),
@@ -341,8 +343,13 @@ def test_training_lowers_the_loss_in_both_routings(family: str, make_model: Call
 
 
 def test_public_names() -> None:
-    for model_classes in modeling_ecmoe.MODEL_CLASSES.values():
-        for model_class in model_classes.values():
+    assert len(modeling_ecmoe.families()) == len(FAMILIES)
+    for dense in modeling_ecmoe.families():
+        for auto_class in AUTO_CLASSES:
+            model_class = modeling_ecmoe.model_class(dense, auto_class)
             assert getattr(modeling_ecmoe, model_class.__name__) is model_class
+            assert model_class.__name__ in modeling_ecmoe.__all__
+    with pytest.raises(AttributeError, match="EcMoeQwen3ForEverything"):
+        modeling_ecmoe.EcMoeQwen3ForEverything  # noqa: B018
     for name in ("calibrate_thresholds", "record_routing", "use_inference_routing", "RoutingRecord"):
         assert hasattr(modeling_ecmoe, name)

@@ -11,11 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from families import CORE, FAMILIES
+from families import CORE, FAMILIES, MODEL_TYPES
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).with_name("remote_process.py")
-CODE_FILES = {
+SHARED_FILES = {
+    "auto_ecmoe.py",
     "configuration_ecmoe.py",
     "routing_ecmoe.py",
     "bounded_ecmoe.py",
@@ -26,15 +27,14 @@ CODE_FILES = {
     "block_ecmoe.py",
     "mixins_ecmoe.py",
     "notices_ecmoe.py",
-    "modeling_ecmoe.py",
 }
 SUFFIXES = {
-    "AutoConfig": ("configuration_ecmoe", "Config"),
-    "AutoModel": ("modeling_ecmoe", "Model"),
-    "AutoModelForCausalLM": ("modeling_ecmoe", "ForCausalLM"),
-    "AutoModelForSequenceClassification": ("modeling_ecmoe", "ForSequenceClassification"),
-    "AutoModelForTokenClassification": ("modeling_ecmoe", "ForTokenClassification"),
-    "AutoModelForQuestionAnswering": ("modeling_ecmoe", "ForQuestionAnswering"),
+    "AutoConfig": "Config",
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
 }
 
 
@@ -59,9 +59,10 @@ def run_apart(work: Path, ids: Path, folders: list[Path]) -> tuple[dict[str, tor
 
 
 def assert_carries_its_code(folder: Path, family: str) -> None:
-    assert {path.name for path in folder.glob("*.py")} == CODE_FILES
+    file = f"{MODEL_TYPES[family]}_ecmoe"
+    assert {path.name for path in folder.glob("*.py")} == SHARED_FILES | {f"{file}.py"}
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-    assert auto_map == {name: f"{file}.EcMoe{family}{suffix}" for name, (file, suffix) in SUFFIXES.items()}
+    assert auto_map == {name: f"{file}.EcMoe{family}{suffix}" for name, suffix in SUFFIXES.items()}
 
 
 OTHERS = [name for name in FAMILIES if name not in CORE]

@@ -102,7 +102,7 @@ def test_the_folder_says_what_servers_read(family: str, make_saved: Callable) ->
     model, folder = make_saved(family)
     config = AutoConfig.from_pretrained(folder)
     assert config.num_experts_per_tok == config.num_experts == 4 and config.moe_intermediate_size == 48
-    assert config.auto_map["AutoModel"] == f"modeling_ecmoe.EcMoe{family}Model"
+    assert config.auto_map["AutoModel"] == f"{family.lower()}_ecmoe.EcMoe{family}Model"
     assert model.model.is_backend_compatible() and model._supports_attention_backend
     assert any("q_proj" in name or "qkv" in name for name in model.model.tp_plan)
     assert "layers" in model.model._pp_plan

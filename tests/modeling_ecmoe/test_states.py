@@ -30,7 +30,7 @@ def test_a_fresh_model_warns_once(
         model(make_tokens(1, 5))
     model.generate(make_tokens(1, 5), max_new_tokens=2, do_sample=False)
     (warning,) = warnings_of()
-    assert "modeling_ecmoe.calibrate_thresholds(model, batches)" in warning
+    assert "ecmoe.calibrate_thresholds(model, texts, tokenizer)" in warning
 
 
 @pytest.mark.parametrize("how", ["calibrated", "stepped", "training", "expert choice", "token choice"])

@@ -15,9 +15,9 @@ import torch
 from checkpoints import DATA
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis import evaluate
-from analysis.evaluation import log_likelihoods
-from analysis.text import pad
+from ecmoe.analysis import evaluate
+from ecmoe.analysis.evaluation import log_likelihoods
+from ecmoe.analysis.text import pad
 from modeling_ecmoe import sparse_blocks, use_inference_routing
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed")

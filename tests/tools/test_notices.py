@@ -12,7 +12,7 @@ from converted import losses_of_steps
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from finetune.adapters import add_lora
+from ecmoe.finetune.adapters import add_lora
 from modeling_ecmoe import sparse_blocks
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

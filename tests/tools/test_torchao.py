@@ -10,8 +10,8 @@ from converted import losses_of_steps
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-from finetune import RecipeError
-from finetune.adapters import add_lora
+from ecmoe.finetune import RecipeError
+from ecmoe.finetune.adapters import add_lora
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 pytest.importorskip("torchao", reason="torchao is not installed")

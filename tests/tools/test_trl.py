@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.sources import DOCUMENT_SEPARATOR
+from ecmoe.finetune.sources import DOCUMENT_SEPARATOR
 from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks, use_inference_routing
 
 pytest.importorskip("trl", reason="trl is not installed")

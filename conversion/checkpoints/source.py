@@ -1,0 +1,155 @@
+"""Where tensors come from: one at a time and by name, from a folder (folder.py) or from a model (memory.py)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ..errors import ConversionError
+
+# Tensors that are copied as they are come in pieces of this size: an embedding of any size costs no more memory.
+PIECE_BYTES = 1 << 26
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Names in files of older Transformers -> today's.
+OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
+# Buffers that old checkpoints carry and no model reads.
+_UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+
+
+def is_unread(name: str) -> bool:
+    """Whether no model reads a tensor of that name."""
+    return name.endswith(_UNREAD)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a tensor that is not read yet: dtype as safetensors names it, and shape.
+
+    file_name, name: of a file the shard that holds it, and what it is called there.
+    """
+
+    file_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    name: str
+
+
+class Source:
+    """Tensors by name, read when asked for, and the config of the model they belong to.
+
+    source: what the user calls it. place: what a message calls it. config_place: the same of its config. commit: of the
+    Hub, where it came from there. headers: what is known of its tensors, by name.
+    """
+
+    source: str
+    place: str
+    config_place: str
+    commit: str | None
+    headers: dict[str, Header]
+
+    def config_fields(self) -> dict[str, Any]:
+        """The config as plain fields."""
+        raise NotImplementedError
+
+    def config(self) -> PreTrainedConfig:
+        """The config; refused where the weights are quantised."""
+        raise NotImplementedError
+
+    def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
+        """A tensor, or its rows from start to stop."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that goes with the model."""
+        raise NotImplementedError
+
+    def running(self, dtype: torch.dtype, device: str | None) -> AbstractContextManager[Any]:
+        """The model itself in eval mode, while the context is open."""
+        raise NotImplementedError
+
+    def copy_companions(self, folder: Path) -> None:
+        """Writes what travels along with the weights: tokenizer, templates, generation defaults, licence."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one state of the source from another, without reading the weights."""
+        raise NotImplementedError
+
+    weight_files: list[Path]
+
+    @property
+    def bytes_to_load(self) -> int:
+        """Memory that running the model takes beside what is taken already."""
+        raise NotImplementedError
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor, or its rows from start to stop.
+
+        Raises:
+            ConversionError: when a value is NaN or infinite.
+        """
+        tensor = self._rows(name, start, stop)
+        if not tensor.is_meta and not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
+            raise ConversionError(f"{name} of {self.source} holds NaN or infinity: it is damaged; fetch it again")
+        return tensor
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as it is, in blocks of rows of `PIECE_BYTES` at most; one without dimensions whole."""
+        header = self.headers[name]
+        if not header.shape:
+            yield self.read(name)
+            return
+        num_rows = header.shape[0]
+        row_bytes = math.prod(header.shape[1:]) * DTYPES[header.dtype].itemsize
+        rows_at_once = max(1, PIECE_BYTES // max(1, row_bytes))
+        for start in range(0, num_rows, rows_at_once):
+            yield self.read(name, start, min(start + rows_at_once, num_rows))
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Every one of these tensors is there in that shape.
+
+        Raises:
+            ConversionError: naming the first that is not.
+        """
+        for name, shape in expected.items():
+            header = self.headers.get(name)
+            if header is None:
+                raise ConversionError(
+                    f"source={self.place} lacks the tensor {name}; is it a complete causal language model?"
+                )
+            if header.shape != shape:
+                raise ConversionError(
+                    f"{name} has shape {list(header.shape)}, config.json promises {list(shape)}; they do not belong "
+                    "together"
+                )
+
+    def check_tied(self, tied: Mapping[str, str]) -> None:
+        """A tensor that is tied to another and yet in the file has the other's values; Transformers unties it if not.
+
+        Raises:
+            ConversionError: naming the first that has not, which the output would lose.
+        """
+        for name, partner in tied.items():
+            if name in self.headers and not self._is_same(name, partner):
+                raise ConversionError(
+                    f"{name} of {self.source} is not {partner}, which tie_word_embeddings=True makes it; set "
+                    f"tie_word_embeddings to false in {self.config_place} to keep both"
+                )
+
+    def _is_same(self, name: str, other: str) -> bool:
+        one, two = self.headers[name], self.headers[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        return all(map(torch.equal, self.pieces(name), self.pieces(other)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint, read off its embedding."""
+        name = next((name for name in sorted(self.headers) if "embed" in name), min(self.headers))
+        return DTYPES[self.headers[name].dtype]

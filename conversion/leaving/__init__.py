@@ -1,0 +1,1 @@
+"""Expert choice in, plain Transformers classes out."""

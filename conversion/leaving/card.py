@@ -1,0 +1,75 @@
+"""The model card of a checkpoint that has left the family, rendered from its record: measured figures only."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..checkpoints.provenance import licence, licence_note, short_name
+from .plain import PlainPlan
+
+
+def render_plain_card(plan: PlainPlan, record: dict[str, Any]) -> str:
+    """The card of a checkpoint that left the family; it does not depend on the name of the output folder."""
+    terms = licence(plan.source)
+    card_data = ModelCardData(
+        base_model=[plan.source.source.partition("@")[0]] if plan.source.commit else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mixture-of-experts"],
+        **terms,
+    )
+    used = ("to", "num_experts", "num_experts_per_tok", "capacity_factor", "is_exact", "parameters", "verification")
+    card = ModelCard.from_template(
+        card_data,
+        template_str=(files("ecmoe.model_cards") / "plain.md").read_text(encoding="utf-8"),
+        model_name=short_name(plan.source).rpartition("/")[2],
+        source_name=short_name(plan.source),
+        title=plan.target.title,
+        idle=plan.form.num_idle,
+        exactness=_exactness(plan),
+        text_name=f"`{Path(record['text']).name}`",
+        licence_note="" if terms else licence_note(plan.source),
+        **{key: record[key] for key in used},
+    )
+    return str(card).rstrip() + "\n"
+
+
+def _exactness(plan: PlainPlan) -> list[str]:
+    """One line for each part of the model: whether it computes what the source's does."""
+    form, config, title = plan.form, plan.source_config, plan.target.title
+    lines = ["Exact: embeddings, attention, norms, dense layers and output layer are the source's tensors."]
+    if config.routing == "token_choice":
+        lines.append(f"Exact: the routes. The source is a token-choice model with {form.top_k} experts per token.")
+    elif plan.target.by_score and form.is_exact:
+        lines.append("Exact: the routes. A bias stands for each threshold, and idle experts fill up a token's number.")
+    elif plan.target.by_score:
+        lines.append(
+            f"Exact for tokens with at most {form.top_k} experts above their threshold; the others keep their best "
+            f"{form.top_k}. A bias stands for each threshold, and idle experts fill up a token's number."
+        )
+    else:
+        lines.append(
+            f"Not exact: the routes. Every token takes {form.top_k}, also one that no expert of the source chose or "
+            f"that more chose, and the load is balanced no more. {title} has no threshold and no bias"
+            + (
+                ". A layer's router rows were moved along the direction in which their input is nearly constant, to "
+                "rank by the distance to the threshold, where that left less error on the text."
+                if plan.measured
+                else ", and the router rows are the source's as they are."
+            )
+        )
+    if form.is_scaled:
+        lines.append(
+            "Not exact: the combine weights. They add up to one here, and one measured number per expert (`scales` in "
+            "the record) stands for what they were."
+        )
+    else:
+        lines.append("Exact for the same routes: the combine weights, and each expert's output.")
+    if config.shared_expert_intermediate_size:
+        held = "lies inside every expert, which is so much wider" if form.is_joined else "is this one's shared expert"
+        if plan.target.by_score and form.is_joined:
+            held = "is this one's shared expert, and every expert takes its share of it away again"
+        lines.append(f"Exact: the shared expert {held}.")
+    return lines

@@ -1,0 +1,176 @@
+"""Leaving the family: an expert-choice checkpoint becomes a plain one, for tools that know no other.
+
+As a conversion: plan, measure, write, verify, and only then give the folder its name.
+"""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoModelForCausalLM
+
+from modeling_ecmoe.block_ecmoe import use_inference_routing
+
+from ..checkpoints.digests import Digests, fingerprints
+from ..checkpoints.folder import Checkpoint
+from ..checkpoints.hub import check_hub
+from ..checkpoints.provenance import RECORD_NAME, VERSIONS
+from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
+from ..checkpoints.writer import parse_size, write_shards, write_whole
+from ..errors import ConversionError
+from ..models import TOLERANCE, check_memory, greedy_texts, load_model, side_by_side
+from ..texts import OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
+from .card import render_plain_card
+from .fit import fit
+from .plain import PlainPlan, plan_plain
+from .targets import fields_for_older_tools
+
+
+def export(
+    source: str,
+    destination: str,
+    to: str = "token-choice",
+    num_experts_per_tok: int | None = None,
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    text: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    verify: bool = True,
+    push_to_hub: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Writes an expert-choice checkpoint as a plain Transformers one and returns what was measured on the way.
+
+    The routing changes: each token takes its `num_experts_per_tok` best experts, and there are no thresholds. Both
+    models are run side by side on held-out text, and the record and the card hold the change of the loss.
+
+    Args:
+        source: checkpoint folder or Hub id (`name@revision`) of this family.
+        destination: folder to make; it must not exist or be empty. It appears when complete, or not at all.
+        to: "token-choice" for Mixtral (from Llama and Mistral), Qwen2-MoE or Qwen3-MoE; "glm4-moe" for GLM-4-MoE,
+            whose biased sigmoid scores express thresholds, from checkpoints with sigmoid scores.
+        num_experts_per_tok: experts of a token; None is the mean number of the source, rounded, and with
+            to="glm4-moe" four times that as room for those who have more. A token-choice source has its own.
+        seed: of the order of the sample text.
+        max_shard_size, text, revision, device, push_to_hub: as in `convert`.
+        verify: run both models side by side. Without it no model is run at all, which is possible only where
+            nothing has to be measured.
+        dry_run: return the plan's figures and touch neither weights nor disk.
+
+    Raises:
+        ConversionError: for anything the user can put right, for a source that no plain class can hold, and when an
+            export that promises to be exact is not.
+    """
+    target = free_place(destination)
+    shard_size = parse_size(max_shard_size)
+    held = Checkpoint(source, revision, dry_run)
+    plan = plan_plain(held, to, num_experts_per_tok)
+    record = _record(plan, source, to, text, seed)
+    if dry_run:
+        return record | {"output_bytes": plan.nbytes}
+    held.check_tied(plan.tied)
+    if plan.form.is_scaled and not verify:
+        raise ConversionError(
+            "verify=False (--no-verify): the scales that stand for the combine weights are measured on text; leave it "
+            "out, or say device=auto to run the models off the disk"
+        )
+    check_disk(target, plan.nbytes)
+    check_memory((held.bytes_to_load + plan.nbytes) * verify, device, f"verify={verify}", "verify=False (--no-verify)")
+    texts = read_texts(held, plan.source_config, text, seed) if verify else None
+    if push_to_hub:
+        check_hub(push_to_hub)
+    options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
+    purpose = record | options | {"files": fingerprints([held], text)}
+    produce(target, purpose, lambda work: _fill(plan, work, shard_size, texts, device, record), push_to_hub)
+    return record
+
+
+def _record(plan: PlainPlan, source: str, to: str, text: str | None, seed: int) -> dict[str, Any]:
+    """What is known before anything is run."""
+    source_config = plan.source_config
+    return {
+        "source": source,
+        "revision": plan.source.commit,
+        "to": to,
+        "architecture": plan.target.architecture,
+        "num_experts": source_config.num_experts + plan.form.num_idle,
+        "num_experts_per_tok": plan.form.top_k,
+        "capacity_factor": source_config.capacity_factor,
+        "form": {name: getattr(plan.form, name) for name in ("num_idle", "is_joined", "is_scaled", "is_shifted")},
+        "is_exact": plan.form.is_exact,
+        "text": text or OWN_TEXT,
+        "seed": seed,
+        "parameters": plan.parameters,
+        "versions": VERSIONS,
+    }
+
+
+def _fill(
+    plan: PlainPlan, work: Workspace, shard_size: int, texts: Texts | None, device: str | None, record: dict[str, Any]
+) -> None:
+    """Every file of the checkpoint, config.json last; completes the record on the way."""
+    folder, dtype = work.checkpoint, plan.source.dtype
+    digests = Digests([plan.source])
+    digests.start()
+    model = None
+    if texts is not None:
+        model = load_model(AutoModelForCausalLM, plan.source.folder, dtype, device, None)
+        if plan.form.is_scaled or plan.form.is_shifted:
+            measured = work.recall("measured")
+            if measured is None:
+                measured = fit(model, plan.form, list(texts.calibration.split(VERIFICATION_BATCH)))
+                work.keep("measured", measured)
+            plan.measured.update(measured)
+    write_shards(folder, plan.tensors, plan.source_config.num_hidden_layers, shard_size)
+    plan.source.copy_companions(folder)
+    record["scales"] = {
+        name.partition(".")[0]: scales.tolist() for name, scales in plan.measured.items() if name.endswith("scales")
+    }
+    record["verification"] = None
+    if texts is not None:
+        record["verification"] = _verify(plan, model, folder, texts, device)
+    (sha256,) = digests.result()
+    record["sources"] = [{"source": plan.source.source, "revision": plan.source.commit, "sha256": sha256}]
+    write_whole(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
+    write_whole(folder / "README.md", render_plain_card(plan, record))
+    write_whole(folder / "config.json", _config_json(plan))  # with it a folder loads, so it comes last
+
+
+def _config_json(plan: PlainPlan) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        plan.config.save_pretrained(scratch)
+        content = json.loads((Path(scratch) / "config.json").read_text(encoding="utf-8"))
+    return json.dumps(content | fields_for_older_tools(plan.config), indent=2, sort_keys=True) + "\n"
+
+
+def _verify(plan: PlainPlan, model: Any, folder: Path, texts: Texts, device: str | None) -> dict[str, Any]:
+    """Both models side by side on the text that nothing was measured on, the source by its causal routes.
+
+    Raises:
+        ConversionError: when a loss is not finite, or an exact form is not exact.
+    """
+    dtype = plan.source.dtype
+    written_class = getattr(transformers, plan.target.architecture)
+    written = load_model(written_class, folder, dtype, device, plan.config)
+    models = {"source": model, "export": written}
+    routing = "token_choice" if plan.source_config.routing == "token_choice" else "threshold"
+    with use_inference_routing(model, routing):
+        measured = side_by_side(models, texts.verification, VERIFICATION_BATCH)
+    measured |= greedy_texts(models, texts.tokenizer, texts.verification)
+    measured["loss_tolerance"] = TOLERANCE[dtype]
+    changed = abs(measured["loss_change"])
+    if not math.isfinite(changed):
+        raise ConversionError(
+            f"the loss of the source is {measured['loss_source']} and of the export {measured['loss_export']}: the "
+            "weights are damaged; fetch them again"
+        )
+    if plan.form.is_exact and max(changed, measured["kl_divergence"]) > TOLERANCE[dtype]:
+        raise ConversionError(
+            f"the export does not compute what its source does: the loss changed by {changed:.2e}, divergence "
+            f"{measured['kl_divergence']:.2e} (at most {TOLERANCE[dtype]:.0e} is rounding); nothing was written"
+        )
+    return measured

@@ -1,0 +1,309 @@
+"""What an expert-choice checkpoint becomes as a plain one: the form of its blocks, and every tensor of the output.
+
+A plan is made from config and shard headers alone. Letters: E experts, D hidden size, K experts of one token.
+
+A plain block computes the sum of p F(x) over K experts. The source computes the sum of w E(x) over the experts above
+their threshold, and with a shared expert S either + S(x) or + (1 - sum w) S(x). Where softmax weights can stay as they
+are, F is E. Elsewhere p adds up to one, and F is a E, S + a E, or S + a (E - S): a gated FFN as wide as S and E
+together, of which S is whole whatever the routes are. The number a of each expert is measured; it stands for w.
+
+By biased sigmoid scores (GLM-4-MoE) nothing has to stand for anything: the bias is minus the threshold, the weights are
+the scores, and idle experts, which add nothing, take the places of a token that has less than K above the threshold.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+import modeling_ecmoe
+
+from ..checkpoints.folder import Checkpoint
+from ..checkpoints.source import DTYPES
+from ..checkpoints.writer import PlannedTensor
+from ..errors import ConversionError
+from ..models import tied_tensors
+from .targets import EMPTY_WIDTH, Target, plain_config, target_of
+
+_MATRICES = ("gate_proj", "up_proj", "down_proj")
+_BUFFERS = (".mlp.gate.threshold", ".mlp.gate.threshold_updates")
+# By score a token takes up to so many times its mean number of experts, unless the user says otherwise.
+_ROOM_BY_SCORE = 4
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the blocks of a source are written.
+
+    top_k: experts of a token. num_idle: experts that add nothing, after the others.
+    is_joined: whether every written expert has the shared one beside it.
+    is_scaled: whether the experts' outputs are scaled by measured numbers that stand for the weights.
+    is_shifted: whether the router rows are moved so that they rank by the distance to the thresholds.
+    is_exact: whether the plain model computes what the source computes.
+    normalised: whether the weights of a token's experts are divided by their sum.
+    """
+
+    top_k: int
+    num_idle: int
+    is_joined: bool
+    is_scaled: bool
+    is_shifted: bool
+    is_exact: bool
+    normalised: bool
+
+
+@dataclass(frozen=True)
+class PlainPlan:
+    """tied: tensors of the source that are another one, and which. measured: by layer, e.g. "0.rows" [E, D] and
+    "0.scales" [E]; filled before anything is written."""
+
+    source: Checkpoint
+    target: Target
+    form: Form
+    source_config: Any
+    config: PreTrainedConfig
+    tied: dict[str, str]
+    tensors: list[PlannedTensor]
+    measured: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Of the source, of what is written, and of the latter what a token meets."""
+        total = sum(tensor.numel for tensor in self.tensors)
+        routed = sum(tensor.numel for tensor in self.tensors if ".experts." in tensor.name)
+        num_experts = self.source_config.num_experts + self.form.num_idle
+        held = {name: torch.Size(header.shape).numel() for name, header in self.source.headers.items()}
+        source = sum(size for name, size in held.items() if not name.endswith(_BUFFERS))
+        return {"source": source, "total": total, "active": total - routed + routed * self.form.top_k // num_experts}
+
+
+def form_of(config: Any, target: Target, top_k: int | None) -> Form:
+    """The form that keeps most of a source of this config in that class.
+
+    Raises:
+        ConversionError: when `top_k` is not possible.
+    """
+    num_experts, token_choice = config.num_experts, config.routing == "token_choice"
+    if top_k is not None and (token_choice or not 1 <= top_k <= num_experts):
+        raise ConversionError(
+            f"num_experts_per_tok={top_k} must be between 1 and num_experts={num_experts}, and left out where the "
+            "source has routing=token_choice"
+        )
+    complement = config.shared_expert_weighting == "complement"
+    if target.by_score:
+        most = config.max_experts_per_token or num_experts
+        top_k = min(most, top_k or int(_ROOM_BY_SCORE * config.capacity_factor + 0.5) or 1)
+        idle, is_exact = top_k - min(config.min_experts_per_token, top_k), top_k == most
+        return Form(top_k, idle, complement, False, False, is_exact, normalised=False)
+    is_joined = config.shared_expert_intermediate_size > 0 and (complement or not target.shared_expert)
+    softmax, normalised = config.router_score_function == "softmax", config.normalize_combine_weights
+    keeps_raw = softmax and target.any_weights and not normalised and not is_joined
+    keeps_weights = softmax and not complement and (normalised or keeps_raw)
+    return Form(
+        top_k=min(num_experts, top_k or max(1, int(config.capacity_factor + 0.5))),
+        num_idle=0,
+        is_joined=is_joined,
+        is_scaled=not keeps_weights,
+        is_shifted=not token_choice,
+        is_exact=token_choice and keeps_weights,
+        normalised=not keeps_raw,
+    )
+
+
+def plan_plain(source: Checkpoint, to: str, top_k: int | None) -> PlainPlan:
+    """Plans the checkpoint that `to` names.
+
+    Raises:
+        ConversionError: for a source that is no whole expert-choice checkpoint, or one that no plain class can hold.
+    """
+    source_config = read_expert_choice_config(source)
+    target = target_of(source_config, to)
+    form = form_of(source_config, target, top_k)
+    names, tied = _expected(source, source_config)
+    width, shared_width = source_config.moe_intermediate_size, source_config.shared_expert_intermediate_size
+    if form.is_joined:
+        width += shared_width
+    if target.by_score:  # its shared expert is as wide as the others
+        width = shared_width = max(width, shared_width)
+    elif form.is_joined or not shared_width:
+        shared_width = EMPTY_WIDTH
+    num_experts = source_config.num_experts + form.num_idle
+    config = plain_config(
+        source_config, target, source.dtype, num_experts, form.top_k, width, shared_width, form.normalised
+    )
+    plan = PlainPlan(source, target, form, source_config, config, tied, [], {})
+    maker = _Maker(plan, width, shared_width)
+    for name in names:
+        plan.tensors.extend(maker.tensors(name))
+    return plan
+
+
+def read_expert_choice_config(source: Checkpoint) -> Any:
+    """The config of a source of this family.
+
+    Raises:
+        ConversionError: for any other checkpoint.
+    """
+    model_type, known = (
+        source.config_fields().get("model_type"),
+        [f"ecmoe_{name}" for name in modeling_ecmoe.families()],
+    )
+    if model_type not in known:
+        raise ConversionError(
+            f"source={source.place} has model_type={model_type}, and --to takes an expert-choice checkpoint "
+            f"({', '.join(sorted(known))}); without --to a dense one becomes that"
+        )
+    return source.config()
+
+
+def _expected(source: Checkpoint, config: Any) -> tuple[list[str], dict[str, str]]:
+    """The names of the source's tensors, in the order of its model, after a check that they are there and no others;
+    and those that are another one, which need not be there.
+
+    Raises:
+        ConversionError: naming the tensor that is missing, of another shape or dtype, or too many.
+    """
+    with torch.device("meta"):
+        model = modeling_ecmoe.model_class(config.model_type)(config)
+    tied = tied_tensors(model)
+    expected = {name: tuple(like.shape) for name, like in model.state_dict().items() if name not in tied}
+    source.check(expected)
+    for name in expected:
+        header = source.headers[name]
+        if header.dtype not in DTYPES and not name.endswith(_BUFFERS):
+            raise ConversionError(f"{name} has dtype {header.dtype}; only float32, bfloat16 and float16 can be written")
+    surplus = sorted(source.headers.keys() - expected.keys() - tied.keys())
+    if surplus:
+        raise ConversionError(
+            f"source={source.place} holds {surplus[0]} ({len(surplus)} such tensors), which its config.json does not "
+            "ask for; merge adapters before"
+        )
+    return list(expected), tied
+
+
+class _Maker:
+    """Plans the tensors of the plain model, those of one tensor of the source at a time.
+
+    A written expert is a list of parts (the name of one FFN's prefix, the number of the expert in it or None, the
+    factor of its output), which lie side by side; zeros fill it up to the width.
+    """
+
+    def __init__(self, plan: PlainPlan, width: int, shared_width: int) -> None:
+        self.plan, self.source, self.target, self.form = plan, plan.source, plan.target, plan.form
+        self.config = plan.source_config
+        self.width, self.shared_width = width, shared_width
+
+    def tensors(self, name: str) -> Iterator[PlannedTensor]:
+        """What is written when the source's tensor of that name has its turn."""
+        prefix, _, part = name.partition(".mlp.")
+        block = f"{prefix}.{self.target.block}"
+        if name.endswith(_BUFFERS) or part.startswith("shared_expert."):
+            return  # thresholds stay behind; the shared expert is written with its layer's experts
+        if part == "gate.weight":
+            yield from self._router(name, f"{block}.gate")
+        elif part == "experts.gate_up_proj":
+            yield from self._experts(prefix, block)
+        elif part != "experts.down_proj":
+            yield self._verbatim(name)
+
+    def _verbatim(self, name: str) -> PlannedTensor:
+        header = self.source.headers[name]
+        return PlannedTensor(name, header.shape, DTYPES[header.dtype], lambda: self.source.pieces(name))
+
+    def _router(self, name: str, written: str) -> Iterator[PlannedTensor]:
+        """The rows, with zeros for idle experts, and the bias where scores have one.
+
+        A row of zeros has score 1/2; with a bias of -1/2 an idle expert comes before those below their threshold.
+        """
+        header = self.source.headers[name]
+        num_experts, hidden = header.shape
+        dtype, idle = DTYPES[header.dtype], self.form.num_idle
+        layer = _layer_of(name)
+
+        def rows() -> Iterator[Tensor]:
+            measured = self.plan.measured.get(f"{layer}.rows")
+            yield (self.source.read(name) if measured is None else measured).to(dtype)
+            yield torch.zeros(idle, hidden, dtype=dtype)
+
+        def bias() -> Iterator[Tensor]:
+            yield -self.source.read(name.replace("gate.weight", "gate.threshold"))
+            yield torch.full((idle,), -0.5)
+
+        yield PlannedTensor(f"{written}.weight", (num_experts + idle, hidden), dtype, rows)
+        if self.target.by_score:
+            yield PlannedTensor(f"{written}.e_score_correction_bias", (num_experts + idle,), torch.float32, bias)
+
+    def _experts(self, prefix: str, block: str) -> Iterator[PlannedTensor]:
+        """Every expert of a layer, and the shared one where the class has one."""
+        for expert in range(self.config.num_experts + self.form.num_idle):
+            yield from self._ffn(f"{block}.experts.{expert}", prefix, self.width, partial(self._parts, prefix, expert))
+        if self.target.shared_expert:
+            shared = f"{block}.{self.target.shared_expert}"
+            yield from self._ffn(shared, prefix, self.shared_width, partial(self._shared_parts, prefix))
+            if not self.target.by_score:
+                shape, dtype = (1, self.config.hidden_size), self._dtype(prefix)
+                gate = f"{block}.{self.target.shared_expert}_gate.weight"
+                yield PlannedTensor(gate, shape, dtype, lambda: iter([torch.zeros(shape, dtype=dtype)]))
+
+    def _parts(self, prefix: str, expert: int) -> list[tuple[str, int | None, float]]:
+        if expert >= self.config.num_experts:
+            return []  # idle
+        scales = self.plan.measured.get(f"{_layer_of(prefix)}.scales")
+        scale = 1.0 if scales is None else scales[expert].item()
+        parts: list[tuple[str, int | None, float]] = [(f"{prefix}.mlp.experts", expert, scale)]
+        if self.form.is_joined:
+            complement = self.config.shared_expert_weighting == "complement"
+            # By score the shared expert is there by itself, and each expert takes its share of it away.
+            factor = (0.0 if self.target.by_score else 1.0) - scale * complement
+            parts.append((f"{prefix}.mlp.shared_expert", None, factor))
+        return parts
+
+    def _shared_parts(self, prefix: str) -> list[tuple[str, int | None, float]]:
+        has_shared = self.config.shared_expert_intermediate_size > 0
+        if not has_shared or (self.form.is_joined and not self.target.by_score):
+            return []
+        # Qwen2-MoE weights it by a sigmoid, of a row of zeros one half.
+        return [(f"{prefix}.mlp.shared_expert", None, 1.0 if self.target.by_score else 2.0)]
+
+    def _ffn(self, written: str, prefix: str, width: int, parts: Any) -> Iterator[PlannedTensor]:
+        """The three matrices of one FFN; `parts` is called when they are written, since its factors are measured."""
+        hidden, dtype = self.config.hidden_size, self._dtype(prefix)
+        names = self.target.matrices if ".experts." in written else _MATRICES
+        for matrix, name in zip(_MATRICES, names, strict=True):
+            shape = (hidden, width) if matrix == "down_proj" else (width, hidden)
+
+            def pieces(matrix: str = matrix, shape: tuple[int, int] = shape) -> Iterator[Tensor]:
+                blocks = [self._block(matrix, *part) for part in parts()]
+                axis = 1 if matrix == "down_proj" else 0
+                missing = width - sum(block.shape[axis] for block in blocks)
+                zeros = torch.zeros((hidden, missing) if axis else (missing, hidden), dtype=dtype)
+                yield torch.cat([*blocks, zeros], dim=axis)
+
+            yield PlannedTensor(f"{written}.{name}.weight", shape, dtype, pieces)
+
+    def _block(self, matrix: str, ffn: str, expert: int | None, factor: float) -> Tensor:
+        """One matrix of one FFN of the source; the factor of its output is that of its down_proj."""
+        if expert is None:
+            block = self.source.read(f"{ffn}.{matrix}.weight")
+        else:
+            stacked = "down_proj" if matrix == "down_proj" else "gate_up_proj"
+            block = self.source.read(f"{ffn}.{stacked}", expert, expert + 1)[0]
+            if matrix != "down_proj":
+                block = block.chunk(2)[matrix == "up_proj"]
+        return block if matrix != "down_proj" or factor == 1 else (block.float() * factor).to(block.dtype)
+
+    def _dtype(self, prefix: str) -> torch.dtype:
+        return DTYPES[self.source.headers[f"{prefix}.mlp.experts.gate_up_proj"].dtype]
+
+
+def _layer_of(name: str) -> str:
+    """The number in a name such as model.layers.3.mlp.gate.weight."""
+    return name.partition(".layers.")[2].partition(".")[0]

@@ -1,0 +1,40 @@
+"""The model card of a converted checkpoint, rendered from its record: measured figures only."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..checkpoints.provenance import licence, licence_note, short_name
+from .initialisations import INITIALISATIONS
+from .plan import Plan
+
+
+def render_card(plan: Plan, record: dict[str, Any]) -> str:
+    """The card's markdown; it does not depend on the name of the output folder."""
+    initialisation = INITIALISATIONS[record["init"]]
+    terms = licence(plan.sources[0])
+    hub_ids = [source.source.partition("@")[0] for source in plan.sources if source.commit]
+    card_data = ModelCardData(
+        base_model=hub_ids or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mixture-of-experts", "expert-choice", "ecmoe"],
+        **terms,
+    )
+    config: Any = plan.config
+    card = ModelCard.from_template(
+        card_data,
+        template_str=(files("ecmoe.model_cards") / "template.md").read_text(encoding="utf-8"),
+        model_name=short_name(plan.sources[0]).rpartition("/")[2],
+        source_names=" and ".join(f"`{short_name(source)}`" for source in plan.sources),
+        summary=initialisation.summary,
+        paper=initialisation.source,
+        step_0=initialisation.step_0,
+        sparse_layers=f"{config.mlp_layer_types.count('sparse')} of {config.num_hidden_layers}",
+        text_name=f"`{Path(record['text']).name}`",
+        licence_note="" if terms else licence_note(plan.sources[0]),
+        **{key: record[key] for key in ("init", "parameters", "num_experts", "capacity_factor", "verification")},
+    )
+    return str(card).rstrip() + "\n"

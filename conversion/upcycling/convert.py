@@ -1,0 +1,251 @@
+"""The conversion from end to end: plan, write, calibrate, verify, and only then give the folder its name."""
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from modeling_ecmoe import calibrate_thresholds, sparse_blocks
+
+from ..checkpoints.digests import Digests, fingerprints
+from ..checkpoints.folder import Checkpoint
+from ..checkpoints.hub import check_hub
+from ..checkpoints.memory import ModelInMemory
+from ..checkpoints.provenance import RECORD_NAME, VERSIONS
+from ..checkpoints.source import Source
+from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
+from ..checkpoints.writer import overwrite_tensors, parse_size, write_shards, write_whole
+from ..errors import ConversionError
+from ..models import TOLERANCE, check_memory, load_model
+from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, check_same_tokenizer, read_texts
+from .card import render_card
+from .estimate import estimate, parameters
+from .measure import estimated_thresholds, measured_router, one_per_replica
+from .plan import Plan, plan_conversion
+from .router import read_prompts
+from .settings import Settings
+from .verify import check, compare
+
+
+def convert(
+    source: str | PreTrainedModel,
+    destination: str,
+    num_experts: int | None = None,
+    capacity_factor: float | None = None,
+    init: str = "shared",
+    ratio: float | None = None,
+    granularity: int | None = None,
+    layers: str = "all",
+    router: str = "normal",
+    router_prompts: str | None = None,
+    mix_with: list[Any] | None = None,
+    mix_attention: str = "average",
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    text: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    verify: bool = True,
+    push_to_hub: str | None = None,
+    dry_run: bool = False,
+    num_gpus: int = 8,
+    tokenizer: Any = None,
+) -> dict[str, Any]:
+    """Converts a dense checkpoint into an expert-choice one and returns what was measured on the way.
+
+    Killed at any moment, the same call goes on where it stopped, and the folder has the same bytes in the end.
+
+    Args:
+        source: checkpoint folder or Hub id (`name@revision` for a certain one) of a family in
+            `modeling_ecmoe.families()`, or such a model in memory; of the latter an interrupted conversion begins anew.
+        destination: folder to make; it must not exist or be empty. It appears when complete, or not at all.
+        num_experts: experts in each layer; None is 8, and with init="mix" one for each checkpoint.
+        capacity_factor: mean experts per token; None is 1, and with init="granular" the shards of one FFN.
+        init: how experts come from the dense FFN, a key of `initialisations.INITIALISATIONS`.
+        ratio: of the initialisations noise, drop and split; None is their default.
+        granularity: shards per dense FFN of the initialisation granular; None is 2.
+        layers: "all", "every-second", "last-half", or a list such as "1,3,5"; the others stay dense.
+        router: "normal", "centroid", or "hidden" with router_prompts.
+        router_prompts: JSON file with one list of texts per expert.
+        mix_with: the other checkpoints, or models, of init="mix".
+        mix_attention: what is not an FFN in init="mix": the "average" of all checkpoints or that of the "first".
+        seed: of the router weights, of drawn expert weights and of the order of the sample text.
+        max_shard_size: such as "5GB".
+        text: UTF-8 text file to calibrate the thresholds on; a little English of Python's own when None.
+        revision: of a Hub id.
+        device: for calibration and verification; None is the first accelerator, or the CPU. "auto" spreads the models
+            over all devices, memory and disk.
+        verify: run dense and converted model side by side. Without it no model is run at all, and the thresholds are
+            estimated from the router weights.
+        push_to_hub: repository to upload the finished folder to.
+        dry_run: return the plan's figures and touch neither weights nor disk.
+        num_gpus: of the dry run's estimates.
+        tokenizer: of a model in memory; it is saved beside the weights, and needed unless verify=False.
+
+    Raises:
+        ConversionError: for anything the user can put right, and when an exact initialisation is not exact.
+    """
+    settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
+    target = free_place(destination)
+    shard_size = parse_size(max_shard_size)
+    if num_gpus < 1:
+        raise ConversionError(f"num_gpus={num_gpus} must be at least 1")
+    sources = [open_source(source, revision, dry_run, tokenizer)]
+    for other in mix_with or []:
+        sources.append(open_source(other, revision if other == source else None, dry_run, None))
+    plan = plan_conversion(sources, settings)
+    if dry_run:
+        return estimate(plan, num_gpus)
+    for held in sources:
+        held.check_tied(plan.tied)  # not in a dry run, which reads no weights
+
+    texts = _texts(plan, text, verify, seed)
+    prompts = _prompts(plan, router_prompts)
+    _check_room(plan, target, verify, device)
+    if push_to_hub:
+        check_hub(push_to_hub)
+    record = {
+        "source": sources[0].source,
+        "revision": sources[0].commit,
+        "text": text or OWN_TEXT,
+        "calibration_tokens": texts.calibration.numel() if texts and verify else 0,
+        **asdict(plan.settings),
+        "parameters": parameters(plan),
+        "versions": VERSIONS,
+    }
+    options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
+    purpose = record | options | {"files": fingerprints(sources, text, router_prompts)}
+    produce(
+        target,
+        purpose,
+        lambda work: _fill(plan, work, shard_size, texts, prompts, device, verify, record),
+        push_to_hub,
+    )
+    return record
+
+
+def open_source(source: Any, revision: str | None, headers_only: bool, tokenizer: Any) -> Source:
+    """The tensors of a checkpoint or of a model in memory.
+
+    Raises:
+        ConversionError: for what is neither, and for an option of the other kind.
+    """
+    if not isinstance(source, str):
+        if revision is not None:
+            raise ConversionError(f"revision={revision} is of a Hub id, and the source is a model in memory")
+        return ModelInMemory(source, tokenizer)
+    if tokenizer is not None:
+        raise ConversionError(
+            "tokenizer is of a model in memory; that of a checkpoint lies in its folder, leave it out"
+        )
+    return Checkpoint(source, revision, headers_only)
+
+
+def _fill(
+    plan: Plan,
+    work: Workspace,
+    shard_size: int,
+    texts: Texts | None,
+    prompts: list[list[str]] | None,
+    device: str | None,
+    verify: bool,
+    record: dict[str, Any],
+) -> None:
+    """Every file of the checkpoint, config.json last; completes the record on the way."""
+    folder = work.checkpoint
+    digests = Digests(plan.sources)
+    digests.start()
+    measured = None
+    if plan.settings.router != "normal":
+        measured = work.recall("router")
+        if measured is None:
+            assert texts is not None
+            with plan.sources[0].running(plan.dtype, device) as dense:
+                measured = measured_router(plan, dense, texts.tokenizer, texts.calibration, prompts)
+            work.keep("router", measured)
+            del dense
+        plan.router_rows.update(measured)
+    config: Any = plan.config
+    write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
+    plan.sources[0].copy_companions(folder)
+    custom_object_save(plan.model, folder)
+
+    thresholds = work.recall("thresholds")
+    if thresholds is None and not verify:
+        thresholds = estimated_thresholds(plan, measured)
+        work.keep("thresholds", thresholds)
+    if thresholds is not None:
+        overwrite_tensors(folder, thresholds)
+    record["verification"] = None
+    if verify:
+        assert texts is not None
+        converted = load_model(type(plan.model), folder, plan.dtype, device, config)
+        if thresholds is None:
+            thresholds = _calibrate(converted, texts.calibration, plan.settings.num_shards)
+            work.keep("thresholds", thresholds)
+            overwrite_tensors(folder, thresholds)
+        with plan.sources[0].running(plan.dtype, device) as dense:
+            verification = compare(dense, converted, texts.tokenizer, texts.verification, VERIFICATION_BATCH)
+        check(verification, plan.settings.initialisation.exact, plan.dtype)
+        record["verification"] = verification | {"loss_tolerance": TOLERANCE[plan.dtype]}
+    record["sources"] = [
+        {"source": source.source, "revision": source.commit, "sha256": sha256}
+        for source, sha256 in zip(plan.sources, digests.result(), strict=True)
+    ]
+    write_whole(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
+    write_whole(folder / "README.md", render_card(plan, record))
+    with tempfile.TemporaryDirectory() as scratch:  # with config.json a folder loads, so it comes last and at once
+        plan.config.save_pretrained(scratch)
+        write_whole(folder / "config.json", (Path(scratch) / "config.json").read_text(encoding="utf-8"))
+
+
+def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> Texts | None:
+    """Tokenizer and windows, where something is measured on text."""
+    for source in plan.sources[1:]:
+        if isinstance(source, Checkpoint):  # a model in memory says nothing of its tokenizer but the vocabulary's size
+            check_same_tokenizer(plan.sources[0], source)
+    if not verify and plan.settings.router == "normal":
+        return None
+    return read_texts(plan.sources[0], plan.config, text, seed)
+
+
+def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:
+    settings = plan.settings
+    if (settings.router == "hidden") != (router_prompts is not None):
+        raise ConversionError(
+            f"router={settings.router} and router_prompts={router_prompts}: router=hidden needs a file of prompts, and "
+            "no other router reads one"
+        )
+    if router_prompts is None:
+        return None
+    config: Any = plan.config
+    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // settings.num_shards)
+
+
+def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> None:
+    """Disk for the output, and memory for the models that will be run; before anything is written."""
+    check_disk(target, plan.nbytes)
+    router = plan.settings.router
+    dense_bytes = plan.sources[0].bytes_to_load if verify or router != "normal" else 0
+    remedy = "verify=False (--no-verify)" if router == "normal" else "router=normal with --no-verify"
+    check_memory(dense_bytes + plan.nbytes * verify, device, f"verify={verify}, router={router}", remedy)
+
+
+def _calibrate(model: Any, windows: Tensor, granularity: int) -> dict[str, Tensor]:
+    """The thresholds and their counts, measured on the converted model.
+
+    Raises:
+        ConversionError: when its weights are finite and what it computes is not.
+    """
+    try:
+        calibrate_thresholds(model, [{"input_ids": batch} for batch in windows.split(BATCH)])
+    except ValueError as error:
+        raise ConversionError(f"the thresholds cannot be measured: {error}") from error
+    for block in sparse_blocks(model).values():
+        block.gate.threshold.copy_(one_per_replica(block.gate.threshold, granularity))
+    return {name: buffer.cpu() for name, buffer in model.state_dict().items() if ".mlp.gate.threshold" in name}

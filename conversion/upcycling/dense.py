@@ -1,0 +1,79 @@
+"""The FFN of a dense family in the terms of every initialisation: gate_proj, up_proj, down_proj, whatever they are
+called in its files; and why a family cannot be converted."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of the dense FFN, or its bias, as rows of a tensor.
+
+    tensor: the tensor's name after `mlp.`, such as "gate_up_proj.weight".
+    matrix: "gate_proj", "up_proj" or "down_proj".
+    is_bias: its bias.
+    first_row, num_rows: where it lies in the tensor.
+    """
+
+    tensor: str
+    matrix: str
+    is_bias: bool
+    first_row: int
+    num_rows: int
+
+    @property
+    def neuron_axis(self) -> int | None:
+        """The axis along which the FFN's neurons lie; None for the bias of down_proj, which has none."""
+        if self.matrix != "down_proj":
+            return 0
+        return None if self.is_bias else 1
+
+
+def ffn_parts(config: Any) -> list[Part]:
+    """The parts of a family's dense FFN: gate before up before down, weights before biases.
+
+    config: of the expert-choice family, which says what the dense one calls them.
+    """
+    ffn, width = config.dense_ffn, config.intermediate_size
+    into = ["gate_proj", "up_proj"] if ffn.has_gate else ["up_proj"]
+    is_fused = len(ffn.into) < len(into)
+    parts = []
+    for kind in ("weight", "bias") if config.ffn_has_bias else ("weight",):
+        for number, matrix in enumerate(into):
+            name = ffn.into[0] if is_fused else ffn.into[number]
+            parts.append(Part(f"{name}.{kind}", matrix, kind == "bias", number * width if is_fused else 0, width))
+        parts.append(Part(f"{ffn.out}.{kind}", "down_proj", kind == "bias", 0, config.hidden_size))
+    return parts
+
+
+def parts_of_stack(config: Any, stacked: str) -> list[Part]:
+    """What a stacked parameter of the experts is made of, in order, such as gate and up of "gate_up_proj"."""
+    is_bias = stacked.endswith("_bias")
+    is_down = stacked.startswith("down_proj")
+    return [p for p in ffn_parts(config) if p.is_bias == is_bias and (p.matrix == "down_proj") == is_down]
+
+
+_REASONS = {
+    "gpt2": "its FFN is no pair of linear layers but of Conv1D, stored transposed",
+    "bloom": "its FFN adds the residual itself",
+    "gemma3": "it reads images too; convert a text model (gemma3_text)",
+    "gemma3n": "its layers run on several streams at once, with an FFN sparse by itself",
+    "mamba": "it has no FFN",
+    "mamba2": "it has no FFN",
+    "rwkv": "its FFN looks at the token before",
+}
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def why_not(config: dict[str, Any]) -> str | None:
+    """Why a config.json's family cannot be expressed, where that is known; None otherwise."""
+    reason = _REASONS.get(str(config.get("model_type")))
+    if reason:
+        return reason
+    if any(isinstance(config.get(field), int) and config[field] > 1 for field in _EXPERT_FIELDS):
+        return "it is a mixture of experts already"
+    if config.get("is_encoder_decoder"):
+        return "it is an encoder and a decoder; only decoders can be converted"
+    if "vision_config" in config or "audio_config" in config:
+        return "it reads more than text; convert a text model"
+    return None

@@ -1,0 +1,274 @@
+"""What will be written: the config and, for every tensor of the expert-choice model, where it comes from.
+
+A plan is made from configs and shard headers alone; no weights are read before its tensors are asked for.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+import modeling_ecmoe
+from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
+
+from ..checkpoints.locate import last_line
+from ..checkpoints.source import DTYPES, Source, is_unread
+from ..checkpoints.writer import PlannedTensor
+from ..errors import ConversionError
+from ..models import tied_tensors
+from .dense import Part, ffn_parts, parts_of_stack, why_not
+from .initialisations import ExpertMatrix, config_fields, num_shared_neurons
+from .settings import Settings
+
+# What may differ between the configs of checkpoints that are mixed.
+_FREE_FIELDS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"}
+# What only this family reads; the conversion's options and initialisation set it.
+_EXPERT_CHOICE_FIELDS = [field.name for field in dataclasses.fields(EcMoeConfigMixin)] + ["num_experts_per_tok"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """model: on the meta device, for names, shapes and code. dense_class: of the model that the source is of.
+    router_rows: measured ones by tensor name; the tensors not in it are drawn. Filled before anything is written."""
+
+    settings: Settings
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    model: PreTrainedModel
+    dense_class: type[PreTrainedModel]
+    sources: list[Source]
+    tensors: list[PlannedTensor]
+    router_rows: dict[str, Tensor]
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The tensors that are another one and not in the file, and which one each is."""
+        return tied_tensors(self.model)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
+    """Plans a conversion; the first source gives config, tokenizer and dtype.
+
+    Raises:
+        ConversionError: for an unsupported family, a wrong option, or tensors that do not fit the config.
+    """
+    dense_configs = [read_dense_config(source) for source in sources]
+    for source, config in zip(sources[1:], dense_configs[1:], strict=True):
+        _check_same_architecture(sources[0], dense_configs[0], source, config)
+    for source in sources:
+        _check_dtypes(source)
+    settings = settings.complete(dense_configs[0], len(sources))
+    config = _config(dense_configs[0], sources[0].dtype, settings)
+    try:
+        with torch.device("meta"):
+            model = modeling_ecmoe.model_class(config.model_type)(config)
+            dense = AutoModelForCausalLM.from_config(dense_configs[0])
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        raise ConversionError(
+            f"{sources[0].config_place} describes no model that can be built: {last_line(error)}"
+        ) from error
+    plan = Plan(settings, config, sources[0].dtype, model, type(dense), sources, [], {})
+    maker = _Maker(plan, {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()})
+    plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
+    for source in sources:
+        _check_tensors(plan, source)
+    return plan
+
+
+def read_dense_config(source: Source) -> PreTrainedConfig:
+    """A source's config, if it is of a family that can be converted."""
+    path, fields = source.config_place, source.config_fields()
+    model_type = fields.get("model_type")
+    if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
+        raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
+    if not isinstance(model_type, str) or model_type not in modeling_ecmoe.families():
+        reason = why_not(fields)
+        raise ConversionError(
+            f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
+            f"{', '.join(modeling_ecmoe.families())}"
+        )
+    if fields.get("use_bidirectional_attention"):
+        raise ConversionError(
+            f"use_bidirectional_attention=True in {path}: its tokens see later ones, and only causal decoders can be "
+            "converted; give one of those"
+        )
+    for name in ("dtype", "torch_dtype"):
+        if fields.get(name) and not isinstance(getattr(torch, str(fields[name]), None), torch.dtype):
+            raise ConversionError(
+                f"{path}: {name}={fields[name]} is no torch dtype; write float32, bfloat16 or float16"
+            )
+    config: PreTrainedConfig = source.config()
+    return config
+
+
+def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> PreTrainedConfig:
+    fields = dense.to_dict()
+    # Some dense files carry a mixture's fields, which their own class passes over.
+    for name in ("model_type", "architectures", "auto_map", "transformers_version", *_EXPERT_CHOICE_FIELDS):
+        fields.pop(name, None)
+    fields |= config_fields(settings.initialisation, dense.intermediate_size, settings.ratio, settings.num_shards) | {
+        "num_experts": settings.num_experts,
+        "capacity_factor": settings.capacity_factor,
+        "mlp_layer_types": settings.mlp_layer_types(dense.num_hidden_layers),
+    }
+    try:
+        config = modeling_ecmoe.config_class(dense.model_type)(**fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ConversionError(last_line(error).removeprefix("ValueError: ")) from error
+    config.dtype = dtype
+    config.architectures = [modeling_ecmoe.model_class(config.model_type).__name__]
+    return config
+
+
+class _Maker:
+    """Plans the tensors of the expert-choice model one by one."""
+
+    def __init__(self, plan: Plan, dense_shapes: dict[str, tuple[int, ...]]) -> None:
+        self.plan_ = plan
+        self.dense_shapes = dense_shapes
+        self.config: Any = plan.config
+        self.settings = plan.settings
+        self.sources = plan.sources
+
+    def plan(self, name: str, like: Tensor) -> PlannedTensor:
+        """Where the tensor of that name comes from, and how."""
+        if ".mlp.gate." in name:
+            dtype = self.plan_.dtype if name.endswith("gate.weight") else like.dtype
+            return PlannedTensor(name, tuple(like.shape), dtype, lambda: iter([self._router(name, like)]))
+        if ".mlp.experts." in name:
+            layer, _, stacked = name.partition("experts.")
+            parts = parts_of_stack(self.config, stacked)
+            return self._planned(
+                name, like, [layer + part.tensor for part in parts], lambda: self._experts(layer, parts)
+            )
+        if ".mlp.shared_expert." in name:
+            layer, _, tensor = name.partition("shared_expert.")
+            parts = [part for part in ffn_parts(self.config) if part.tensor == tensor]
+            is_whole = self.settings.initialisation.shares == "all"
+            return self._planned(name, like, [layer + tensor], lambda: self._shared(layer, parts), is_whole)
+        is_one = len(self.sources) == 1 or self.settings.mix_attention == "first"
+        return self._planned(name, like, [name], lambda: self._verbatim(name), is_one)
+
+    def _planned(
+        self,
+        name: str,
+        like: Tensor,
+        read: list[str],
+        pieces: Callable[[], Iterator[Tensor]],
+        is_same: bool = False,
+    ) -> PlannedTensor:
+        """read: the dense tensors that it is made of. is_same: it is the first of them."""
+        header = self.sources[0].headers.get(read[0])
+        dtype = DTYPES[header.dtype] if header else self.plan_.dtype
+        sources = {name: self.dense_shapes[name] for name in read}
+        return PlannedTensor(name, tuple(like.shape), dtype, pieces, sources, read[0] if is_same else None)
+
+    def _verbatim(self, name: str) -> Iterator[Tensor]:
+        """The tensor as it is, or the mean of all sources, in blocks of rows."""
+        sources = self.sources if self.settings.mix_attention == "average" else self.sources[:1]
+        for blocks in zip(*(source.pieces(name) for source in sources), strict=True):
+            if len(blocks) == 1:
+                yield blocks[0]
+            else:
+                yield torch.stack([block.float() for block in blocks]).mean(0).to(blocks[0].dtype)
+
+    def _experts(self, layer: str, parts: list[Part]) -> Iterator[Tensor]:
+        """Expert after expert, its parts in turn."""
+        dense = [[_read(source, layer, part) for part in parts] for source in self.sources]
+        for expert in range(self.config.num_experts):
+            for part, matrix in zip(parts, dense[expert % len(dense)], strict=True):
+                wanted = ExpertMatrix(
+                    part,
+                    expert,
+                    lambda label, key=f"{layer}experts.{expert}": generator_of(self.settings.seed, f"{key}:{label}"),
+                    self.settings.ratio or 0,
+                    self.settings.num_shards,
+                )
+                yield self.settings.initialisation.expert(wanted, matrix)
+
+    def _shared(self, layer: str, parts: list[Part]) -> Iterator[Tensor]:
+        """The parts of one tensor of the shared expert: all neurons, or the first ones."""
+        width = self.config.intermediate_size
+        if self.settings.initialisation.shares == "ratio":
+            width = num_shared_neurons(width, self.settings.ratio or 0)
+        for part in parts:
+            dense = _read(self.sources[0], layer, part)
+            yield dense if part.neuron_axis is None else dense.narrow(part.neuron_axis, 0, width)
+
+    def _router(self, name: str, like: Tensor) -> Tensor:
+        """Measured rows, or rows from N(0, initializer_range), each tensor from a seed of its own; the shards of one
+        replica share a row. Threshold buffers start at zero and are set once the weights are known."""
+        if not name.endswith("gate.weight"):
+            return torch.zeros(like.shape, dtype=like.dtype, device="cpu")
+        granularity = self.settings.num_shards
+        if name in self.plan_.router_rows:
+            rows = self.plan_.router_rows[name]
+        else:
+            shape = (like.shape[0] // granularity, like.shape[1])
+            rows = torch.randn(shape, generator=generator_of(self.settings.seed, name), device="cpu")
+            rows = rows * self.config.initializer_range
+        return rows.repeat_interleave(granularity, dim=0).to(self.plan_.dtype)
+
+
+def _read(source: Source, layer: str, part: Part) -> Tensor:
+    return source.read(layer + part.tensor, part.first_row, part.first_row + part.num_rows)
+
+
+def generator_of(seed: int, key: str) -> torch.Generator:
+    """A generator of one tensor's own, so that neither order nor interruption changes what is drawn."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _check_same_architecture(
+    first: Source, first_config: PreTrainedConfig, other: Source, other_config: PreTrainedConfig
+) -> None:
+    ours, theirs = first_config.to_dict(), other_config.to_dict()
+    for name in sorted((ours.keys() | theirs.keys()) - _FREE_FIELDS):
+        if ours.get(name) != theirs.get(name):
+            raise ConversionError(
+                f"init=mix needs checkpoints of one architecture: {name}={theirs.get(name)} in {other.source} and "
+                f"{ours.get(name)} in {first.source}"
+            )
+
+
+def _check_dtypes(source: Source) -> None:
+    for name, header in source.headers.items():
+        if header.dtype not in DTYPES and not is_unread(name):
+            raise ConversionError(
+                f"{name} of {source.source} has dtype {header.dtype}; only float32, bfloat16 and float16 can be "
+                "converted"
+            )
+
+
+def _check_tensors(plan: Plan, source: Source) -> None:
+    """Every tensor that the plan reads is there, in the size and dtype that it counts on, and there is no other."""
+    expected = {name: shape for tensor in plan.tensors for name, shape in tensor.sources.items()}
+    source.check(expected)
+    for name in expected:
+        header = source.headers[name]
+        if header.dtype != plan.sources[0].headers[name].dtype:
+            raise ConversionError(
+                f"{name} has dtype {header.dtype} in {source.source} and {plan.sources[0].headers[name].dtype} in "
+                f"{plan.sources[0].source}; save both in one dtype"
+            )
+    for tensor in plan.tensors:
+        dtypes = {source.headers[name].dtype for name in tensor.sources}
+        if len(dtypes) > 1:
+            raise ConversionError(f"{' and '.join(tensor.sources)} have dtypes {' and '.join(sorted(dtypes))}; use one")
+    unused = sorted(n for n in source.headers.keys() - expected.keys() - plan.tied.keys() if not is_unread(n))
+    if unused:
+        raise ConversionError(
+            f"source={source.place} holds {unused[0]} ({len(unused)} such tensors), which a dense "
+            f"{plan.config.model_type.removeprefix('ecmoe_')} language model does not have; convert a plain one"
+        )

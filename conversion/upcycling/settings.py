@@ -1,0 +1,130 @@
+"""The options that decide what a conversion writes, with their defaults and their checks."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import ConversionError
+from .initialisations import INITIALISATIONS, Initialisation
+
+ROUTERS = {
+    "normal": "N(0, initializer_range)",
+    "centroid": "k-means centroids of the FFN's inputs on the text (arXiv 2604.13508)",
+    "hidden": "the mean FFN input of each expert's prompts, from router_prompts",
+}
+NAMED_LAYERS = ("all", "every-second", "last-half")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the weights. `complete` fills what is None with the initialisation's defaults."""
+
+    init: str = "shared"
+    num_experts: int | None = None
+    capacity_factor: float | None = None
+    ratio: float | None = None
+    granularity: int | None = None
+    layers: str = "all"
+    router: str = "normal"
+    mix_attention: str = "average"
+    seed: int = 0
+
+    @property
+    def initialisation(self) -> Initialisation:
+        return INITIALISATIONS[self.init]
+
+    @property
+    def num_shards(self) -> int:
+        """G, the shards that a replica of the dense FFN is cut into; 1 where it is not cut."""
+        return self.granularity or 1
+
+    def complete(self, dense_config: Any, num_sources: int) -> "Settings":
+        """With every default filled in, checked against the dense config.
+
+        Raises:
+            ConversionError: naming the option, its value and the remedy.
+        """
+        for field, known in (("init", INITIALISATIONS), ("router", ROUTERS)):
+            if getattr(self, field) not in known:
+                raise ConversionError(f"{field}={getattr(self, field)} is unknown; choose one of {', '.join(known)}")
+        if self.mix_attention not in ("average", "first"):
+            raise ConversionError(f"mix_attention={self.mix_attention} is unknown; choose average or first")
+        num_experts = self.num_experts
+        if num_experts is None:
+            num_experts = num_sources if self.init == "mix" else 8
+        self._check_sources(num_sources, num_experts)
+        granularity = self._granularity(dense_config.intermediate_size, num_experts)
+        return replace(
+            self,
+            num_experts=num_experts,
+            capacity_factor=granularity if self.capacity_factor is None else self.capacity_factor,
+            ratio=self._ratio(dense_config.intermediate_size),
+            granularity=granularity,
+        )
+
+    def _check_sources(self, num_sources: int, num_experts: int) -> None:
+        if self.init != "mix":
+            if num_sources > 1:
+                raise ConversionError(f"mix_with is given and init={self.init} takes one checkpoint; say init=mix")
+            return
+        if num_sources < 2:
+            raise ConversionError("init=mix makes experts of several checkpoints; name the others with mix_with")
+        if num_experts % num_sources:
+            raise ConversionError(
+                f"num_experts={num_experts} is no multiple of the {num_sources} checkpoints that init=mix is given"
+            )
+
+    def _granularity(self, width: int, num_experts: int) -> int:
+        """G, the shards of a dense FFN; 1 where it is not cut."""
+        if self.init != "granular":
+            if self.granularity is not None:
+                raise ConversionError(f"granularity={self.granularity} belongs to init=granular, not {self.init}")
+            return 1
+        granularity = 2 if self.granularity is None else self.granularity
+        if granularity < 1:
+            raise ConversionError(f"granularity={granularity} must be at least 1: shards of the dense FFN")
+        for field, value in (("num_experts", num_experts), ("the dense intermediate_size", width)):
+            if value % granularity:
+                raise ConversionError(
+                    f"granularity={granularity} does not divide {field}={value}; choose one that does"
+                )
+        return granularity
+
+    def _ratio(self, width: int) -> float | None:
+        default = self.initialisation.default_ratio
+        if self.ratio is None or default is None:
+            if self.ratio is not None:
+                raise ConversionError(f"ratio={self.ratio} means nothing to init={self.init}; leave it out")
+            return default
+        highest = 1 if self.init != "noise" else float("inf")
+        if not 0 <= self.ratio <= highest or math.isinf(self.ratio):
+            raise ConversionError(f"ratio={self.ratio} must be between 0 and {highest}: {self.initialisation.ratio}")
+        if self.init == "split" and not 1 <= round(self.ratio * width) < width:
+            raise ConversionError(f"ratio={self.ratio} leaves one part of the {width} neurons empty; choose another")
+        return self.ratio
+
+    def mlp_layer_types(self, num_layers: int) -> list[str]:
+        """ "sparse" or "dense" for each layer.
+
+        Raises:
+            ConversionError: when `layers` names none, or one that does not exist.
+        """
+        if self.layers == "all":
+            chosen = set(range(num_layers))
+        elif self.layers == "every-second":  # not the first one, as in sparse upcycling (arXiv 2212.05055)
+            chosen = set(range(1, num_layers, 2))
+        elif self.layers == "last-half":
+            chosen = set(range(num_layers // 2, num_layers))
+        else:
+            try:
+                chosen = {int(number) for number in self.layers.split(",")}
+            except ValueError:
+                chosen = {-1}
+            if not chosen <= set(range(num_layers)):
+                raise ConversionError(
+                    f"layers={self.layers} must be {', '.join(NAMED_LAYERS)} or a list such as 1,3,5 of layers "
+                    f"0 to {num_layers - 1}"
+                )
+        if not chosen:
+            raise ConversionError(f"layers={self.layers} names no layer of the {num_layers}; choose all")
+        return ["sparse" if layer in chosen else "dense" for layer in range(num_layers)]

@@ -1,0 +1,137 @@
+"""The families of the package: found by their files, known to Transformers at once, loaded when they are asked for.
+
+A family is the file `<dense model_type>_ecmoe.py`. Its classes are called as the dense ones with EcMoe before them, its
+model_type is the dense one with `ecmoe_` before it. So Transformers' own table of names says what is in which file.
+
+Nothing is imported here that is slow: a command's --help is answered before torch and Transformers are loaded.
+"""
+
+import functools
+import importlib
+import pkgutil
+import sys
+from collections.abc import Mapping
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_SUFFIX = "_ecmoe"
+_CONFIG_MODULE = "transformers.models.auto.configuration_auto"
+
+
+@functools.cache
+def families() -> Mapping[str, str]:
+    """The dense model_type of each family that the installed Transformers has -> how our classes of it begin, such as
+    "EcMoeLlama"."""
+    dense_configs: dict[str, str] = importlib.import_module(_CONFIG_MODULE).CONFIG_MAPPING_NAMES
+    files = [file.name.removesuffix(_SUFFIX) for file in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    return {dense: "EcMoe" + dense_configs[dense].removesuffix("Config") for dense in files if dense in dense_configs}
+
+
+def class_endings() -> list[str]:
+    """How the classes of a family end that are found by their names."""
+    from .configuration_ecmoe import AUTO_CLASSES
+
+    return ["Config", "PreTrainedModel", *AUTO_CLASSES.values()]
+
+
+def config_class(dense_model_type: str) -> Any:
+    """The config class of a family, named by the dense model_type such as "qwen3"."""
+    return _class_of(dense_model_type, "Config")
+
+
+def model_class(model_type: str, auto_class: str = "AutoModelForCausalLM") -> Any:
+    """The model class of a family for an Auto class, the family named by its own model_type or the dense one."""
+    from .configuration_ecmoe import AUTO_CLASSES
+
+    return _class_of(model_type.removeprefix("ecmoe_"), AUTO_CLASSES[auto_class])
+
+
+def class_named(name: str) -> Any:
+    """The class of that name, such as EcMoeQwen3ForCausalLM; None where no family has one."""
+    if name.startswith("EcMoe"):
+        for dense, prefix in families().items():
+            if name.startswith(prefix) and name.removeprefix(prefix) in class_endings():
+                return _class_of(dense, name.removeprefix(prefix))
+    return None
+
+
+def _class_of(dense_model_type: str, ending: str) -> Any:
+    family = importlib.import_module(f".{dense_model_type}{_SUFFIX}", __package__)
+    return getattr(family, families()[dense_model_type] + ending)
+
+
+def register_all() -> None:
+    """Makes every family known to AutoConfig, which leads to its file, and that to its models: now if Transformers'
+    Auto classes are loaded, otherwise as soon as they are."""
+    module = sys.modules.get(_CONFIG_MODULE)
+    if module is not None and hasattr(module, "AutoConfig"):
+        _register(module)
+    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+class _Watch(MetaPathFinder):
+    """Waits for Transformers' Auto classes, and is gone once they are loaded."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _CONFIG_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+class _RegisteringLoader(Loader):
+    """Another loader, after whose work the families are registered."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register(module)
+
+
+def _register(module: ModuleType) -> None:
+    """Transformers has no public way to register a class that is not loaded yet. Where its mapping is built otherwise
+    than now, the classes are loaded at once and registered in the public way."""
+    registered = getattr(module.CONFIG_MAPPING, "_extra_content", None)
+    if type(registered) is dict:
+        module.CONFIG_MAPPING._extra_content = _LoadedWhenAskedFor(registered)
+    elif not isinstance(registered, _LoadedWhenAskedFor):
+        for dense in families():
+            module.AutoConfig.register(f"ecmoe_{dense}", config_class(dense), exist_ok=True)
+
+
+class _LoadedWhenAskedFor(dict[str, Any]):
+    """The config classes registered with AutoConfig; those of our families are loaded by the first that asks."""
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or _dense_of(model_type) is not None
+
+    def __missing__(self, model_type: str) -> Any:
+        dense = _dense_of(model_type)
+        if dense is None:
+            raise KeyError(model_type)
+        self[model_type] = config_class(dense)
+        return self[model_type]
+
+
+def _dense_of(model_type: object) -> str | None:
+    """The dense model_type of one of our families' own; None of any other."""
+    if not isinstance(model_type, str) or not model_type.startswith("ecmoe_"):
+        return None
+    dense = model_type.removeprefix("ecmoe_")
+    return dense if dense in families() else None
