@@ -60,7 +60,14 @@ test-oldest: $(OLDEST)/.dev
 pictures: $(VENV)/.runtime
 	$(BIN)/python -m examples.pictures "$(CHECKPOINT)" "$(TEXT)"
 
-lint: $(VENV)/.dev
+# What mypy sees: the layout of the installed packages (pyproject.toml, package-dir) as links.
+build/types: pyproject.toml
+	mkdir -p $@/ecmoe
+	ln -sfn $(CURDIR)/ecmoe/__init__.py $@/ecmoe/
+	for room in analysis conversion finetune model_cards recipes; do ln -sfn $(CURDIR)/$$room $@/ecmoe/; done
+	touch $@
+
+lint: $(VENV)/.dev build/types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

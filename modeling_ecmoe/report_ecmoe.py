@@ -55,7 +55,7 @@ def batches_of(
     Raises:
         ValueError: for texts without a tokenizer, batches with one, and what is neither.
     """
-    held = [batches] if isinstance(batches, str) else list(batches)
+    held: list[Any] = [batches] if isinstance(batches, str) else list(batches)
     texts = [item for item in held if isinstance(item, str)]
     if not texts and all(isinstance(item, Mapping) for item in held):
         if tokenizer is not None:

@@ -109,15 +109,18 @@ def test_an_import_loads_nothing_that_is_slow(package: str) -> None:
 )
 def test_the_family_is_registered_whatever_is_imported_first(before: str) -> None:
     """And only the family that is asked for is loaded; what another package registers stays beside it."""
-    script = (
-        f"{before}; import sys, torch; from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig; "
-        "from transformers import CONFIG_MAPPING as known; AutoConfig.register('stranger', type('S', (PreTrainedConfig,), "
-        "{'model_type': 'stranger'})); config = AutoConfig.for_model('ecmoe_qwen3', num_hidden_layers=1); "
-        "torch.set_default_device('meta'); model = AutoModelForCausalLM.from_config(config); "
-        "assert type(model).__name__ == 'EcMoeQwen3ForCausalLM'; "
-        "assert 'stranger' in known and 'ecmoe_llama' in known and 'ecmoe_none' not in known; "
-        "assert 'modeling_ecmoe.llama_ecmoe' not in sys.modules"
-    )
+    script = f"""
+{before}
+import sys, torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+AutoConfig.register("stranger", type("Stranger", (PreTrainedConfig,), {{"model_type": "stranger"}}))
+config = AutoConfig.for_model("ecmoe_qwen3", num_hidden_layers=1)
+torch.set_default_device("meta")
+assert type(AutoModelForCausalLM.from_config(config)).__name__ == "EcMoeQwen3ForCausalLM"
+assert "stranger" in CONFIG_MAPPING and "ecmoe_llama" in CONFIG_MAPPING and "ecmoe_none" not in CONFIG_MAPPING
+assert "modeling_ecmoe.llama_ecmoe" not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConversionError
 from .source import DTYPES, Header, Source
@@ -32,7 +32,7 @@ class ModelInMemory(Source):
         refuse_other(model)
         self.model: PreTrainedModel = model
         self.given_tokenizer = tokenizer
-        self.source = model.config.name_or_path or type(model).__name__
+        self.source = f"{Path(model.config.name_or_path).name or type(model).__name__}, in memory"
         self.place, self.config_place, self.commit = type(model).__name__, "model.config", None
         self.tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.headers = {
@@ -108,6 +108,9 @@ def refuse_other(model: Any) -> None:
         raise ConversionError(f"source={name} is no model of Transformers; give one that from_pretrained loads")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ConversionError(f"source={name} is quantised; load it without quantization_config")
+    language_model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    if language_model is not None and not isinstance(model, language_model):
+        raise ConversionError(f"source={name} is not the language model, {language_model.__name__}; give that one")
     on_meta = {parameter.is_meta for parameter in model.parameters()}
     if len(on_meta) > 1:
         raise ConversionError(f"source={name} has weights offloaded to disk or CPU; load it without device_map")

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 from ..checkpoints.memory import ModelInMemory
+from ..checkpoints.source import Source
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from .measure import estimated_thresholds, one_per_replica
@@ -66,17 +67,18 @@ def upcycle(
         ConversionError: for anything the user can put right.
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, "normal", mix_attention, seed)
-    sources = [ModelInMemory(one) for one in [model, *(mix_with or [])]]
-    plan = plan_conversion(sources, settings)
-    if not isinstance(model, plan.dense_class):
+    if isinstance(model, str):
         raise ConversionError(
-            f"source={type(model).__name__} is not the language model, {plan.dense_class.__name__}; give that one"
+            f"model={model} is a name, and this takes a model in memory; load it, or use ecmoe.convert"
         )
+    dense = ModelInMemory(model)
+    sources: list[Source] = [dense, *map(ModelInMemory, mix_with or [])]
+    plan = plan_conversion(sources, settings)
     for source in sources:
         source.check_tied(plan.tied)
     converted: Any = plan.model
     for planned in plan.tensors:
-        _set(converted, planned.name, _made(planned, sources[0]))
+        _set(converted, planned.name, _made(planned, dense))
     _share_the_rest(converted, model)
     converted.tie_weights()
     converted.config._attn_implementation = model.config._attn_implementation
@@ -86,7 +88,7 @@ def upcycle(
     if len(set(places.values())) > 1:
         converted = accelerate.dispatch_model(converted, places)
     converted.train(model.training)
-    if not sources[0].is_on_meta:
+    if not dense.is_on_meta:
         _set_thresholds(plan, converted, calibrate_on, tokenizer)
     return converted
 

@@ -34,14 +34,13 @@ _EXPERT_CHOICE_FIELDS = [field.name for field in dataclasses.fields(EcMoeConfigM
 
 @dataclass(frozen=True)
 class Plan:
-    """model: on the meta device, for names, shapes and code. dense_class: of the model that the source is of.
-    router_rows: measured ones by tensor name; the tensors not in it are drawn. Filled before anything is written."""
+    """model: on the meta device, for names, shapes and code. router_rows: measured ones by tensor name; the tensors
+    not in it are drawn. Filled before anything is written."""
 
     settings: Settings
     config: PreTrainedConfig
     dtype: torch.dtype
     model: PreTrainedModel
-    dense_class: type[PreTrainedModel]
     sources: list[Source]
     tensors: list[PlannedTensor]
     router_rows: dict[str, Tensor]
@@ -77,7 +76,7 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
         raise ConversionError(
             f"{sources[0].config_place} describes no model that can be built: {last_line(error)}"
         ) from error
-    plan = Plan(settings, config, sources[0].dtype, model, type(dense), sources, [], {})
+    plan = Plan(settings, config, sources[0].dtype, model, sources, [], {})
     maker = _Maker(plan, {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()})
     plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
     for source in sources:
