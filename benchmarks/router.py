@@ -69,8 +69,8 @@ def parts(sizes: Sizes, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[
 def choose(block: EcMoeBlock, hidden_states: Tensor) -> Tensor:
     """hidden_states [1, T, D] -> combine weights [E * C]: what the block does before it dispatches."""
     _, scores_TE, _ = block.gate(hidden_states[0], jitter=True)
-    choice = block._choose(scores_TE[None], None, learning=True)
-    block._record(choice.threshold, len(scores_TE))
+    choice = block.choose_in_pools(scores_TE[None], None, learning=True)
+    block.record(choice.threshold, len(scores_TE))
     weight_R = choice.scores.masked_fill(~choice.is_chosen, 0).flatten()
     return combine_weights(weight_R, choice.token_index.flatten(), len(scores_TE), normalize=False)[0]
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from .registry_ecmoe import class_endings, class_named, config_class, families, model_class, register_all
 
 if TYPE_CHECKING:
-    from .block_ecmoe import use_inference_routing
     from .calibration_ecmoe import calibrate_thresholds
+    from .context_ecmoe import use_inference_routing
     from .report_ecmoe import RoutingRecord, record_routing, routing_report, sparse_blocks, training_routes
 
 register_all()
 
 _FILES = {
-    "block_ecmoe": ["use_inference_routing"],
+    "context_ecmoe": ["use_inference_routing"],
     "calibration_ecmoe": ["calibrate_thresholds"],
     "report_ecmoe": ["RoutingRecord", "record_routing", "routing_report", "sparse_blocks", "training_routes"],
 }

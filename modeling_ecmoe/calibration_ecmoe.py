@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block_ecmoe import EcMoeBlock, num_ranks, use_inference_routing
+from .block_ecmoe import EcMoeBlock
 from .bounded_ecmoe import balanced_thresholds
+from .context_ecmoe import use_inference_routing
+from .global_pool_ecmoe import num_ranks
 from .report_ecmoe import batches_of, run_batches, sparse_blocks
 from .routing_ecmoe import choose_tokens, expert_capacity
 

@@ -14,7 +14,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from .block_ecmoe import EcMoeBlock, announce_tokens, use_inference_routing
+from .block_ecmoe import EcMoeBlock
+from .context_ecmoe import announce_tokens, use_inference_routing
 from .experts_ecmoe import EcMoeRaggedExperts
 from .notices_ecmoe import warn_frozen_experts, warn_unquantized
 from .router_ecmoe import EcMoeRouter

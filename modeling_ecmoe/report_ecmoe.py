@@ -217,7 +217,7 @@ def _count_routes(block: EcMoeBlock, logits_TE: Tensor, scores_TE: Tensor, thres
     if config.routing == "token_choice":
         dropped = training_routes(block, scores_TE)[1]
     else:
-        wanted_E = block._choose(scores_TE[None], None, learning=False).threshold
+        wanted_E = block.choose_in_pools(scores_TE[None], None, learning=False).threshold
     return LayerCounts(
         tokens=num_tokens,
         chosen=routes_TE.sum(0).cpu(),
@@ -247,7 +247,7 @@ def training_routes(block: EcMoeBlock, scores_TE: Tensor) -> tuple[Tensor, int]:
         expert_TK, is_kept_TK = choose_experts(scores_TE, int(config.capacity_factor), factor, None)
         routes_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, expert_TK, is_kept_TK)
         return routes_TE, int((~is_kept_TK).sum())
-    choice = block._choose(scores_TE[None], None, learning=True)
+    choice = block.choose_in_pools(scores_TE[None], None, learning=True)
     count_TE = torch.zeros_like(scores_TE, dtype=torch.long)  # added up: an unused slot repeats the best token
     routes_TE = count_TE.scatter_add(0, choice.token_index.T, choice.is_chosen.T.long()) > 0
     if config.routing == "threshold" and gate.threshold_updates >= max(config.threshold_after_steps, 1):

@@ -108,7 +108,7 @@ def refuse_other(model: Any) -> None:
         raise ConversionError(f"source={name} is no model of Transformers; give one that from_pretrained loads")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ConversionError(f"source={name} is quantised; load it without quantization_config")
-    language_model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    language_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     if language_model is not None and not isinstance(model, language_model):
         raise ConversionError(f"source={name} is not the language model, {language_model.__name__}; give that one")
     on_meta = {parameter.is_meta for parameter in model.parameters()}

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import AutoModelForCausalLM
 
-from modeling_ecmoe.block_ecmoe import use_inference_routing
+from modeling_ecmoe import use_inference_routing
 
 from ..checkpoints.digests import Digests, fingerprints
 from ..checkpoints.folder import Checkpoint

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling_ecmoe.block_ecmoe import EcMoeBlock, use_inference_routing
+from modeling_ecmoe import use_inference_routing
+from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
 from .plain import Form
 

@@ -85,7 +85,7 @@ def test_checkpoints_are_whole_models(place: Path, recipe_of: Callable) -> None:
     for folder in folders:
         assert {path.name for path in folder.iterdir()} >= CODE | {"model.safetensors", "tokenizer.json"}
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert auto_map["AutoModelForCausalLM"] == "modeling_ecmoe.EcMoeLlamaForCausalLM"
+        assert auto_map["AutoModelForCausalLM"] == "llama_ecmoe.EcMoeLlamaForCausalLM"
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert model.model.layers[0].mlp.gate.threshold_updates == 10  # calibrated

@@ -9,7 +9,8 @@ from blocks import BATCH, LENGTH, assert_matches_oracle, build_block, random_hid
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from modeling_ecmoe.block_ecmoe import EcMoeBlock, use_inference_routing
+from modeling_ecmoe import use_inference_routing
+from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
 MakeBlock = Callable[..., EcMoeBlock]
 
@@ -195,7 +196,7 @@ def test_oracle_tells_a_wrong_block(make_block: MakeBlock, wrong: str, monkeypat
         choose = oracle.expert_choice
         monkeypatch.setattr(oracle, "expert_choice", lambda *args: choose(*args[:3]))
     elif wrong == "weights":
-        monkeypatch.setattr("modeling_ecmoe.block_ecmoe._combine", unweighted)
+        monkeypatch.setattr("modeling_ecmoe.block_ecmoe.combine", unweighted)
     else:
         block.experts.act_fn = nn.GELU()
     with pytest.raises(AssertionError):

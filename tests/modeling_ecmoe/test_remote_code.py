@@ -17,6 +17,10 @@ from safetensors.torch import load_file, save_file
 SCRIPT = Path(__file__).with_name("remote_process.py")
 SHARED_FILES = {
     "auto_ecmoe.py",
+    "context_ecmoe.py",
+    "global_pool_ecmoe.py",
+    "pairs_ecmoe.py",
+    "serving_ecmoe.py",
     "configuration_ecmoe.py",
     "routing_ecmoe.py",
     "bounded_ecmoe.py",

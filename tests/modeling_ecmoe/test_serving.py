@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from modeling_ecmoe import sparse_blocks
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
+from modeling_ecmoe.serving_ecmoe import wants_slots
 
 REQUESTS = {"a": [5, 9, 17, 40, 23, 8, 99], "b": [61], "c": [12, 33, 7, 7, 120, 64, 3, 31, 90, 11, 54]}
 KINDS = {
@@ -83,7 +84,7 @@ def test_served_text_is_that_of_generate(kind: str, make_saved: Callable) -> Non
 def test_rows_of_routes_would_be_refused(make_saved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's kernel cannot take one row per route, so the test above can fail."""
     _, folder = make_saved("Llama")
-    monkeypatch.setattr(EcMoeBlock, "_wants_slots", lambda self: False)
+    monkeypatch.setattr("modeling_ecmoe.block_ecmoe.wants_slots", lambda *_: False)
     with pytest.raises(AssertionError):
         Server(folder).step(REQUESTS)
 
@@ -95,7 +96,7 @@ def test_adapters_do_not_change_the_way(make_model: Callable) -> None:
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=names, lora_dropout=0.0)
     model = peft.get_peft_model(make_model("Llama"), config)
     blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
-    assert len(blocks) == 2 and not any(block._wants_slots() for block in blocks)
+    assert len(blocks) == 2 and not any(wants_slots(block.experts, None) for block in blocks)
 
 
 def test_the_folder_says_what_servers_read(family: str, make_saved: Callable) -> None:

@@ -1,0 +1,87 @@
+"""Who meets whom, as lists: (token, expert) pairs, or a fixed number of slots for every token.
+
+Shapes: T tokens, E experts, C slots per expert, R pairs, K slots of one token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .routing_ecmoe import ExpertChoice, combine_weights
+
+
+class Pairs(NamedTuple):
+    """R (token, expert) pairs.
+
+    token, expert: [R] long. weight: [R], the combine weights in the router's precision, 0 in an unused slot.
+    weight_sum: [T], of each token. rows_per_expert: C where each expert has so many in turn, in the order of the
+        experts; None where their numbers differ.
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+    weight_sum: Tensor
+    rows_per_expert: int | None = None
+
+
+class Slots(NamedTuple):
+    """K experts for every token, an unused slot weighted 0.
+
+    expert, weight: [T, K]. weight_sum: [T].
+    """
+
+    expert: Tensor
+    weight: Tensor
+    weight_sum: Tensor
+
+
+def pairs_of_choice(choice: ExpertChoice, num_tokens: int, normalize: bool) -> Pairs:
+    """The same number of pairs for every expert, in the order of the experts: static shapes, nothing to exchange."""
+    num_experts, rows_per_expert = choice.token_index.shape
+    token_R = choice.token_index.flatten()
+    weight_R = choice.scores.masked_fill(~choice.is_chosen, 0).flatten()
+    weight_R, sum_T = combine_weights(weight_R, token_R, num_tokens, normalize)
+    expert_R = torch.arange(num_experts, device=token_R.device).repeat_interleave(rows_per_expert)
+    return Pairs(token_R, expert_R, weight_R, sum_T, rows_per_expert)
+
+
+def pairs_of_routes(routes_TE: Tensor, scores_TE: Tensor, normalize: bool) -> Pairs:
+    """One pair per route [T, E]: as much work as there are routes, and their number is read by the host."""
+    token_R, expert_R = routes_TE.nonzero(as_tuple=True)
+    if len(token_R) == 0:  # one pair of weight 0: back-ends want a row, and every parameter its gradient
+        token_R = expert_R = torch.zeros(1, dtype=torch.long, device=scores_TE.device)
+    weight_R = (scores_TE * routes_TE)[token_R, expert_R]
+    weight_R, sum_T = combine_weights(weight_R, token_R, len(scores_TE), normalize)
+    return Pairs(token_R, expert_R, weight_R, sum_T)
+
+
+def slots_of_routes(
+    routes_TE: Tensor, scores_TE: Tensor, threshold_E: Tensor, num_slots: int, normalize: bool
+) -> Slots:
+    """The routes [T, E] of every token in as many slots, those furthest above the threshold first: static shapes."""
+    margin_TE = (scores_TE - threshold_E).masked_fill(~routes_TE, -torch.inf)
+    expert_TK = margin_TE.topk(num_slots, dim=-1).indices
+    weight_TK = (scores_TE * routes_TE).gather(-1, expert_TK)
+    # An unused slot repeats the best expert of its token, so that no other weights are read for it.
+    expert_TK = torch.where(routes_TE.gather(-1, expert_TK), expert_TK, expert_TK[:, :1])
+    return weighted_slots(expert_TK, weight_TK, normalize)
+
+
+def weighted_slots(expert_TK: Tensor, weight_TK: Tensor, normalize: bool) -> Slots:
+    """Slots with these experts, their weights divided by the token's sum where they are normalised."""
+    sum_T = weight_TK.sum(-1)
+    if normalize:
+        weight_TK = weight_TK / torch.where(sum_T > 0, sum_T, 1)[:, None]
+        sum_T = (sum_T > 0).to(weight_TK.dtype)
+    return Slots(expert_TK, weight_TK, sum_T)
+
+
+def combine(rows_RD: Tensor, weight_R: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
+    """Adds the weighted rows up at their tokens: [T, D] in the weights' precision, float32 or float64.
+
+    Low precision would round each weighted row by itself, and copies of one FFN would no longer add up to it.
+    """
+    output_TD = weight_R.new_zeros(num_tokens, rows_RD.shape[-1])
+    return output_TD.index_add(0, token_R, rows_RD * weight_R[:, None])

@@ -1,0 +1,83 @@
+"""What `pip install` brings: two names at the top level, everything the commands read, nothing of anybody else's."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ["ecmoe", "modeling_ecmoe", "conversion", "finetune", "analysis", "model_cards", "recipes"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: setuptools works in the folder that it is given."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ROOMS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as a folder of its own, as it would lie in site-packages."""
+    site = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def run(site: Path, work: Path, *command: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=work, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_two_top_level_names(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (record,) = [name for name in archive.namelist() if name.endswith(".dist-info/RECORD")]
+        rows = archive.read(record).decode().splitlines()
+    names = {row.partition("/")[0] for row in rows}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"ecmoe", "modeling_ecmoe"}
+
+
+def test_every_file_of_the_rooms_is_there(installed: Path) -> None:
+    for room in ROOMS:
+        place = installed / room if room.endswith("ecmoe") else installed / "ecmoe" / room
+        held = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+        if room == "ecmoe":
+            held = {name for name in held if "/" not in name}
+        own = {str(path.relative_to(ROOT / room)) for path in (ROOT / room).rglob("*") if path.is_file()}
+        own = {name for name in own if "__pycache__" not in name and name != "stories260K.md"}  # a rendered card
+        assert held == own, room
+
+
+def test_a_user_s_own_names_shadow_nothing(installed: Path, tmp_path: Path) -> None:
+    """And llama.cpp's converter, whose package is called `conversion` too, stays what it is."""
+    for name in ("conversion", "finetune", "analysis", "model_cards", "recipes"):
+        (tmp_path / f"{name}.py").write_text(f"WHOSE = 'the user'\nprint('{name} of the user')\n")
+    for room in ("conversion", "finetune", "analysis"):
+        printed = run(installed, tmp_path, "-m", f"ecmoe.{room}", "--help")
+        assert printed.startswith("usage: ecmoe-") and "of the user" not in printed
+    script = (
+        "import ecmoe, ecmoe.finetune.recipe as r, conversion as c; print(ecmoe.__file__, c.WHOSE, *r.shipped('.yaml'))"
+    )
+    where, whose = run(installed, tmp_path, "-c", script).splitlines()[-1].split(" the user ")
+    assert where.rpartition("\n")[2] == str(installed / "ecmoe" / "__init__.py") and "full" in whose.split()
+
+
+def test_remote_code_is_no_part_of_the_front_door(installed: Path) -> None:
+    for path in (installed / "modeling_ecmoe").glob("*_ecmoe.py"):
+        assert "import ecmoe" not in path.read_text() and "from ecmoe" not in path.read_text(), path.name
