@@ -90,7 +90,7 @@ def _distributed_config(recipe: Recipe) -> DistributedConfig:
 
 def _read_template(name: str) -> str:
     place, known = Path(name).expanduser(), shipped(".jinja")
-    if not place.exists() and name in known:
+    if not place.is_file() and name in known:
         place = known[name]
     try:
         return place.read_text(encoding="utf-8")

@@ -183,7 +183,7 @@ def recipe_of(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **c
 def _read(path: str | Path) -> dict[str, Any]:
     """The flat fields of a YAML file, or of the one that is shipped under that name."""
     place, known = Path(path).expanduser(), shipped(".yaml")
-    if not place.exists() and str(path) in known:
+    if not place.is_file() and str(path) in known:
         place = known[str(path)]
     try:
         content = yaml.safe_load(place.read_text(encoding="utf-8"))
@@ -229,7 +229,7 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             )
         else:
             nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING | _ROUTING, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see finetune/recipe.py and TrainingArguments"
+            hint = f"did you mean {nearest[0]}?" if nearest else "see ecmoe.finetune.Recipe and TrainingArguments"
             raise RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
     missing = [name for name in ("model", "output_dir", "dataset") if own.get(name) is None]
     if missing:

@@ -10,7 +10,7 @@ from .block_ecmoe import EcMoeBlock
 from .bounded_ecmoe import balanced_thresholds
 from .context_ecmoe import use_inference_routing
 from .global_pool_ecmoe import num_ranks
-from .report_ecmoe import batches_of, run_batches, sparse_blocks
+from .report_ecmoe import as_batches, run_batches, sparse_blocks
 from .routing_ecmoe import choose_tokens, expert_capacity
 
 # A float32 score in [0, 1] has a bit pattern below 2^30, and patterns are ordered as the scores are. Two halves of
@@ -41,7 +41,7 @@ def calibrate_thresholds(
         ValueError: when there is no batch or padding alone, texts have no tokenizer, a score is no number, the model
             has no expert-choice layer, or its buffers are offloaded.
     """
-    batches = batches_of(model, batches, tokenizer)
+    batches = as_batches(model, batches, tokenizer)
     blocks = sparse_blocks(model)
     if not batches:
         raise ValueError("calibrate_thresholds needs at least one batch of tokens")

@@ -42,7 +42,7 @@ WINDOW = 512  # tokens of a row made of a text; shorter where the model's contex
 POOL = 4_096  # tokens of a batch of such rows, among which experts choose
 
 
-def batches_of(
+def as_batches(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | Iterable[str], tokenizer: Any = None
 ) -> list[Mapping[str, Tensor]]:
     """Batches as they are; texts as batches of rows of `WINDOW` tokens at most, padded on the right.
@@ -266,7 +266,7 @@ def routing_report(
             texts.
         tokenizer: of the texts.
     """
-    batches = batches_of(model, batches, tokenizer)
+    batches = as_batches(model, batches, tokenizer)
     with record_routing(model) as record, torch.no_grad():
         run_batches(model, batches, "Recording routes")
     return record.report()

@@ -9,6 +9,7 @@ import torch
 from checkpoints import write_dense, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ecmoe
 from ecmoe.analysis import AnalysisError, evaluate
 from ecmoe.analysis.cli import main
 from ecmoe.analysis.text import _PIECE, batches, read_documents, windows
@@ -188,3 +189,30 @@ def test_json_is_for_machines(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out)["model_type"] == "ecmoe_llama"
     main(["evaluate", str(place / "ecmoe"), "--data", str(place / "text.txt"), "--max-tokens", "1000"])
     assert "causal loss" in capsys.readouterr().out
+
+
+def test_a_model_in_memory_is_evaluated_as_its_folder(place: Path, tmp_path: Path) -> None:
+    """And left in the mode that it was in; what belongs to a folder alone is refused."""
+    text = str(place / "text.txt")
+    model = AutoModelForCausalLM.from_pretrained(place / "ecmoe").train()
+    tokenizer = AutoTokenizer.from_pretrained(place / "ecmoe")
+    found = ecmoe.evaluate(model, data=text, max_tokens=2000, tokenizer=tokenizer)
+    expected = ecmoe.evaluate(str(place / "ecmoe"), data=text, max_tokens=2000)
+    assert model.training and found["checkpoint"] == expected["checkpoint"]
+    for name in ("loss", "loss_top_k", "tokens", "routes"):
+        assert found[name] == expected[name]
+    page = ecmoe.report(model, str(tmp_path / "page.html"), text="a b c", tokenizer=tokenizer)
+    assert page["checkpoint"] == "ecmoe" and model.training and (tmp_path / "page.html").is_file()
+    for options, message in (
+        ({}, "tokenizer=None: a model in memory has none"),
+        ({"tokenizer": tokenizer, "device": "cpu"}, "device=cpu is of a checkpoint"),
+    ):
+        with pytest.raises(AnalysisError, match=message):
+            ecmoe.evaluate(model, data=text, **options)
+    with pytest.raises(AnalysisError, match="checkpoint=7 is neither"):
+        ecmoe.evaluate(7, data=text)
+    with pytest.raises(AnalysisError, match="tokenizer is of a model in memory"):
+        ecmoe.evaluate(str(place / "ecmoe"), data=text, tokenizer=tokenizer)
+    dense = AutoModelForCausalLM.from_pretrained(place / "dense")
+    with pytest.raises(AnalysisError, match="is a llama model without experts"):
+        ecmoe.report(dense, str(tmp_path / "none.html"), text="a", tokenizer=tokenizer)

@@ -10,8 +10,9 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 
 import modeling_ecmoe
-from ecmoe.finetune import load_recipe
-from ecmoe.finetune.recipe import training_arguments
+from ecmoe.finetune import RecipeError, load_recipe
+from ecmoe.finetune.loading import _read_template
+from ecmoe.finetune.recipe import recipe_of, shipped, training_arguments
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,13 +33,13 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_command_of_a_recipe_is_one(path: Path, tmp_path: Path) -> None:
-    """It names the file itself, and its overrides and the recipe together are complete."""
+    """It names the recipe itself, and its overrides and the recipe together are complete."""
     words = command_of(path)
-    named = str(path.relative_to(ROOT))
+    named = path.stem
     assert words[0] == "ecmoe-finetune" or words[: words.index(named)][-2:] == ["-m", "ecmoe.finetune"]
     overrides = words[words.index(named) + 1 :]
     assert {"model", "output_dir"} <= {override.partition("=")[0] for override in overrides}
-    recipe = load_recipe(path, [*overrides, f"output_dir={tmp_path}", "use_cpu=true"])
+    recipe = load_recipe(named, [*overrides, f"output_dir={tmp_path}", "use_cpu=true"])
     assert recipe.model == "qwen3-8x"
     arguments = training_arguments(recipe)
     assert arguments.logging_steps == 10 and arguments.learning_rate == recipe.training["learning_rate"] < 1e-3
@@ -55,7 +56,7 @@ def test_accelerate_takes_the_configs(path: Path) -> None:
     options = launch_command_parser().parse_args(words[2:])
     assert options.config_file == str(path.relative_to(ROOT))
     assert options.training_script == "ecmoe.finetune" and options.module
-    assert (ROOT / options.training_script_args[0]).is_file()
+    assert options.training_script_args[0] in shipped(".yaml")
     config = load_config_from_file(str(path))
     assert config.num_processes == 8 and config.distributed_type.value == (
         "FSDP" if "fsdp" in path.stem else "DEEPSPEED"
@@ -77,3 +78,34 @@ def test_the_leaf_of_zero_3_is_our_block() -> None:
     )
     model = modeling_ecmoe.EcMoeLlamaForCausalLM(config)
     assert any(type(module).__name__ == name for module in model.modules())
+
+
+def test_what_stands_for_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name, a file, a mapping, keywords, and a recipe with other fields are all the same recipe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()  # a run's folder shadows no recipe
+    own = {"model": "m", "output_dir": "o", "dataset": "d"}
+    expected = load_recipe("full", ["model=m", "output_dir=o", "dataset=d", "max_steps=7", "routing=threshold"])
+    flat = yaml.safe_load((ROOT / "recipes" / "full.yaml").read_text())
+    changes = {"max_steps": 7, "routing": "threshold"}
+    assert recipe_of("full", **own, **changes) == expected
+    assert recipe_of(ROOT / "recipes" / "full.yaml", **own, **changes) == expected
+    assert recipe_of(flat | own, **changes) == expected
+    assert recipe_of(**flat | own | changes) == expected
+    assert recipe_of(recipe_of("full", **own), **changes) == expected
+    assert recipe_of(expected) is expected
+    for wrong, message in (
+        (7, "recipe=7 must be a Recipe, a mapping"),
+        ("fulll", "recipe=fulll does not exist; give a"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            recipe_of(wrong, **own)
+    with pytest.raises(RecipeError, match="model is missing"):
+        recipe_of("full")
+    with pytest.raises(RecipeError, match="max_stepz=7 is no field of a recipe; did you mean max_steps"):
+        recipe_of("full", **own, max_stepz=7)
+
+
+def test_the_shipped_template_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _read_template("chatml") == (ROOT / "recipes" / "chatml.jinja").read_text(encoding="utf-8")

@@ -45,7 +45,7 @@ def outputs_of(
 
 
 def main() -> None:
-    for package in ("modeling_ecmoe", "conversion", "finetune", "analysis"):
+    for package in ("modeling_ecmoe", "ecmoe"):
         sys.modules[package] = None  # an import of it raises
     tokens, output, again, *folders = map(Path, sys.argv[1:])
     torch.set_num_threads(1)

@@ -8,14 +8,16 @@ import oracle
 import pytest
 import torch
 from checkpointing import recompute_layers
+from checkpoints import tiny_tokenizer
 from families import PARALLEL
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_accelerate_available
 
-from modeling_ecmoe import calibrate_thresholds, record_routing, use_inference_routing
+from modeling_ecmoe import calibrate_thresholds, record_routing, routing_report, use_inference_routing
 from modeling_ecmoe.block_ecmoe import EcMoeRouter
 from modeling_ecmoe.calibration_ecmoe import sparse_blocks
+from modeling_ecmoe.report_ecmoe import as_batches
 
 
 def gates(model: PreTrainedModel) -> dict[str, EcMoeRouter]:
@@ -421,3 +423,30 @@ def test_a_model_offloaded_to_disk(
     calibrate_thresholds(model, [{"input_ids": ids}])
     for name, gate in gates(offloaded).items():
         torch.testing.assert_close(gate.threshold, gates(model)[name].threshold, atol=1e-6, rtol=1e-6)
+
+
+def test_texts_are_as_batches_their_tokens(make_model: Callable) -> None:
+    """Rows of the context's length at most, padded on the right, in pools of some four thousand tokens."""
+    tokenizer = tiny_tokenizer()
+    texts = ["A short one.", "A much longer text. " * 400, "The end."]
+    model = make_model("Llama", vocab_size=300)
+    by_text = copy.deepcopy(model)
+    batches = as_batches(model, texts, tokenizer)
+    ids = [batch["input_ids"][batch["attention_mask"].bool()] for batch in batches]
+    assert torch.cat(ids).tolist() == [token for row in tokenizer(texts)["input_ids"] for token in row]
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 128 and len(batches) == 2  # max_position_embeddings
+    calibrate_thresholds(model, batches)
+    calibrate_thresholds(by_text, texts, tokenizer)
+    for one, two in zip(sparse_blocks(model).values(), sparse_blocks(by_text).values(), strict=True):
+        assert torch.equal(one.gate.threshold, two.gate.threshold) and one.gate.threshold.any()
+    assert routing_report(model, texts, tokenizer) == routing_report(by_text, batches)
+    assert len(as_batches(model, "a lone text", tokenizer)) == 1
+    for wrong, message in (
+        ((texts,), "tokenizer=None: texts are given"),
+        ((batches, tokenizer), "tokenizer is for texts"),
+        (([*texts, *batches], tokenizer), "must all be texts, or all mappings"),
+        (([ids],), "must all be texts, or all mappings"),
+        ((["", ""], tokenizer), "at least one batch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate_thresholds(model, *wrong)
