@@ -112,7 +112,7 @@ def write_texts(output: Path) -> tuple[Path, Path]:
     """
     documents = [topics[name].strip() for name in sorted(topics)]
     random.Random(0).shuffle(documents)
-    pretrain, finetune = output / "pretrain.txt", output / "ecmoe.finetune.txt"
+    pretrain, finetune = output / "pretrain.txt", output / "finetune.txt"
     pretrain.write_text(SEPARATOR.join(documents[::2] + library_docstrings()), encoding="utf-8")
     finetune.write_text(SEPARATOR.join(documents[1::2]), encoding="utf-8")
     return pretrain, finetune
