@@ -18,7 +18,7 @@ from modeling_ecmoe import RoutingRecord, record_routing, use_inference_routing
 from .errors import AnalysisError
 from .limits import EVALUATED_TOKENS
 from .loading import is_of_family, name_of, opened, padding_id
-from .text import batches, pad, read_documents, windows
+from .text import HALF_A_PAIR, batches, is_unicode, pad, read_documents, windows
 
 WINDOW = 512  # tokens; shorter where the model's context is
 POOL = 4_096  # tokens of a batch, among which experts choose for the top-k loss
@@ -154,12 +154,14 @@ def _pair_files(names: list[str]) -> list[Path]:
 
 def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 row = json.loads(line)
                 pair = (row.get("sentence_good"), row.get("sentence_bad")) if isinstance(row, dict) else (None, None)
                 if not all(isinstance(sentence, str) and sentence for sentence in pair):
                     raise AnalysisError(f"pairs={path}, line {number}: sentence_good and sentence_bad must be text")
+                if not all(map(is_unicode, pair)):
+                    raise AnalysisError(f"pairs={path}, line {number}: {HALF_A_PAIR}")
                 yield pair  # type: ignore[misc]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise AnalysisError(f"pairs={path} cannot be read ({error})") from error

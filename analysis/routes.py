@@ -82,7 +82,7 @@ def read_text(text: str | None, text_file: str | None) -> str:
                 content = file.read(_MOST_BYTES + 1)
             if len(content) > _MOST_BYTES:
                 raise AnalysisError(f"{source} has more than {_MOST_BYTES >> 20} MiB; give a part of it")
-            text = content.decode("utf-8")
+            text = content.decode("utf-8-sig")
         except OSError as error:
             raise AnalysisError(f"{source} cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:

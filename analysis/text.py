@@ -20,6 +20,14 @@ SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _PIECE = 1 << 20  # characters read at once; a longer document is handed out in pieces of this size
 
 
+HALF_A_PAIR = "half a surrogate pair (\\ud800 to \\udfff) is no text; mend the row, or leave it out"
+
+
+def is_unicode(text: str) -> bool:
+    """False with half of a surrogate pair, which JSON and a shell's arguments can hold and no tokenizer reads."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def read_documents(data: str, text_column: str = "text") -> Iterator[str]:
     """The documents of a file, or of every text file below a folder, in the order of their names.
 
@@ -59,7 +67,7 @@ def _documents_of(path: Path, text_column: str) -> Iterator[str]:
 
 def _plain(path: Path) -> Iterator[str]:
     rest = ""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         while piece := file.read(_PIECE):
             if "\0" in piece:
                 raise AnalysisError(f"data={path} holds NUL bytes: it is no text; leave it out")
@@ -75,13 +83,15 @@ def _plain(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path, text_column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
                 raise AnalysisError(f"data={path}, line {number}: no text in the field text_column={text_column}")
+            if not is_unicode(row[text_column]):
+                raise AnalysisError(f"data={path}, line {number}: {HALF_A_PAIR}")
             if row[text_column].strip():
                 yield row[text_column]
 

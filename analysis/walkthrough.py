@@ -101,7 +101,7 @@ def read_matrices(path: Path) -> dict[str, Any]:
         AnalysisError: when it is not that.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise AnalysisError(f"matrices={path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):

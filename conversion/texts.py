@@ -40,7 +40,7 @@ def read_documents(path: Path | None) -> list[str]:
 
         return [topics[name] for name in sorted(topics)]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"text={path} cannot be read as UTF-8 text ({error})") from error
     documents = [part.strip() for part in text.split(DOCUMENT_SEPARATOR)]

@@ -93,6 +93,6 @@ def _read_template(name: str) -> str:
     if not place.is_file() and name in known:
         place = known[name]
     try:
-        return place.read_text(encoding="utf-8")
+        return place.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"chat_template={name} cannot be read ({error})") from error

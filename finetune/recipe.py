@@ -186,7 +186,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not place.is_file() and str(path) in known:
         place = known[str(path)]
     try:
-        content = yaml.safe_load(place.read_text(encoding="utf-8"))
+        content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise RecipeError(
             f"recipe={path} does not exist; give a YAML file, or one of those that are shipped: {', '.join(known)}"

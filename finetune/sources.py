@@ -69,8 +69,12 @@ def _entry(entry: Any, recipe: Recipe) -> tuple[Rows, str, float]:
     weight = entry.get("weight", 1)
     if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < math.inf:
         raise RecipeError(f"weight={weight} of dataset={entry['dataset']} must be a number above 0")
-    rows = _read(entry, recipe)
-    rows, kind = _as_kind(rows, recipe, entry["dataset"])
+    try:
+        rows, kind = _as_kind(_read(entry, recipe), recipe, entry["dataset"])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"dataset={entry['dataset']} cannot be read: {_reason(error)}") from error
     return rows, kind, float(weight)
 
 
@@ -81,28 +85,29 @@ def _read(entry: dict[str, Any], recipe: Recipe) -> Rows:
         raise RecipeError(f"dataset={name} does not exist")
     if path.is_file() and path.stat().st_size == 0:
         raise RecipeError(f"dataset={name} is empty")
-    try:
-        if path.suffix == ".txt":
-            parts = (part.strip() for part in path.read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR))
-            texts = [part for part in parts if part]
-            if not texts:
-                raise RecipeError(f"dataset={name} is empty")
-            documents = Dataset.from_dict({recipe.text_column or "text": texts})
-            return documents.to_iterable_dataset() if recipe.streaming else documents
-        if path.suffix in (".json", ".jsonl", ".parquet"):
-            if not path.is_file():
-                raise FileNotFoundError("no such file")
-            kind = "parquet" if path.suffix == ".parquet" else "json"
-            return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=recipe.streaming)
-        if path.exists():
-            raise RecipeError(f"dataset={name} must be a .txt, .jsonl or .parquet file or a Hub dataset id")
-        config = entry.get("dataset_config", recipe.dataset_config)
-        split = entry.get("dataset_split", recipe.dataset_split)
-        return datasets.load_dataset(name, config, split=split, streaming=recipe.streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"dataset={name} cannot be read: {' '.join(str(error).split())}") from error
+    if path.suffix == ".txt":
+        parts = (part.strip() for part in path.read_text(encoding="utf-8-sig").split(DOCUMENT_SEPARATOR))
+        texts = [part for part in parts if part]
+        if not texts:
+            raise RecipeError(f"dataset={name} is empty")
+        documents = Dataset.from_dict({recipe.text_column or "text": texts})
+        return documents.to_iterable_dataset() if recipe.streaming else documents
+    if path.suffix in (".json", ".jsonl", ".parquet"):
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=recipe.streaming)
+    if path.exists():
+        raise RecipeError(f"dataset={name} must be a .txt, .jsonl or .parquet file or a Hub dataset id")
+    config = entry.get("dataset_config", recipe.dataset_config)
+    split = entry.get("dataset_split", recipe.dataset_split)
+    return datasets.load_dataset(name, config, split=split, streaming=recipe.streaming)
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; `datasets` says "an error occurred" and keeps what it was as the cause."""
+    generic = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None
+    return " ".join(str(error.__cause__ if generic else error).split())
 
 
 def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:

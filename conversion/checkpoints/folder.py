@@ -22,7 +22,8 @@ INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 ADAPTER_NAME = "adapter_config.json"  # of PEFT
 # What travels along with the weights: tokenizer, chat template, generation defaults, licence.
-COMPANIONS = ["*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "additional_chat_templates/*"]
+COMPANIONS = ["*token*.json", "*tekken*.json", "*vocab*", "merges.txt", "*.model", "*.model.*", "*.tiktoken", "*.jinja"]
+COMPANIONS += ["additional_chat_templates/*"]
 COMPANIONS += ["generation_config.json", "LICENSE*", "NOTICE*"]
 
 

@@ -74,7 +74,7 @@ def last_line(error: BaseException) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, with a clear refusal of anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path} is not valid JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(content, dict):

@@ -18,6 +18,7 @@ from ..checkpoints.digests import Digests, fingerprints
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.hub import check_hub
 from ..checkpoints.provenance import RECORD_NAME, VERSIONS
+from ..checkpoints.tokenizer import keep_tokenizer
 from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
 from ..checkpoints.writer import parse_size, write_shards, write_whole
 from ..errors import ConversionError
@@ -127,6 +128,7 @@ def _fill(
             plan.measured.update(measured)
     write_shards(folder, plan.tensors, plan.source_config.num_hidden_layers, shard_size)
     plan.source.copy_companions(folder)
+    keep_tokenizer(plan.source, folder, plan.config)
     record["scales"] = {
         name.partition(".")[0]: scales.tolist() for name, scales in plan.measured.items() if name.endswith("scales")
     }

@@ -18,6 +18,7 @@ from ..checkpoints.hub import check_hub
 from ..checkpoints.memory import ModelInMemory
 from ..checkpoints.provenance import RECORD_NAME, VERSIONS
 from ..checkpoints.source import Source
+from ..checkpoints.tokenizer import keep_tokenizer
 from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
 from ..checkpoints.writer import overwrite_tensors, parse_size, write_shards, write_whole
 from ..errors import ConversionError
@@ -173,6 +174,7 @@ def _fill(
     config: Any = plan.config
     write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
     plan.sources[0].copy_companions(folder)
+    keep_tokenizer(plan.sources[0], folder, config)
     custom_object_save(plan.model, folder)
 
     thresholds = work.recall("thresholds")

@@ -24,15 +24,22 @@ def read_prompts(path: Path, num_lists: int) -> list[list[str]]:
         ConversionError: when it is not that, or has another number of lists.
     """
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConversionError(f"router_prompts={path} cannot be read as JSON ({error})") from error
     is_lists = isinstance(prompts, list) and all(isinstance(texts, list) and texts for texts in prompts)
     if not is_lists or not all(isinstance(text, str) and text for texts in prompts for text in texts):
         raise ConversionError(f"router_prompts={path} must hold a JSON list with a list of texts for each expert")
+    if any(not _is_unicode(text) for texts in prompts for text in texts):
+        raise ConversionError(f"router_prompts={path} holds half a surrogate pair (\\ud800 to \\udfff), no text")
     if len(prompts) != num_lists:
         raise ConversionError(f"router_prompts={path} holds {len(prompts)} lists of texts; {num_lists} are needed")
     return prompts
+
+
+def _is_unicode(text: str) -> bool:
+    """False with half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Conversion: exact at step 0, complete, repeatable, and never half done."""
 
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from families import EVERY_FAMILY
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import ecmoe
 from ecmoe import conversion
 from ecmoe.conversion import convert
 from ecmoe.conversion.upcycling.initialisations import INITIALISATIONS
@@ -231,3 +233,61 @@ def test_record_says_what_was_done(tmp_path: Path, text: Path) -> None:
     assert record["parameters"]["active"] == model.num_parameters() - experts // 2
     assert (record["num_experts"], record["capacity_factor"], record["init"]) == (4, 2, "shared")
     assert record["versions"]["torch"] == torch.__version__
+
+
+def write_tekken(folder: Path) -> None:
+    """Mistral's own tokenizer file alone: bytes, three merged tokens, five special ones in front."""
+    for path in [*folder.glob("*token*"), *folder.glob("*.jinja")]:
+        path.unlink()
+    pieces = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" a"]
+    specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    content = {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            "num_vocab_tokens": len(pieces),
+            "default_vocab_size": len(pieces) + len(specials),
+            "default_num_special_tokens": len(specials),
+            "version": "v3",
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(piece).decode(), "token_str": None}
+            for rank, piece in enumerate(pieces)
+        ],
+        "special_tokens": [{"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(specials)],
+    }
+    (folder / "tekken.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_tokenizer_that_is_tekken_alone_travels(verify: bool, tmp_path: Path, text: Path) -> None:
+    """Transformers finds it by the model's class, which the output has not; and on the way out again."""
+    write_dense(tmp_path / "dense", "Mistral")
+    write_tekken(tmp_path / "dense")
+    wanted = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text), verify=verify)
+    ecmoe.export(str(tmp_path / "out"), str(tmp_path / "plain"), text=str(text))
+    for name in ("out", "plain"):
+        found = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (tmp_path / name / "tekken.json").read_bytes() == (tmp_path / "dense" / "tekken.json").read_bytes()
+        for sample in ("the cat, a theatre", "caf\u00e9 123\n\n  \u65e5\u672c\u8a9e"):
+            assert found(sample)["input_ids"] == wanted(sample)["input_ids"]
+            assert found.decode(found(sample)["input_ids"]) == sample
+
+
+def test_files_of_tokenizers_that_are_not_named_so_travel(tmp_path: Path, text: Path) -> None:
+    names = ["tekken.json", "tokenizer.model.v3", "qwen.tiktoken", "vocab.txt", "en-vocab.bpe", "spiece.model"]
+    write_dense(tmp_path / "dense", "Llama")
+    for name in names:
+        (tmp_path / "dense" / name).write_text(name)
+    convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text), verify=False)
+    assert all((tmp_path / "out" / name).read_text() == name for name in names)
+
+
+def test_a_tokenizer_that_would_be_another_one_is_refused(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dense(tmp_path / "dense", "Llama")
+    monkeypatch.setattr(conversion.checkpoints.tokenizer, "_is_same", lambda *_: False)
+    with pytest.raises(conversion.ConversionError, match=r"its tokenizer .* is another one when it is"):
+        convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text), verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
