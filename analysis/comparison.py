@@ -4,6 +4,7 @@ import contextlib
 import gc
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -79,6 +80,9 @@ def compare(
     Raises:
         AnalysisError: for anything the user can put right.
     """
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise AnalysisError("checkpoint must be a folder or Hub id: it is loaded anew for each routing; save the model")
+    checkpoint = os.fspath(checkpoint)
     if steps < 0:
         raise AnalysisError(f"steps={steps} must not be negative; 0 compares without training")
     if max_tokens < 1:

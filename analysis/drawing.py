@@ -1,5 +1,6 @@
 """The pictures of a walk-through, and the same numbers as a text to follow by hand."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def draw(
     Raises:
         AnalysisError: for anything the user can put right.
     """
-    if isinstance(matrices, str):
+    if isinstance(matrices, str | os.PathLike):
         matrices = read_matrices(Path(matrices).expanduser())
     walk = walk_through(num_experts, top, seed, matrices)
     if output:

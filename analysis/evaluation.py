@@ -157,12 +157,12 @@ def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 row = json.loads(line)
-                pair = (row.get("sentence_good"), row.get("sentence_bad")) if isinstance(row, dict) else (None, None)
+                pair: Any = (row.get("sentence_good"), row.get("sentence_bad")) if isinstance(row, dict) else (None,)
                 if not all(isinstance(sentence, str) and sentence for sentence in pair):
                     raise AnalysisError(f"pairs={path}, line {number}: sentence_good and sentence_bad must be text")
                 if not all(map(is_unicode, pair)):
                     raise AnalysisError(f"pairs={path}, line {number}: {HALF_A_PAIR}")
-                yield pair  # type: ignore[misc]
+                yield pair
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise AnalysisError(f"pairs={path} cannot be read ({error})") from error
 

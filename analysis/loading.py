@@ -1,6 +1,7 @@
 """Checkpoints as the analysis commands want them."""
 
 import contextlib
+import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,8 @@ def opened(
     Raises:
         AnalysisError: when it cannot be loaded, or an option does not go with it.
     """
+    if isinstance(checkpoint, os.PathLike):
+        checkpoint = os.fspath(checkpoint)
     if isinstance(checkpoint, str):
         if tokenizer is not None:
             raise AnalysisError(
@@ -71,8 +74,11 @@ def opened(
         return
     if not isinstance(checkpoint, nn.Module):
         raise AnalysisError(f"checkpoint={checkpoint!r} is neither a checkpoint's folder or Hub id nor a model")
-    if tokenizer is None:
-        raise AnalysisError("tokenizer=None: a model in memory has none; give the one that goes with it")
+    if not callable(tokenizer):
+        raise AnalysisError(f"tokenizer={tokenizer!r}: a model in memory has none; give the one that goes with it")
+    head: Any = getattr(checkpoint, "get_output_embeddings", lambda: None)
+    if head() is None:
+        raise AnalysisError(f"checkpoint={type(checkpoint).__name__} is no language model; give the one with its head")
     if device is not None:
         raise AnalysisError(f"device={device} is of a checkpoint; a model in memory is run where it is, leave it out")
     if needs_experts:
@@ -86,8 +92,8 @@ def opened(
 
 def name_of(checkpoint: Any) -> str:
     """What a result calls a checkpoint, or a model in memory."""
-    if isinstance(checkpoint, str):
-        return checkpoint
+    if isinstance(checkpoint, str | os.PathLike):
+        return os.fspath(checkpoint)
     return getattr(getattr(checkpoint, "config", None), "name_or_path", "") or type(checkpoint).__name__
 
 

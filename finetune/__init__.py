@@ -6,12 +6,20 @@ from typing import TYPE_CHECKING, Any
 from .errors import RecipeError
 
 if TYPE_CHECKING:
+    from .mixin import ExpertChoiceTrainerMixin
     from .recipe import Recipe, load_recipe
     from .train import dry_run, run
     from .trainer import EcMoeTrainer
 
-__all__ = ["EcMoeTrainer", "Recipe", "RecipeError", "dry_run", "load_recipe", "run"]
-_FILES = {"EcMoeTrainer": "trainer", "Recipe": "recipe", "dry_run": "train", "load_recipe": "recipe", "run": "train"}
+__all__ = ["EcMoeTrainer", "ExpertChoiceTrainerMixin", "Recipe", "RecipeError", "dry_run", "load_recipe", "run"]
+_FILES = {
+    "EcMoeTrainer": "trainer",
+    "ExpertChoiceTrainerMixin": "mixin",
+    "Recipe": "recipe",
+    "dry_run": "train",
+    "load_recipe": "recipe",
+    "run": "train",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 import peft
+import torch
 from torch import nn
 
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
@@ -74,6 +75,18 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
             f"name them as {stacked_experts(model)}"
         )
     return adapted
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Puts what is trained beside frozen 16-bit weights into float32: PEFT does so with its adapters, and not with the
+    modules that it copies whole. A router computes in float32 whatever its weights are."""
+    for name, parameter in model.named_parameters():
+        if (
+            parameter.requires_grad
+            and group_of(name) == "router"
+            and parameter.dtype in (torch.bfloat16, torch.float16)
+        ):
+            parameter.data = parameter.data.float()
 
 
 def attention_modules(model: nn.Module) -> list[str]:

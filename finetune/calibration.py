@@ -1,5 +1,6 @@
 """The thresholds of a run: exact quantiles on training text wherever they are looked at or kept."""
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -21,6 +22,29 @@ class Calibration:
         self.trainer = trainer
         self.inputs: list[dict[str, Tensor]] | None = None
         self.step = 0  # of the last run
+        self.lately: deque[dict[str, Tensor]] = deque()  # what a trainer of its own rows has trained on
+
+    def watch(self) -> None:
+        """Keeps what the model is trained on lately, where the rows of the dataset are not what it reads: preferences,
+        prompts that it goes on from by itself."""
+        if self._has_token_rows() or not self.trainer.routes:
+            return
+        base = self.trainer.accelerator.unwrap_model(self.trainer.model).get_decoder()
+        base.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _has_token_rows(self) -> bool:
+        rows: Any = self.trainer.train_dataset
+        return isinstance(rows, Endless) or "input_ids" in (getattr(rows, "column_names", None) or ["input_ids"])
+
+    def _keep(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not (module.training and torch.is_grad_enabled()) or ids is None:
+            return  # generated, or looked at
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids)
+        self.lately.append({"input_ids": ids.detach().cpu(), "attention_mask": mask.detach().cpu()})
+        while sum(batch["input_ids"].numel() for batch in self.lately) > CALIBRATION_TOKENS and len(self.lately) > 1:
+            self.lately.popleft()
 
     def prepare(self) -> None:
         """Reads the text before training reads the same stream."""
@@ -37,10 +61,16 @@ class Calibration:
 
     def run(self) -> None:
         """Replaces the averages of training by exact quantiles on training text, each rank reading a part of it."""
-        if self.inputs is None:
+        if self.inputs is None and self._has_token_rows():
             self.prepare()
+        inputs = self.inputs if self._has_token_rows() else list(self.lately)
+        if not inputs:
+            return
+        # An optimiser that trains other weights than it keeps (schedule-free ones) first puts back those that are kept.
+        if callable(getattr(self.trainer.optimizer, "eval", None)):
+            self.trainer.optimizer.eval()
         with self.trainer.accelerator.autocast():
-            calibrate_thresholds(self.trainer.model, self.inputs or [])
+            calibrate_thresholds(self.trainer.model, inputs)
         self.step = self.trainer.state.global_step
 
     def _batches(self) -> list[dict[str, Tensor]]:

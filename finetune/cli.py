@@ -51,6 +51,14 @@ def main(argv: list[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     if options.dry_run:
+        needed, free = results["precision"]["needed"], results["precision"]["free"]
+        if needed:
+            costs = " or ".join(f"{size / 1e9:.2f} GB in {dtype}" for dtype, size in needed.items())
+            Console().print(
+                f"Weights, gradients and moments take {costs} (moments of 8 bits there) on each device; activations "
+                f"come on top. {free / 1e9:.2f} GB were free. This run's weights are {results['precision']['dtype']}.",
+                highlight=False,
+            )
         Console().print(
             f"One step of {results['tokens']:,} tokens, loss {results['loss']:.4f}: "
             f"{results['peak_bytes'] / 1e9:.2f} GB in use on each device. Nothing was written.",

@@ -28,7 +28,12 @@ class Endless(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         for epoch in itertools.count():
             self.rows.set_epoch(epoch)
-            yield from self.rows
+            is_empty = True
+            for row in self.rows:
+                is_empty = False
+                yield row
+            if is_empty:  # a worker of the loader beyond the parts that the stream can be read in
+                return
 
 
 def prepare(

@@ -14,15 +14,16 @@ from .errors import RecipeError
 from .recipe import Recipe, refuse_unknown, shipped
 
 
-def load(recipe: Recipe) -> tuple[Any, Any]:
-    """Model and tokenizer of a recipe."""
+def load_config(recipe: Recipe) -> Any:
+    """The config of a recipe's model, with the routing fields it asks for.
+
+    Raises:
+        RecipeError: when there is no such model, or the fields do not go with it.
+    """
     path = Path(recipe.model).expanduser()
     if (path.is_absolute() or recipe.model.startswith((".", "~"))) and not path.is_dir():
         raise RecipeError(f"model={recipe.model} does not exist; give a checkpoint folder or a Hub id")
     _refuse_adapter(recipe.model, path)
-    options: dict[str, Any] = dict(recipe.routing_fields)
-    if recipe.distributed:
-        options["distributed_config"] = _distributed_config(recipe)
     try:
         config: Any = AutoConfig.from_pretrained(recipe.model)
         if recipe.routing_fields and not str(config.model_type).startswith("ecmoe_"):
@@ -33,12 +34,23 @@ def load(recipe: Recipe) -> tuple[Any, Any]:
         for name, value in recipe.routing_fields.items():
             setattr(config, name, value)
         config.validate()  # what goes together; from_pretrained looks at each field alone
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
     except RecipeError:
         raise
     except StrictDataclassError as error:  # names one of routing_fields
         raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
+    return config
+
+
+def load(recipe: Recipe) -> tuple[Any, Any]:
+    """Model and tokenizer of a recipe."""
+    options: dict[str, Any] = dict(recipe.routing_fields)
+    if recipe.distributed:
+        options["distributed_config"] = _distributed_config(recipe)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
     if recipe.chat_template:

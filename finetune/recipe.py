@@ -1,6 +1,7 @@
 """A recipe: which model, which text, and any argument of transformers.TrainingArguments."""
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +49,8 @@ class Recipe:
     shuffle_buffer: rows that streaming shuffles among.
     validation_fraction: share of the documents held out, the same ones whatever the seed.
     max_eval_sequences: at most this many held-out sequences are evaluated.
-    dtype: of the weights while training, "auto" as stored.
+    dtype: of the weights while training. "auto" is float32, or bfloat16 with steps rounded at random where float32 does
+        not fit into memory; with lora as stored.
     router_learning_rate, experts_learning_rate: of these weights, where it is not learning_rate; 0 freezes them.
     lora: fields of peft.LoraConfig, to train adapters alone; {} takes attention, stacked experts and router.
     distributed: fields of Transformers' DistributedConfig, such as {fsdp_size: 8, ep_size: 8}.
@@ -216,6 +218,9 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
     routing: dict[str, Any] = {}
     for name, value in content.items():
         value = float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if name == "model" and hasattr(value, "forward"):
+            raise RecipeError("model must be a folder or Hub id; a model in memory is for ExpertChoiceTrainerMixin")
         if name in _OWN:
             own[name] = value
         elif name in _TRAINING:
@@ -233,9 +238,7 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             raise RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
     missing = [name for name in ("model", "output_dir", "dataset") if own.get(name) is None]
     if missing:
-        raise RecipeError(
-            f"{missing[0]} is missing from the recipe; add it there or as {missing[0]}=... on the command line"
-        )
+        raise RecipeError(f"{missing[0]} is missing from the recipe; add it there, or as {missing[0]}=...")
     try:
         return Recipe(**own, training=training, routing_fields=routing)
     except StrictDataclassError as error:

@@ -6,7 +6,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments, set_s
 
 from modeling_ecmoe import sparse_blocks
 
-from .adapters import add_lora, is_of_base, size_of, trained_parameters
+from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_parameters
 from .curves import draw_curves
 from .data import Collator, Endless, prepare
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
-from .loading import load
+from .loading import load, load_config
+from .mixin import is_expert_choice
+from .precision import choose
 from .recipe import Recipe, recipe_of, training_arguments
-from .trainer import EcMoeTrainer, freeze, is_expert_choice
+from .trainer import EcMoeTrainer, freeze
 
 _ONE_STEP: dict[str, Any] = {
     "max_steps": 1,
@@ -59,7 +61,7 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields:
     output = Path(recipe.output_dir).expanduser()
     resume = resume_point(recipe)
     with _refusals_in_one_line(recipe):
-        trainer = make_trainer(recipe)
+        trainer = make_trainer(recipe, resume=resume)
         # No rank looks at the folder any more when it is marked, and nearly all that can be refused was.
         trainer.accelerator.wait_for_everyone()
         print_trained(trainer.model)
@@ -119,10 +121,12 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fie
 
     Returns:
         peak_bytes: of the accelerator, or what this process has resident on the CPU; tokens: of the step;
-        loss: of that step; trained: by part of the model, [trained, all] parameters.
+        loss: of that step; trained: by part of the model, [trained, all] parameters; precision: what is trained in
+        (`Precision`), with what each choice needs and what is free.
     """
     recipe = recipe_of(recipe, **fields)
     resume_point(recipe)
+    precision = choose(recipe, load_config(recipe))
     with tempfile.TemporaryDirectory() as scratch, _refusals_in_one_line(recipe):
         trainer = make_trainer(recipe, scratch)
         if torch.cuda.is_available():
@@ -135,14 +139,19 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fie
         "tokens": trainer.state.num_input_tokens_seen,
         "loss": loss,
         "trained": trained_parameters(trainer.model),
+        "precision": asdict(precision),
     }
 
 
-def make_trainer(recipe: Recipe, scratch: str | None = None) -> EcMoeTrainer:
+def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None = None) -> EcMoeTrainer:
     """Model, data and Trainer of a recipe.
 
     scratch: folder of a dry run, one step on the longest of the sequences that the recipe's run would use.
+    resume: the checkpoint that the run goes on from.
     """
+    precision = choose(recipe, load_config(recipe), resume)
+    precision.say()
+    recipe = precision.settle(recipe)
     arguments = training_arguments(recipe)
     sequences_used = _sequences_used(arguments)
     if scratch is not None:
@@ -162,6 +171,7 @@ def make_trainer(recipe: Recipe, scratch: str | None = None) -> EcMoeTrainer:
     if recipe.lora is not None:
         set_seed(arguments.seed)  # Trainer does so only when the adapters have been drawn
         model = add_lora(model, recipe.lora)
+        train_in_float32(model)
     freeze(model, recipe)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     try:
@@ -251,7 +261,9 @@ def print_trained(model: Any) -> None:
 
 def _progress(trainer: EcMoeTrainer) -> dict[str, Any]:
     seconds, steps, tokens = trainer.timer.seconds, trainer.state.global_step, trainer.state.num_input_tokens_seen
-    first = next((row for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row), {})
+    first: dict[str, Any] = next(
+        (row for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row), {}
+    )
     return {
         "loss_before": first.get("eval_loss"),  # not in the log of a checkpoint from elsewhere
         "steps": steps,

@@ -26,6 +26,7 @@ _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """A function or class from the file it lives in; `__all__` lists the families' classes too."""
+    register_all()  # again, where another import hook came before ours
     if name in _FILE_OF:
         return getattr(importlib.import_module(f".{_FILE_OF[name]}", __name__), name)
     if name == "__all__":

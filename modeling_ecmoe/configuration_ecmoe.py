@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -253,7 +254,15 @@ class EcMoeConfigMixin:
             auto_class: f"{file}.{family}{ending}"
             for auto_class, ending in {"AutoConfig": "Config", **AUTO_CLASSES}.items()
         }
+        _remove_code_of_before(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
+
+
+def _remove_code_of_before(folder: Path) -> None:
+    """Of a checkpoint that is saved over itself: the file that held all families once, where its config names it."""
+    code, config = folder / "modeling_ecmoe.py", folder / "config.json"
+    if code.is_file() and config.is_file() and '"modeling_ecmoe.EcMoe' in config.read_text(encoding="utf-8"):
+        code.unlink()
 
 
 # How the classes that an Auto class makes end.

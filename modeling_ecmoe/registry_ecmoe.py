@@ -10,7 +10,7 @@ import functools
 import importlib
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -67,21 +67,27 @@ def _class_of(dense_model_type: str, ending: str) -> Any:
 def register_all() -> None:
     """Makes every family known to AutoConfig, which leads to its file, and that to its models: now if Transformers'
     Auto classes are loaded, otherwise as soon as they are."""
-    module = sys.modules.get(_CONFIG_MODULE)
-    if module is not None and hasattr(module, "AutoConfig"):
-        _register(module)
+    if _CONFIG_MODULE in sys.modules:  # also while another thread loads it, which the import waits for
+        module = importlib.import_module(_CONFIG_MODULE)
+        if hasattr(module, "AutoConfig"):
+            _register(module)
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
 
 class _Watch(MetaPathFinder):
-    """Waits for Transformers' Auto classes, and is gone once they are loaded."""
+    """Waits for Transformers' Auto classes, and is gone once the families are registered with them."""
+
+    is_asking = False
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _CONFIG_MODULE:
+        if name != _CONFIG_MODULE or self.is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self.is_asking = True  # the others, among which this one is
+        try:
+            spec = find_spec(name)
+        finally:
+            self.is_asking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
         return spec
@@ -94,6 +100,8 @@ class _RegisteringLoader(Loader):
         self.loader = loader
 
     def __getattr__(self, name: str) -> Any:
+        if name == "loader" or name.startswith("__"):  # of a copy that has none yet
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -107,6 +115,7 @@ class _RegisteringLoader(Loader):
 def _register(module: ModuleType) -> None:
     """Transformers has no public way to register a class that is not loaded yet. Where its mapping is built otherwise
     than now, the classes are loaded at once and registered in the public way."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Watch)]
     registered = getattr(module.CONFIG_MAPPING, "_extra_content", None)
     if type(registered) is dict:
         module.CONFIG_MAPPING._extra_content = _LoadedWhenAskedFor(registered)
@@ -121,12 +130,25 @@ class _LoadedWhenAskedFor(dict[str, Any]):
     def __contains__(self, model_type: object) -> bool:
         return super().__contains__(model_type) or _dense_of(model_type) is not None
 
+    def keys(self) -> Any:
+        return [
+            *super().keys(),
+            *(name for name in _own_model_types() if not super(type(self), self).__contains__(name)),
+        ]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
     def __missing__(self, model_type: str) -> Any:
         dense = _dense_of(model_type)
         if dense is None:
             raise KeyError(model_type)
         self[model_type] = config_class(dense)
         return self[model_type]
+
+
+def _own_model_types() -> list[str]:
+    return [f"ecmoe_{dense}" for dense in families()]
 
 
 def _dense_of(model_type: object) -> str | None:

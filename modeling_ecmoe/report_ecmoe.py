@@ -1,6 +1,7 @@
 """What the routes of a model look like: load, coverage, experts per token, thresholds and their drift."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -31,9 +32,12 @@ def run_batches(model: nn.Module, batches: list[Mapping[str, Tensor]], title: st
     model.eval()
     # Offloaded parameters are on the meta device between passes; their hooks move the inputs.
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    # The routes are what is wanted: of the logits, the largest tensor of a pass, as few as can be.
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     try:
         for batch in logging.tqdm(batches, desc=title, unit="batch", leave=False):
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
+            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False, **options)
     finally:
         model.train(was_training)
 
@@ -55,29 +59,42 @@ def as_batches(
     Raises:
         ValueError: for texts without a tokenizer, batches with one, and what is neither.
     """
-    held: list[Any] = [batches] if isinstance(batches, str) else list(batches)
+    held: list[Any] = [batches] if isinstance(batches, (str, Mapping)) else list(batches)
     texts = [item for item in held if isinstance(item, str)]
-    if not texts and all(isinstance(item, Mapping) for item in held):
+    if held and not texts and all(isinstance(item, Mapping) and "input_ids" in item for item in held):
         if tokenizer is not None:
             raise ValueError("tokenizer is for texts, and batches of tokens are given; leave it out")
-        return held
+        return [{name: torch.as_tensor(value) for name, value in item.items()} for item in held]
+    if not held:
+        raise ValueError("there is no batch and no text; give at least one")
     if len(texts) < len(held):
-        raise ValueError("batches must all be texts, or all mappings with input_ids [B, S]")
-    if tokenizer is None:
-        raise ValueError("tokenizer=None: texts are given; give their tokenizer too, or batches of input_ids")
-    length = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+        names = ", ".join(held[0]) if isinstance(held[0], Mapping) else type(held[0]).__name__
+        raise ValueError(
+            f"batches must all be texts, or all mappings with input_ids [B, S], and one is {names}; of a dataset give "
+            'its column of text, such as dataset["text"]'
+        )
+    if not callable(tokenizer):
+        raise ValueError(f"tokenizer={tokenizer!r}: texts are given; give their tokenizer too, or batches of input_ids")
+    config = getattr(model, "config", None)
+    length = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     rows = [torch.tensor(row[begin : begin + length]) for row in ids for begin in range(0, len(row), length)]
+    if not rows:
+        raise ValueError("the texts are empty: there is not a single token in them")
     found: list[Mapping[str, Tensor]] = []
     batch: list[Tensor] = []
     for row in rows:
-        batch.append(row)
-        if sum(map(len, batch)) >= POOL or row is rows[-1]:
-            ones = [torch.ones_like(row) for row in batch]
-            pad = nn.utils.rnn.pad_sequence
-            found.append({"input_ids": pad(batch, batch_first=True), "attention_mask": pad(ones, batch_first=True)})
+        if batch and (len(batch) + 1) * max(map(len, [*batch, row])) > POOL:  # padding counts: it is memory too
+            found.append(_padded(batch))
             batch = []
-    return found
+        batch.append(row)
+    return [*found, _padded(batch)]
+
+
+def _padded(rows: list[Tensor]) -> dict[str, Tensor]:
+    pad = nn.utils.rnn.pad_sequence
+    ones = [torch.ones_like(row) for row in rows]
+    return {"input_ids": pad(rows, batch_first=True), "attention_mask": pad(ones, batch_first=True)}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
+from .precision_ecmoe import warn_lost_steps
 from .routing_ecmoe import router_scores
 
 logger = logging.get_logger(__name__)
@@ -160,12 +161,14 @@ class EcMoeRouter(nn.Module):
         return f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, score={self.score_function}"
 
 
-def _after_step(*_: Any) -> None:
+def _after_step(optimizer: Any, *_: Any) -> None:
     """Runs after every optimiser step, so that a model keeps its thresholds under any trainer.
 
     An optimiser that steps parameter by parameter does so while layers are still recomputed for their gradients, and
     these must meet the thresholds of the forward pass: then the update waits for the end of the backward pass.
     """
+    if any(router.has_pending for router in _routers):
+        warn_lost_steps(optimizer)
     if torch._C._current_graph_task_id() == -1:
         _update_thresholds()
     else:

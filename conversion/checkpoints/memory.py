@@ -52,9 +52,10 @@ class ModelInMemory(Source):
         Raises:
             ConversionError: when none was.
         """
-        if self.given_tokenizer is None:
+        if not callable(self.given_tokenizer):
             raise ConversionError(
-                "tokenizer=None: text is needed to calibrate and verify; give the model's tokenizer, or verify=False"
+                f"tokenizer={self.given_tokenizer!r}: text is needed to calibrate and verify; give the model's "
+                "tokenizer, or verify=False"
             )
         return self.given_tokenizer
 
@@ -76,7 +77,9 @@ class ModelInMemory(Source):
             self.model.train(was_training)
 
     def copy_companions(self, folder: Path) -> None:
-        self.model.generation_config.save_pretrained(folder)
+        if self.model.generation_config is not None:  # as it is: save_pretrained would refuse what it finds unwise
+            content = self.model.generation_config.to_json_string(use_diff=True)
+            (folder / "generation_config.json").write_text(content, encoding="utf-8")
         if self.given_tokenizer is not None:
             self.given_tokenizer.save_pretrained(folder)
 
@@ -86,6 +89,7 @@ class ModelInMemory(Source):
 
     weight_files: list[Path] = []
     bytes_to_load = 0
+    damaged = "it holds no numbers any more; load it again"
 
     @property
     def is_on_meta(self) -> bool:
@@ -103,7 +107,7 @@ def refuse_other(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"source={model!r} is neither a checkpoint's folder or Hub id nor a model")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ConversionError(f"source={name} carries PEFT adapters; give model.merge_and_unload()")
+        raise ConversionError(f"source={name} carries PEFT adapters; merge them first, or load the model without them")
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(f"source={name} is no model of Transformers; give one that from_pretrained loads")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
@@ -111,6 +115,8 @@ def refuse_other(model: Any) -> None:
     language_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     if language_model is not None and not isinstance(model, language_model):
         raise ConversionError(f"source={name} is not the language model, {language_model.__name__}; give that one")
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    hooks += [inner for hook in hooks for inner in getattr(hook, "hooks", ())]
     on_meta = {parameter.is_meta for parameter in model.parameters()}
-    if len(on_meta) > 1:
+    if len(on_meta) > 1 or any(getattr(hook, "offload", False) for hook in hooks):
         raise ConversionError(f"source={name} has weights offloaded to disk or CPU; load it without device_map")

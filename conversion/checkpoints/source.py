@@ -52,6 +52,7 @@ class Source:
     config_place: str
     commit: str | None
     headers: dict[str, Header]
+    damaged = "it is damaged; fetch it again"  # what a message says of numbers that are none
 
     def config_fields(self) -> dict[str, Any]:
         """The config as plain fields."""
@@ -96,7 +97,7 @@ class Source:
         """
         tensor = self._rows(name, start, stop)
         if not tensor.is_meta and not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
-            raise ConversionError(f"{name} of {self.source} holds NaN or infinity: it is damaged; fetch it again")
+            raise ConversionError(f"{name} of {self.source} holds NaN or infinity: {self.damaged}")
         return tensor
 
     def pieces(self, name: str) -> Iterator[Tensor]:
@@ -125,8 +126,8 @@ class Source:
                 )
             if header.shape != shape:
                 raise ConversionError(
-                    f"{name} has shape {list(header.shape)}, config.json promises {list(shape)}; they do not belong "
-                    "together"
+                    f"{name} has shape {list(header.shape)}, {self.config_place} promises {list(shape)}; they do not "
+                    "belong together"
                 )
 
     def check_tied(self, tied: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ As a conversion: plan, measure, write, verify, and only then give the folder its
 
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ def export(
         ConversionError: for anything the user can put right, for a source that no plain class can hold, and when an
             export that promises to be exact is not.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise ConversionError("source must be a folder or Hub id; save a model in memory with save_pretrained")
+    source = os.fspath(source)
+    text = None if text is None else os.fspath(text)
     target = free_place(destination)
     shard_size = parse_size(max_shard_size)
     held = Checkpoint(source, revision, dry_run)

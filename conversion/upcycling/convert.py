@@ -1,12 +1,13 @@
 """The conversion from end to end: plan, write, calibrate, verify, and only then give the folder its name."""
 
 import json
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -41,7 +42,7 @@ def convert(
     init: str = "shared",
     ratio: float | None = None,
     granularity: int | None = None,
-    layers: str = "all",
+    layers: str | list[int] = "all",
     router: str = "normal",
     router_prompts: str | None = None,
     mix_with: list[Any] | None = None,
@@ -97,6 +98,9 @@ def convert(
     if num_gpus < 1:
         raise ConversionError(f"num_gpus={num_gpus} must be at least 1")
     sources = [open_source(source, revision, dry_run, tokenizer)]
+    text = None if text is None else os.fspath(text)
+    if isinstance(mix_with, str | os.PathLike | nn.Module):
+        raise ConversionError("mix_with must be a list of checkpoints or models; put it into [...]")
     for other in mix_with or []:
         sources.append(open_source(other, revision if other == source else None, dry_run, None))
     plan = plan_conversion(sources, settings)
@@ -136,10 +140,17 @@ def open_source(source: Any, revision: str | None, headers_only: bool, tokenizer
     Raises:
         ConversionError: for what is neither, and for an option of the other kind.
     """
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
     if not isinstance(source, str):
         if revision is not None:
             raise ConversionError(f"revision={revision} is of a Hub id, and the source is a model in memory")
-        return ModelInMemory(source, tokenizer)
+        held = ModelInMemory(source, tokenizer)
+        if held.is_on_meta and not headers_only:
+            raise ConversionError(
+                f"source={held.place} is on the meta device, without weights; load it, or say dry_run"
+            )
+        return held
     if tokenizer is not None:
         raise ConversionError(
             "tokenizer is of a model in memory; that of a checkpoint lies in its folder, leave it out"
@@ -209,7 +220,8 @@ def _fill(
 def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> Texts | None:
     """Tokenizer and windows, where something is measured on text."""
     for source in plan.sources[1:]:
-        if isinstance(source, Checkpoint):  # a model in memory says nothing of its tokenizer but the vocabulary's size
+        both = isinstance(source, Checkpoint) and isinstance(plan.sources[0], Checkpoint)
+        if both:  # a model in memory says nothing of its tokenizer but the vocabulary's size
             check_same_tokenizer(plan.sources[0], source)
     if not verify and plan.settings.router == "normal":
         return None

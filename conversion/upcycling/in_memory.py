@@ -1,6 +1,7 @@
 """Upcycling a model that is in memory: what `convert` writes into a folder becomes a model beside the dense one."""
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def upcycle(
     num_experts: int | None = None,
     init: str = "shared",
     capacity_factor: float | None = None,
-    layers: str = "all",
+    layers: str | list[int] = "all",
     seed: int = 0,
     calibrate_on: Iterable[Mapping[str, Tensor]] | Iterable[str] | None = None,
     tokenizer: Any = None,
@@ -41,15 +42,16 @@ def upcycle(
     """Makes the expert-choice model of a dense one in memory, as `convert` does from folder to folder.
 
     Every tensor that both models have is shared, not copied, as `peft.get_peft_model` keeps the weights of its base:
-    training one of them changes the other. The new tensors lie on the device of the layer they belong to and have its
-    dtype. The same options and seed give the bits that `convert` writes. A model on the meta device gives shapes alone.
+    training one of them changes the other, while each is moved, cast and frozen by itself. The new tensors lie on the
+    device of the layer they belong to and have its dtype. The same options and seed give the bits that `convert`
+    writes. A model on the meta device gives shapes alone.
 
     Args:
         model: a causal language model of a family in `modeling_ecmoe.families()`; left as it is.
         num_experts: experts in each layer; None is 8, and with init="mix" one for each model.
         init: how experts come from the dense FFN, a key of `initialisations.INITIALISATIONS`.
         capacity_factor: mean experts per token; None is 1, and with init="granular" the shards of one FFN.
-        layers: "all", "every-second", "last-half", or a list such as "1,3,5"; the others stay dense.
+        layers: "all", "every-second", "last-half", or a list such as [1, 3, 5]; the others stay dense.
         seed: of the router weights and of drawn expert weights.
         calibrate_on: batches of `input_ids` [B, S] and, with padding, `attention_mask`, or texts with their tokenizer,
             on which the thresholds are measured. Without it they are estimated from the router's weights, which is
@@ -67,11 +69,15 @@ def upcycle(
         ConversionError: for anything the user can put right.
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, "normal", mix_attention, seed)
-    if isinstance(model, str):
+    if tokenizer is not None and calibrate_on is None:
+        raise ConversionError("tokenizer is for the texts of calibrate_on, and there are none; leave it out")
+    if isinstance(model, str | os.PathLike):
         raise ConversionError(
             f"model={model} is a name, and this takes a model in memory; load it, or use ecmoe.convert"
         )
     dense = ModelInMemory(model)
+    if dense.is_on_meta and calibrate_on is not None:
+        raise ConversionError("calibrate_on needs weights, and the model is on the meta device; leave it out")
     sources: list[Source] = [dense, *map(ModelInMemory, mix_with or [])]
     plan = plan_conversion(sources, settings)
     for source in sources:
@@ -82,8 +88,9 @@ def upcycle(
     _share_the_rest(converted, model)
     converted.tie_weights()
     converted.config._attn_implementation = model.config._attn_implementation
-    converted.config.name_or_path = model.config.name_or_path
     converted.generation_config = copy.deepcopy(model.generation_config)
+    if model.is_gradient_checkpointing:
+        converted.gradient_checkpointing_enable()
     places = getattr(model, "hf_device_map", None) or {}
     if len(set(places.values())) > 1:
         converted = accelerate.dispatch_model(converted, places)
@@ -118,20 +125,27 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     if attribute in module._parameters:
-        module._parameters[attribute] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        # Not the dense model's own Parameter: what moves, casts or freezes one model leaves the other as it is.
+        learns = getattr(tensor, "requires_grad", True) if isinstance(tensor, nn.Parameter) else True
+        module._parameters[attribute] = nn.Parameter(tensor.detach(), requires_grad=learns)
     else:
         module._buffers[attribute] = tensor
 
 
 def _share_the_rest(converted: nn.Module, model: nn.Module) -> None:
-    """What no checkpoint holds and the dense model has computed, such as the frequencies of rotary embeddings."""
+    """What no checkpoint holds and the dense model has computed: the frequencies of rotary embeddings, and for which
+    length they were computed last."""
     dense = dict(model.named_modules())
     for name, module in converted.named_modules():
-        counterpart = dense.get(name)
+        counterpart, found = dense.get(name), {}
         for held in (module._buffers, vars(module)):
             for attribute, value in held.items():
                 if isinstance(value, Tensor) and value.is_meta and hasattr(counterpart, attribute):
-                    held[attribute] = getattr(counterpart, attribute)
+                    found[attribute] = held[attribute] = getattr(counterpart, attribute)
+        if found:
+            plain = (int, float, str, bool, type(None))
+            state = {name: value for name, value in vars(counterpart).items() if isinstance(value, plain)}
+            vars(module).update(state)
 
 
 def _set_thresholds(plan: Plan, converted: Any, calibrate_on: Any, tokenizer: Any) -> None:
@@ -143,6 +157,9 @@ def _set_thresholds(plan: Plan, converted: Any, calibrate_on: Any, tokenizer: An
             "calibrate_thresholds with text the model is meant for, before judging the model"
         )
         return
-    calibrate_thresholds(converted, calibrate_on, tokenizer)
+    try:
+        calibrate_thresholds(converted, calibrate_on, tokenizer)
+    except ValueError as error:
+        raise ConversionError(f"calibrate_on: {error}") from error
     for block in sparse_blocks(converted).values():
         block.gate.threshold.copy_(one_per_replica(block.gate.threshold, plan.settings.num_shards))

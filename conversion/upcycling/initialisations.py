@@ -43,19 +43,24 @@ class ExpertMatrix:
         return f"{self.part.matrix}_bias" if self.part.is_bias else self.part.matrix
 
 
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers on the CPU in float32, whatever the default device and dtype: the same everywhere."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
 def _copy(_wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     return dense
 
 
 def _silent(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     """A copy that adds nothing until it learns: its down_proj is zero."""
-    return torch.zeros_like(dense) if wanted.part.matrix == "down_proj" else dense
+    return dense.new_zeros(()).expand_as(dense) if wanted.part.matrix == "down_proj" else dense  # takes no memory
 
 
 def _noisy(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     """A copy plus Gaussian noise, `ratio` times the matrix's standard deviation."""
     values = dense.float()
-    noise = torch.randn(values.shape, generator=wanted.generator(wanted.label), device="cpu").to(values.device)
+    noise = normal(values.shape, wanted.generator(wanted.label)).to(values.device)
     return (values + wanted.ratio * values.std() * noise).to(dense.dtype)
 
 
@@ -70,7 +75,7 @@ def _redrawn(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
         return dense
     values = dense.float()
     block = values.index_select(wanted.axis, neurons)
-    drawn = torch.randn(block.shape, generator=wanted.generator(wanted.label), device="cpu").to(values.device)
+    drawn = normal(block.shape, wanted.generator(wanted.label)).to(values.device)
     drawn = drawn * block.std() + block.mean()
     return values.index_copy(wanted.axis, neurons, drawn).to(dense.dtype)
 

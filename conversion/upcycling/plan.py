@@ -23,7 +23,7 @@ from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
 from .dense import Part, ffn_parts, parts_of_stack, why_not
-from .initialisations import ExpertMatrix, config_fields, num_shared_neurons
+from .initialisations import ExpertMatrix, config_fields, normal, num_shared_neurons
 from .settings import Settings
 
 # What may differ between the configs of checkpoints that are mixed.
@@ -214,8 +214,7 @@ class _Maker:
             rows = self.plan_.router_rows[name]
         else:
             shape = (like.shape[0] // granularity, like.shape[1])
-            rows = torch.randn(shape, generator=generator_of(self.settings.seed, name), device="cpu")
-            rows = rows * self.config.initializer_range
+            rows = normal(shape, generator_of(self.settings.seed, name)) * self.config.initializer_range
         return rows.repeat_interleave(granularity, dim=0).to(self.plan_.dtype)
 
 

@@ -12,6 +12,7 @@ from modeling_ecmoe.calibration_ecmoe import thresholds_of_scores
 from modeling_ecmoe.routing_ecmoe import router_scores
 
 from ..errors import ConversionError
+from .initialisations import normal
 
 INPUT_TOKENS = 4_096  # of each layer that k-means sees; D values each are kept
 _ROUNDS = 50
@@ -118,7 +119,7 @@ def rescaled_rows(directions_RD: Tensor, inputs_TD: Tensor, std: float) -> Tenso
 
 def norm_inputs(scale_D: Tensor, shift_D: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
     """Stand-ins [T, D] for the FFN's inputs where none can be measured: Gaussian tokens after the layer's norm."""
-    tokens_TD = torch.randn(num_tokens, len(scale_D), generator=generator, device="cpu")
+    tokens_TD = normal((num_tokens, len(scale_D)), generator)
     return nn.functional.normalize(tokens_TD) * len(scale_D) ** 0.5 * scale_D.float() + shift_D.float()
 
 

@@ -15,6 +15,19 @@ ROUTERS = {
 NAMED_LAYERS = ("all", "every-second", "last-half")
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "init": (str,),
+    "num_experts": (int, type(None)),
+    "capacity_factor": (int, float, type(None)),
+    "ratio": (int, float, type(None)),
+    "granularity": (int, type(None)),
+    "layers": (str, list, tuple),
+    "router": (str,),
+    "mix_attention": (str,),
+    "seed": (int,),
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """What decides the weights. `complete` fills what is None with the initialisation's defaults."""
@@ -24,7 +37,7 @@ class Settings:
     capacity_factor: float | None = None
     ratio: float | None = None
     granularity: int | None = None
-    layers: str = "all"
+    layers: str | list[int] = "all"
     router: str = "normal"
     mix_attention: str = "average"
     seed: int = 0
@@ -44,6 +57,7 @@ class Settings:
         Raises:
             ConversionError: naming the option, its value and the remedy.
         """
+        self._check_types()
         for field, known in (("init", INITIALISATIONS), ("router", ROUTERS)):
             if getattr(self, field) not in known:
                 raise ConversionError(f"{field}={getattr(self, field)} is unknown; choose one of {', '.join(known)}")
@@ -61,6 +75,14 @@ class Settings:
             ratio=self._ratio(dense_config.intermediate_size),
             granularity=granularity,
         )
+
+    def _check_types(self) -> None:
+        """What a command line cannot get wrong and a notebook can."""
+        for field, kinds in _KINDS.items():
+            value = getattr(self, field)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+                raise ConversionError(f"{field}={str(value)[:40]!r} must be {wanted}, and is {type(value).__name__}")
 
     def _check_sources(self, num_sources: int, num_experts: int) -> None:
         if self.init != "mix":
@@ -116,9 +138,10 @@ class Settings:
         elif self.layers == "last-half":
             chosen = set(range(num_layers // 2, num_layers))
         else:
+            listed = self.layers.split(",") if isinstance(self.layers, str) else self.layers
             try:
-                chosen = {int(number) for number in self.layers.split(",")}
-            except ValueError:
+                chosen = {int(number) for number in listed}
+            except (ValueError, TypeError):
                 chosen = {-1}
             if not chosen <= set(range(num_layers)):
                 raise ConversionError(

@@ -58,8 +58,8 @@ def learned(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
     trainers: list[Any] = []
     tables: list[Any] = []
 
-    def keep(*args: Any) -> Any:
-        trainers.append(make_trainer(*args))
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        trainers.append(make_trainer(*args, **kwargs))
         return trainers[-1]
 
     make_trainer = ecmoe.finetune.train.make_trainer
@@ -289,8 +289,8 @@ def test_stopped_and_run_again(recipe_of: Callable, tmp_path: Path, monkeypatch:
     out = Path(stopped.output_dir)
     make_trainer = ecmoe.finetune.train.make_trainer
 
-    def interrupted(*args: Any) -> Any:
-        trainer = make_trainer(*args)
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        trainer = make_trainer(*args, **kwargs)
         trainer.add_callback(StopAfter(3))
         return trainer
 

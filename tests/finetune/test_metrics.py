@@ -55,8 +55,8 @@ def logged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     recipe = load_recipe(place / "recipe.yaml", [f"{name}={value}" for name, value in fields.items()])
     seen = Seen()
 
-    def watched(*args: Any) -> Any:
-        trainer = make_trainer(*args)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        trainer = make_trainer(*args, **kwargs)
         trainer.add_callback(seen)
         return trainer
 

@@ -20,6 +20,7 @@ SHARED_FILES = {
     "context_ecmoe.py",
     "global_pool_ecmoe.py",
     "pairs_ecmoe.py",
+    "precision_ecmoe.py",
     "serving_ecmoe.py",
     "configuration_ecmoe.py",
     "routing_ecmoe.py",

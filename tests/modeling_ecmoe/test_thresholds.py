@@ -334,7 +334,7 @@ def test_calibration_does_not_depend_on_the_thresholds_before(make_model: Callab
 
 
 def test_calibration_refuses_what_it_cannot_do(make_model: Callable, make_tokens: Callable) -> None:
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="no batch and no text"):
         calibrate_thresholds(make_model("Llama"), [])
     with pytest.raises(ValueError, match="EcMoeLlamaForCausalLM has no expert-choice layer"):
         calibrate_thresholds(make_model("Llama", mlp_layer_types=["dense"] * 2), batches_of(make_tokens, padded=False))
@@ -442,11 +442,11 @@ def test_texts_are_as_batches_their_tokens(make_model: Callable) -> None:
     assert routing_report(model, texts, tokenizer) == routing_report(by_text, batches)
     assert len(as_batches(model, "a lone text", tokenizer)) == 1
     for wrong, message in (
-        ((texts,), "tokenizer=None: texts are given"),
+        ((texts,), "texts are given; give their tokenizer too"),
         ((batches, tokenizer), "tokenizer is for texts"),
         (([*texts, *batches], tokenizer), "must all be texts, or all mappings"),
         (([ids],), "must all be texts, or all mappings"),
-        ((["", ""], tokenizer), "at least one batch"),
+        ((["", ""], tokenizer), "not a single token"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate_thresholds(model, *wrong)
