@@ -96,11 +96,11 @@ class ExpertChoiceTrainerMixin:
         self.calibration = Calibration(self)
         self.sums = LossSums()
         super().__init__(*args, callbacks=[self.timer, LogBeforeSaving(), *(callbacks or [])], **kwargs)
-        self.calibration.watch()
         self.routes = is_expert_choice(self.model)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
         self._timed_steps = 0
         self.routing: dict[str, float] | None = None  # how the thresholds routed in the last evaluation
+        self.calibration.watch()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As Trainer's, with the router's and the experts' parameters in groups of their own learning rate."""
@@ -123,7 +123,8 @@ class ExpertChoiceTrainerMixin:
         super()._load_optimizer_and_scheduler(checkpoint)
         optimizer: Any = self.optimizer
         settings = getattr(optimizer, "defaults", {})  # DeepSpeed's has none, and looks for itself
-        lacking = [name for name in settings if any(name not in group for group in optimizer.param_groups)]
+        named = [name for name in settings if name != "differentiable"]  # which torch adds to any while it loads
+        lacking = [name for name in named if any(name not in group for group in optimizer.param_groups)]
         if lacking:
             raise ValueError(f"the checkpoint is another optimiser's, without {', '.join(lacking)}")
 
@@ -282,6 +283,8 @@ def _part(group: str | None, rates: dict[str, float | int | None]) -> str:
 
 def _tokens_in(inputs: Any) -> Tensor | int:
     """Tokens of a batch that are no padding, whatever a trainer calls its parts; 0 where it names none."""
+    if not isinstance(inputs, Mapping):
+        return 0
     if "input_ids" not in inputs:
         masks = [value for name, value in inputs.items() if name.endswith("attention_mask") or name.endswith("_mask")]
         return sum(mask.sum() for mask in masks if isinstance(mask, Tensor)) if masks else 0
