@@ -125,6 +125,43 @@ assert "modeling_ecmoe.llama_ecmoe" not in sys.modules
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+HOOKS = {
+    "a look": "import ecmoe, importlib.util; importlib.util.find_spec('transformers.models.auto.configuration_auto')",
+    "a thread": """
+import threading, time
+thread = threading.Thread(target=lambda: __import__("transformers.models.auto.configuration_auto"))
+thread.start()
+time.sleep(1.5)
+import ecmoe
+thread.join()
+""",
+    "another hook": """
+import importlib.machinery, sys
+import ecmoe
+
+class First:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.PathFinder.find_spec(name, path) if name.endswith("configuration_auto") else None
+
+sys.meta_path.insert(0, First())
+import transformers.models.auto.configuration_auto
+ecmoe.upcycle
+""",
+    "copies": """
+import copy, ecmoe
+import transformers.models.auto.configuration_auto as module
+copy.copy(module.__loader__), copy.deepcopy(module.__spec__)
+""",
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_registration_survives_whoever_else_looks_at_imports(name: str) -> None:
+    end = "from transformers import CONFIG_MAPPING as m; assert 'ecmoe_llama' in m and 'ecmoe_llama' in list(m.keys())"
+    done = subprocess.run([sys.executable, "-c", f"{HOOKS[name]}\n{end}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
 def test_what_the_front_door_offers_is_there() -> None:
     for name in ecmoe.__all__:
         assert getattr(ecmoe, name) is not None

@@ -21,6 +21,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    (copy / "build" / "lib" / "conversion").mkdir(parents=True)
+    (copy / "build" / "lib" / "conversion" / "stale.py").write_text("")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -77,6 +79,20 @@ def test_a_user_s_own_names_shadow_nothing(installed: Path, tmp_path: Path) -> N
     )
     printed = run(installed, tmp_path, "-c", script).splitlines()[-1]
     assert printed.startswith(f"the user {installed / 'ecmoe' / '__init__.py'} ") and "full" in printed.split()
+
+
+def test_a_clone_beside_an_installed_package_is_used_whole(installed: Path) -> None:
+    """Run in the repository's folder, all of it is the repository's; nothing is missing and nothing is mixed."""
+    script = "import ecmoe.conversion, ecmoe.finetune, ecmoe; print(ecmoe.conversion.__file__, ecmoe.__file__)"
+    for place in run(installed, ROOT, "-c", script).split():
+        assert place.startswith(f"{ROOT}/")
+    assert run(installed, ROOT, "-m", "ecmoe.conversion", "--help").startswith("usage: ecmoe-convert")
+
+
+def test_what_an_earlier_build_left_is_not_packed(wheel: Path) -> None:
+    """The fixture's folder holds packages of another layout where setuptools used to build."""
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any("stale" in name for name in archive.namelist())
 
 
 def test_remote_code_is_no_part_of_the_front_door(installed: Path) -> None:

@@ -88,9 +88,10 @@ def upcycle(
     _share_the_rest(converted, model)
     converted.tie_weights()
     converted.config._attn_implementation = model.config._attn_implementation
+    converted.config.name_or_path = ""  # it is not the dense checkpoint
     converted.generation_config = copy.deepcopy(model.generation_config)
-    if model.is_gradient_checkpointing:
-        converted.gradient_checkpointing_enable()
+    if getattr(model, "is_activation_checkpointing", False):  # Transformers' word from 5.22 on
+        converted.activation_checkpointing_enable()
     places = getattr(model, "hf_device_map", None) or {}
     if len(set(places.values())) > 1:
         converted = accelerate.dispatch_model(converted, places)
@@ -143,7 +144,7 @@ def _share_the_rest(converted: nn.Module, model: nn.Module) -> None:
                 if isinstance(value, Tensor) and value.is_meta and hasattr(counterpart, attribute):
                     found[attribute] = held[attribute] = getattr(counterpart, attribute)
         if found:
-            plain = (int, float, str, bool, type(None))
+            plain = (int, float, str, bool, Tensor, type(None))
             state = {name: value for name, value in vars(counterpart).items() if isinstance(value, plain)}
             vars(module).update(state)
 

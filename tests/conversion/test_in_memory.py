@@ -1,6 +1,7 @@
 """A model in memory: upcycled, it has the bits of the converted folder and shares what both models have."""
 
 import copy
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -237,6 +238,82 @@ def test_a_model_on_several_devices_is_spread_as_the_dense_one(
     assert asked == [model.hf_device_map]
 
 
+def test_each_is_moved_cast_and_frozen_by_itself_and_both_are_trained(dense_of: Callable) -> None:
+    model = load(dense_of("Llama"))
+    ids = torch.arange(3, 35).view(2, 16)
+    before = model(ids).logits.detach()
+    converted = ecmoe.upcycle(model, num_experts=4, init="copy")
+    ecmoe.upcycle(model, num_experts=4).to(torch.bfloat16)
+    peft.get_peft_model(ecmoe.upcycle(model, num_experts=4), peft.LoraConfig(target_modules=["q_proj"]))
+    assert torch.equal(model(ids).logits, before) and all(p.requires_grad for p in model.parameters())
+    optimizer = torch.optim.SGD(converted.train().parameters(), lr=0.1)
+    converted(ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert not torch.equal(model(ids).logits, before)
+    assert torch.equal(model.model.norm.weight, converted.model.norm.weight)
+
+
+def test_frequencies_that_follow_the_length_go_on_doing_so(tmp_path: Path) -> None:
+    """A dense model that has read a text beyond its context has other frequencies, and goes back for a short one."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    write_dense(tmp_path / "dense", "Llama", rope_parameters=rope)
+    model, short = load(tmp_path / "dense"), torch.arange(3, 35).view(2, 16)
+    with torch.no_grad():
+        model(torch.arange(300).view(1, 300) % 297 + 3)
+        converted = ecmoe.upcycle(model, num_experts=4, init="copy")
+        expected, found = model(short).logits, converted(short).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_other_defaults_of_torch_change_no_bit(dense_of: Callable) -> None:
+    model = load(dense_of("Llama"))
+    expected = ecmoe.upcycle(model, num_experts=4, init="noise").state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = ecmoe.upcycle(model, num_experts=4, init="noise").state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_gradient_checkpointing_stays_on_and_the_name_is_its_own(dense_of: Callable) -> None:
+    model = load(dense_of("Llama"))
+    if not hasattr(model, "activation_checkpointing_enable"):
+        pytest.skip("Transformers before 5.22 has another word for it")
+    model.activation_checkpointing_enable()
+    converted = ecmoe.upcycle(model, num_experts=4)
+    assert converted.is_activation_checkpointing and not converted.config.name_or_path
+
+
+def test_layers_are_a_list_too(dense_of: Callable) -> None:
+    model = load(dense_of("Llama"))
+    for layers in ([1], (1,), "1"):
+        assert ecmoe.upcycle(model, num_experts=4, layers=layers).config.mlp_layer_types == ["dense", "sparse"]
+
+
+def test_a_generation_config_is_written_as_it_is(dense_of: Callable, tmp_path: Path) -> None:
+    """Also what save_pretrained would refuse, and none at all."""
+    model = load(dense_of("Llama"))
+    model.generation_config.do_sample = False  # and a temperature
+    ecmoe.convert(model, str(tmp_path / "out"), num_experts=2, verify=False)
+    assert load(tmp_path / "out").generation_config.temperature == 0.7
+    model.generation_config = None
+    ecmoe.convert(model, tmp_path / "none", num_experts=2, verify=False)
+    assert not (tmp_path / "none" / "generation_config.json").exists()
+    mixed = {"init": "mix", "mix_with": [str(dense_of("Llama"))], "verify": False}
+    ecmoe.convert(model, str(tmp_path / "mixed"), num_experts=2, **mixed)
+
+
+def test_paths_are_taken_wherever_names_are(dense_of: Callable, few_tokens: None, text: Path, tmp_path: Path) -> None:
+    ecmoe.convert(dense_of("Llama"), tmp_path / "out", num_experts=2, init="copy", text=text)
+    assert ecmoe.evaluate(tmp_path / "out", data=text, max_tokens=500)["loss"] > 0
+    ecmoe.report(tmp_path / "out", tmp_path / "page.html", text="a b")
+    ecmoe.export(tmp_path / "out", tmp_path / "plain", text=text)
+    matrices = {"tokens": [[1]], "experts": [[1], [2]], "w1": [[[1]], [[1]]], "w2": [[[1]], [[1]]]}
+    (tmp_path / "m.json").write_text(json.dumps(matrices))
+    assert "E1" in ecmoe.draw(top=1, matrices=tmp_path / "m.json")
+
+
 def offloaded(model: PreTrainedModel) -> PreTrainedModel:
     model.model.layers[1].to("meta")
     return model
@@ -288,7 +365,13 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "untied": (lambda f: untied(load(f)), {}, "set tie_word_embeddings to false in model.config"),
     "init": (load, {"init": "coppy"}, "init=coppy is unknown"),
     "layers": (load, {"layers": "9"}, "layers=9 must be all, every-second, last-half or a list"),
-    "texts": (load, {"calibrate_on": ["a"]}, "tokenizer=None: texts are given"),
+    "a layer": (load, {"layers": None}, "layers='None' must be str or list or tuple, and is NoneType"),
+    "a number": (load, {"num_experts": "8"}, "num_experts='8' must be int, and is str"),
+    "a seed": (load, {"seed": None}, "seed='None' must be int"),
+    "a list": (load, {"init": ["copy"]}, "must be str, and is list"),
+    "a tokenizer alone": (load, {"tokenizer": tiny_tokenizer}, "tokenizer is for the texts of calibrate_on"),
+    "offloaded whole": (lambda f: accelerate.cpu_offload(load(f)), {}, "has weights offloaded to disk or CPU"),
+    "texts": (load, {"calibrate_on": ["a"]}, "texts are given; give their tokenizer too"),
     "empty": (load, {"calibrate_on": []}, "there is no batch and no text"),
 }
 

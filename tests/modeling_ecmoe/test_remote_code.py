@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from families import CORE, FAMILIES, MODEL_TYPES
 from safetensors.torch import load_file, save_file
 
@@ -105,4 +106,21 @@ def test_remote_code_gives_the_outputs_of_the_package_twice(
 @pytest.mark.parametrize("head", ["Model", "ForSequenceClassification", "ForQuestionAnswering"])
 def test_every_saved_class_carries_code_and_a_complete_map(head: str, make_model: Callable, tmp_path: Path) -> None:
     make_model("Qwen3", head=head).save_pretrained(tmp_path)
+    assert_carries_its_code(tmp_path, "Qwen3")
+
+
+def test_a_checkpoint_with_the_code_of_before_is_saved_over_itself(make_model: Callable, tmp_path: Path) -> None:
+    """Its map names one file for all families; loaded with the package it gets its own, and the old one goes."""
+    model = make_model("Qwen3")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_ecmoe.EcMoeQwen3Config",
+        "AutoModelForCausalLM": "modeling_ecmoe.EcMoeQwen3ForCausalLM",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "qwen3_ecmoe.py").rename(tmp_path / "modeling_ecmoe.py")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is type(model)
+    loaded.save_pretrained(tmp_path)
     assert_carries_its_code(tmp_path, "Qwen3")

@@ -450,3 +450,32 @@ def test_texts_are_as_batches_their_tokens(make_model: Callable) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             calibrate_thresholds(model, *wrong)
+
+
+def test_one_batch_by_itself_and_lists_of_numbers(make_model: Callable) -> None:
+    """What a tokenizer returns is a batch, whatever it is made of, and never a list of texts."""
+    tokenizer = tiny_tokenizer()
+    texts = ["A short one.", "A much longer text, with more words."]
+    model = make_model("Llama", vocab_size=300)
+    wanted = tokenizer(texts, return_tensors="pt", padding=True)
+    calibrate_thresholds(model, [wanted])
+    expected = [block.gate.threshold.clone() for block in sparse_blocks(model).values()]
+    for batches in (wanted, dict(wanted), [tokenizer(texts, padding=True)], iter([wanted])):
+        for block in sparse_blocks(model).values():
+            block.gate.threshold.zero_()
+        calibrate_thresholds(model, batches)
+        assert all(map(torch.equal, expected, (block.gate.threshold for block in sparse_blocks(model).values())))
+    for wrong, message in (
+        ((wanted, tokenizer), "tokenizer is for texts"),
+        (([{"text": "a"}], tokenizer), r'one is text; of a dataset give its column of text, such as dataset\["text"\]'),
+        (([], tokenizer), "there is no batch and no text"),
+        ((texts, "a name"), "tokenizer='a name': texts are given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate_thresholds(model, *wrong)
+
+
+def test_a_long_text_among_short_ones_fills_no_memory(make_model: Callable) -> None:
+    model = make_model("Llama", vocab_size=300, max_position_embeddings=512)
+    batches = as_batches(model, ["Hi."] * 300 + ["A much longer text. " * 100] + ["Hi."] * 300, tiny_tokenizer())
+    assert max(batch["input_ids"].numel() for batch in batches) <= 4096
