@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
@@ -100,6 +101,12 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
         raise ConversionError(
             f"use_bidirectional_attention=True in {path}: its tokens see later ones, and only causal decoders can be "
             "converted; give one of those"
+        )
+    activation = fields.get("hidden_act") or fields.get("hidden_activation")
+    if activation in ACT2FN and any(True for _ in ACT2FN[activation].parameters()):
+        raise ConversionError(
+            f"hidden_act={activation} in {path}: an activation with parameters, of which every expert would "
+            "need a copy; only those without can be converted"
         )
     for name in ("dtype", "torch_dtype"):
         if fields.get(name) and not isinstance(getattr(torch, str(fields[name]), None), torch.dtype):

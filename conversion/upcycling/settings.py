@@ -68,6 +68,11 @@ class Settings:
             num_experts = num_sources if self.init == "mix" else 8
         self._check_sources(num_sources, num_experts)
         granularity = self._granularity(dense_config.intermediate_size, num_experts)
+        if granularity > 1 and self.capacity_factor is not None and self.capacity_factor < granularity:
+            raise ConversionError(
+                f"capacity_factor={self.capacity_factor} is less than granularity={granularity}: a token takes all "
+                f"shards of a dense FFN or none; give at least {granularity}, or leave it out"
+            )
         return replace(
             self,
             num_experts=num_experts,

@@ -117,6 +117,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_config(folder, model_type="mixtral", num_local_experts=8),
         "model_type=mixtral is not supported: it is a mixture of experts already; supported are cohere2, ",
     ),
+    "activation": (
+        lambda folder: edit_config(folder, hidden_act="xielu"),
+        "hidden_act=xielu in ",
+    ),
     "encoder": (
         lambda folder: edit_config(folder, model_type="t5", is_encoder_decoder=True),
         "model_type=t5 is not supported: it is an encoder and a decoder; only decoders can be converted; ",
@@ -240,10 +244,10 @@ OPTIONS = {
     "--init=split --ratio=0": "ratio=0.0 leaves one part of the 48 neurons empty",
     "--init=split --ratio=1": "ratio=1.0 leaves one part of the 48 neurons empty",
     "--granularity=2": "granularity=2 belongs to init=granular, not shared",
+    "--init=granular --capacity-factor=1": "capacity_factor=1.0 is less than granularity=2: a token takes all shards",
     "--init=granular --granularity=0": "granularity=0 must be at least 1",
     "--init=granular --granularity=3": "granularity=3 does not divide num_experts=8",
     "--init=granular --granularity=5 --num-experts=10": "does not divide the dense intermediate_size=48",
-    "--init=granular --capacity-factor=1": "capacity_factor=1.0, the mean number of experts per token, must lie",
     "--layers=banana": "layers=banana must be all, every-second, last-half or a list",
     "--layers=99": "layers=99 must be all, every-second, last-half or a list such as 1,3,5 of layers 0 to 1",
     "--layers=-1": "layers=-1 must be all",
