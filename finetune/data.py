@@ -8,7 +8,7 @@ import datasets
 import torch
 from datasets import Dataset, IterableDataset
 
-from .encode import IGNORE, Encoder
+from .encode import IGNORE, Encoder, stop_token
 from .errors import RecipeError
 from .recipe import Recipe
 from .sources import Rows, load_rows, say
@@ -48,6 +48,11 @@ def prepare(
     """
     train_rows, held_out_rows, kind = load_rows(recipe)
     encoder = Encoder(recipe, tokenizer, kind, vocab_size)
+    if kind != "text" and encoder.has_template and stop_token(tokenizer)[0] is None:
+        say(
+            f"chat_template ends an answer with {stop_token(tokenizer)[1]!r}, which is no token of its own: generate "
+            "and pipeline will go on after it; end it with the tokenizer's eos_token, as chat_template=chatml does"
+        )
     held_out = _encode(held_out_rows, encoder, recipe, "held-out", recipe.max_eval_sequences)
     if not isinstance(train_rows, IterableDataset):
         return _encode(train_rows, encoder, recipe, "training", train_sequences), held_out

@@ -3,9 +3,12 @@
 IGNORE marks a label that is not learned. The first token of a document is one: nothing before it predicts it.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .errors import RecipeError
 from .recipe import Recipe
@@ -61,10 +64,13 @@ class Encoder:
         return {"text": self._text, "messages": self._messages, "prompt": self._prompt}[self.kind](row)
 
     def _text(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        ids = self._ids(row["text"])
-        if self.append_eos:
-            ids = [*ids, self.tokenizer.eos_token_id]
+        ids = self._ended(self._ids(row["text"]))
         return ids, [IGNORE, *ids[1:]]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With the end of the sequence, once: some tokenizers add it by themselves."""
+        end = self.tokenizer.eos_token_id
+        return [*ids, end] if self.append_eos and ids[-1:] != [end] else ids
 
     def _prompt(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         """Prompt and completion; as one user and one assistant message where there is a template."""
@@ -74,11 +80,11 @@ class Encoder:
                 {"role": "assistant", "content": row["completion"]},
             ]
             return self._messages({"messages": messages})
-        prompt = self._ids(row["prompt"])
-        answer = self._ids(row["completion"], add_special_tokens=False)
-        if self.append_eos:
-            answer = [*answer, self.tokenizer.eos_token_id]
-        return prompt + answer, [IGNORE] * len(prompt) + answer
+        # The tokens of the text as a whole: those of its parts may be others (a space of its own, two ends).
+        ids, prompt = self._ids(row["prompt"] + row["completion"]), self._ids(row["prompt"])
+        ids = self._ended(ids)
+        shared = next((i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), len(prompt))
+        return ids, [IGNORE] * shared + ids[shared:]
 
     def _messages(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         """A conversation through the chat template; only what the assistant says is learned.
@@ -86,18 +92,19 @@ class Encoder:
         The template's own {% generation %} marks are used where it has them; without, what an assistant's turn adds
         to the text before it.
         """
-        messages = row["messages"]
+        messages = [_as_written(message) for message in row["messages"]]
+        tools = row.get("tools") or None
+        tools = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
         template = self.tokenizer.chat_template
         if _GENERATION.search(template if isinstance(template, str) else ""):
-            encoded = self._apply(messages, return_assistant_tokens_mask=True, return_dict=True)
-            ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+            ids, mask = self._marked(messages, tools)
         else:
-            ids, mask = self._apply(messages), []
+            ids, mask = self._apply(messages, tools=tools), []
             for turn, message in enumerate(messages):
                 if message.get("role") != "assistant":
                     continue
-                before = self._apply(messages[:turn], add_generation_prompt=True)
-                after = self._apply(messages[: turn + 1])
+                before = self._apply(messages[:turn], tools=tools, add_generation_prompt=True)
+                after = self._apply(messages[: turn + 1], tools=tools)
                 if ids[: len(before)] != before or ids[: len(after)] != after:
                     raise RecipeError(
                         "the chat template does not render a conversation turn by turn, so the assistant's tokens "
@@ -113,6 +120,25 @@ class Encoder:
             )
         self._check(ids)
         return ids, [token if learned else IGNORE for token, learned in zip(ids, mask, strict=True)]
+
+    def _marked(self, messages: list[Any], tools: Any) -> tuple[list[int], list[int]]:
+        """Tokens, and which lie in the template's {% generation %} marks.
+
+        By where each token lies in the text: Transformers looks for the token of a mark's last character, and finds
+        none where a normaliser has put two characters into one, so that all that follows is learned.
+        """
+        text = self._apply(messages, tools=tools, tokenize=False)
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=self.tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        (spans,) = rendered[1]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        places = encoded["offset_mapping"]
+        return list(encoded["input_ids"]), [int(any(a < end and b > begin for begin, end in spans)) for a, b in places]
 
     def _apply(self, messages: list[dict[str, str]], **options: Any) -> Any:
         options = {"tokenize": True, "return_dict": False} | options
@@ -149,6 +175,35 @@ class Encoder:
                 return None
             ids, labels = ids[:length], labels[:length]
         return (ids, labels) if any(label != IGNORE for label in labels) else None
+
+
+def _as_written(message: Any) -> Any:
+    """A message without what a table has added: rows of a column of structs have every key that any of them has."""
+    if not isinstance(message, dict):
+        return message
+    kept = {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
+    return {key: value if key == "content" else _without_none(value) for key, value in kept.items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def stop_token(tokenizer: Any) -> tuple[int | None, str]:
+    """The token that ends an answer in the tokenizer's chat template, and how it is written; None where it is no token
+    of its own, so that `generate` cannot stop at it."""
+    answer = "An answer."
+    talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        end = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(answer)[2]
+    except Exception:  # Jinja's own errors; the rows will say it
+        return None, ""
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    found = next((token for token in ids if token in known), None)
+    return found, end
 
 
 def _refuse_other_keys(messages: list[Any]) -> None:

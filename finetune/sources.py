@@ -122,11 +122,13 @@ def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:
                 f"{found[column]}_column={column} holds {features[column]}, not text; name the column that holds text"
             )
     say(f"dataset={name}: {_LEARNED[kind].format(', '.join(found))}")
-    rows = rows.select_columns(list(found))
+    kept = [*found, *(["tools"] if kind == "messages" and "tools" in features and "tools" not in found else [])]
+    rows = rows.select_columns(kept)
     for old, new in found.items():
         rows = rows.rename_column(old, new) if old != new else rows
     options: dict[str, Any] = {} if isinstance(rows, IterableDataset) else {"desc": "Leaving out empty rows"}
-    return rows.filter(lambda row: all(map(_is_filled, row.values())), **options), kind
+    wanted = list(found.values())
+    return rows.filter(lambda row: all(_is_filled(row[name]) for name in wanted), **options), kind
 
 
 def _columns(recipe: Recipe, kind: str) -> dict[str, str]:

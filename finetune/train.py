@@ -24,6 +24,7 @@ from modeling_ecmoe import sparse_blocks
 from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_parameters
 from .curves import draw_curves
 from .data import Collator, Endless, prepare
+from .encode import stop_token
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
 from .loading import load, load_config
@@ -161,6 +162,7 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
     vocab_size = model.get_input_embeddings().num_embeddings
     with arguments.main_process_first(desc="preparing the dataset"):  # the other ranks read its cache
         train, held_out = prepare(recipe, tokenizer, vocab_size, sequences_used)
+    _stop_after_answers(model, tokenizer)
     if scratch is not None and isinstance(train, Dataset):
         lengths = torch.tensor([len(ids) for ids in train["input_ids"]])
         train = train.select(lengths.argsort(descending=True, stable=True)[: _sequences_used(arguments)].tolist())
@@ -186,6 +188,15 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
         )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"Trainer refuses the recipe: {' '.join(str(error).split())}") from error
+
+
+def _stop_after_answers(model: Any, tokenizer: Any) -> None:
+    """Lets the saved generation config stop at what ends an answer in the chat template, beside what it stops at."""
+    token = stop_token(tokenizer)[0] if tokenizer.chat_template else None
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if token is not None and token not in stops:
+        model.generation_config.eos_token_id = [*stops, token]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Conversations and instructions: which tokens are learned, what does not fit, and a chat model from end to end."""
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import DATA, tiny_tokenizer
+from datasets import Dataset
 from runs import ROOT
+from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from ecmoe.finetune import RecipeError, run
@@ -73,7 +76,7 @@ def test_only_the_assistant_is_learned(template: str, talk: str) -> None:
     """To the letter, with the end of its turn, which it has to say as well."""
     encode = encoder(template)
     rows = encode({"messages": [TALKS[talk]]})
-    end = "\n" if template == UNMARKED else "<|im_end|>\n"
+    end = "\n" if template == UNMARKED else "<eos>\n"
     answers = [message["content"] + end for message in TALKS[talk] if message["role"] == "assistant"]
     (ids,), (labels,) = rows["input_ids"], rows["labels"]
     assert learned(encode, labels) == answers
@@ -87,8 +90,8 @@ def test_a_tokenizer_without_byte_level(stories: Path) -> None:
     encode = encoder(CHATML.read_text(encoding="utf-8"), tokenizer=tokenizer)
     talk = TALKS["multi-turn after a system message"]
     ((ids,), (labels,)) = encode({"messages": [talk]}).values()
-    assert [text.lstrip() for text in learned(encode, labels)] == [
-        message["content"].lstrip() + "<|im_end|>\n" for message in talk if message["role"] == "assistant"
+    assert [text.lstrip().replace("</s> ", "</s>") for text in learned(encode, labels)] == [
+        message["content"].lstrip() + "</s>\n" for message in talk if message["role"] == "assistant"
     ]
     assert len(ids) == len(labels)
 
@@ -126,8 +129,8 @@ def test_prompt_and_completion() -> None:
     batch = {"prompt": ["Q: 1 + 1? A:"], "completion": [" 2."]}
     encode = encoder(CHATML.read_text(encoding="utf-8"), kind="prompt")
     ((ids,), (labels,)) = encode(batch).values()
-    assert learned(encode, labels) == [" 2.<|im_end|>\n"]
-    assert encode.tokenizer.decode(ids).startswith("<|im_start|>user\nQ: 1 + 1? A:<|im_end|>\n<|im_start|>assistant\n")
+    assert learned(encode, labels) == [" 2.<eos>\n"]
+    assert encode.tokenizer.decode(ids).startswith("<|im_start|>user\nQ: 1 + 1? A:<eos>\n<|im_start|>assistant\n")
     for append_eos, end in ((True, "<eos>"), (False, "")):
         encode = encoder(None, kind="prompt", append_eos=append_eos)
         ((ids,), (labels,)) = encode(batch).values()
@@ -228,8 +231,120 @@ def test_the_example(stories: Path, recipe_of: Callable, tmp_path: Path) -> None
     assert before == question and last["role"] == "assistant" and last["content"]
     # The same tokens as from the text that the template makes of the question.
     prompt = answering.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    assert prompt == "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt == "<|im_start|>user\nName a colour.</s>\n<|im_start|>assistant\n"
     ids = answering.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(recipe.output_dir).eval()
     expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert last["content"] == answering.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+NFC = "e\u0301"  # which a normaliser makes one character of
+
+
+@pytest.mark.parametrize("answer", ["caf" + NFC, NFC + "t\u00e9", "A " + NFC * 3, "\u2126 ohm", "plain"])
+def test_only_the_assistant_is_learned_whatever_a_normaliser_does(answer: str) -> None:
+    """Case 3: an answer that ends in characters which become one, and a turn of the user after it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    marked = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    )
+    marked += "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    encode = encoder(marked, tokenizer=tokenizer)
+    talk = [said("user", "Which?"), said("assistant", answer), said("user", "And then?")]
+    ((ids,), (labels,)) = encode({"messages": [talk]}).values()
+    assert learned(encode, labels) == [unicodedata.normalize("NFC", answer)]
+    assert ids == tokenizer("Which?" + answer + "And then?")["input_ids"]
+
+
+def test_what_ends_an_answer_ends_generation(stories: Path, recipe_of: Callable, tmp_path: Path, capsys: Any) -> None:
+    """Case 4: in the shipped template the tokenizer's own end; a marker that is no token is said before training."""
+    talk = [said("user", "Which animal?"), said("assistant", "A cat.")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(40)))
+    fields = {"dataset": tmp_path / "rows.jsonl", "model": stories, "learning_rate": 3e-3, "sequence_length": 128}
+    recipe = recipe_of(**fields, chat_template="chatml", max_steps=60)
+    run(recipe)
+    answering = pipeline("text-generation", model=recipe.output_dir)
+    (answer,) = answering(talk[:1], max_new_tokens=40, do_sample=False)
+    assert answer["generated_text"][-1]["content"] == "A cat."
+    assert "which is no token of its own" not in capsys.readouterr().out
+    old = CHATML.read_text(encoding="utf-8").replace("eos_token if eos_token is defined and eos_token else ", "")
+    (tmp_path / "old.jinja").write_text(old)
+    run(recipe_of(**fields, chat_template=str(tmp_path / "old.jinja"), max_steps=1, output_dir=tmp_path / "other"))
+    assert "chat_template ends an answer with '<|im_end|>\\n', which is no token of its own" in capsys.readouterr().out
+
+
+def test_a_special_token_that_ends_answers_joins_the_generation_config(
+    place: Path, recipe_of: Callable, tmp_path: Path, quick_end: None
+) -> None:
+    """As <|eot_id|> of Llama 3, which is not the end of a text."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "ecmoe")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<pad>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (tmp_path / "t.jinja").write_text(template)
+    talk = [said("user", "Which animal?"), said("assistant", "A cat.")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(40)))
+    recipe = recipe_of(dataset=tmp_path / "rows.jsonl", chat_template=str(tmp_path / "t.jinja"), max_steps=1)
+    run(recipe)
+    stops = AutoModelForCausalLM.from_pretrained(recipe.output_dir).generation_config.eos_token_id
+    assert stops == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+
+
+def test_prompt_and_completion_are_the_tokens_of_their_text(stories: Path) -> None:
+    """Cases 7 and 8: no second space, and one end of the sequence where the tokenizer adds one by itself."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    encode = encoder(None, kind="prompt", tokenizer=tokenizer)
+    ((ids,), (labels,)) = encode({"prompt": ["A:"], "completion": [" Lily"]}).values()
+    assert ids == [*tokenizer("A: Lily")["input_ids"], tokenizer.eos_token_id]
+    assert [text.strip() for text in learned(encode, labels)] == ["Lily</s>"]
+    ending = tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", ending.eos_token_id)]
+    )
+    encode = encoder(None, kind="prompt", tokenizer=ending)
+    ((ids,), (labels,)) = encode({"prompt": ["A:"], "completion": [" Lily"]}).values()
+    assert ending.decode(ids) == "A: Lily<eos>" and learned(encode, labels) == [" Lily<eos>"]
+    text = encoder(None, kind="text", tokenizer=ending, packing=False)
+    assert ending.decode(text({"text": ["One."]})["input_ids"][0]) == "One.<eos>"
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}[{{ m['role'] }}] "
+    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def calls(**arguments: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_tools_and_their_calls_are_learned_as_written(
+    suffix: str, place: Path, recipe_of: Callable, tmp_path: Path
+) -> None:
+    """Cases 10 and 11: a table gives every row the keys of all rows, and a `tools` column is handed to the template."""
+    rows = [
+        {"messages": [said("user", "Paris?"), calls(city="Paris")], "tools": TOOLS},
+        {"messages": [said("user", "One?"), calls(a=1)], "tools": None},
+    ] * 4
+    if suffix == "parquet":
+        Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    else:
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "t.jinja").write_text(WITH_TOOLS)
+    recipe = recipe_of(dataset=tmp_path / f"rows.{suffix}", sequence_length=256, validation_fraction=0.5)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = WITH_TOOLS
+    texts = {tokenizer.decode(row["input_ids"]) for part in prepare(recipe, tokenizer, 300) for row in part}
+    apply = tokenizer.apply_chat_template
+    assert texts == {apply(row["messages"], tools=row["tools"], tokenize=False) for row in rows[:2]}
+    assert any('"arguments": {"a": 1}}' in text for text in texts) and any("weather" in text for text in texts)
+
+
+def test_tools_may_be_json(stories: Path) -> None:
+    encode = encoder(WITH_TOOLS, sequence_length=512)
+    talk = [said("user", "Paris?"), calls(city="Paris")]
+    as_text, as_rows = (encode({"messages": [talk], "tools": [tools]}) for tools in (json.dumps(TOOLS), TOOLS))
+    assert as_text == as_rows and "weather" in encode.tokenizer.decode(as_text["input_ids"][0])
