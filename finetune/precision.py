@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import RecipeError
@@ -69,7 +70,7 @@ def choose(recipe: Recipe, config: Any, resume: Path | None = None) -> Precision
     autocast = _has_bfloat16() and not recipe.training.keys() & {"bf16", "fp16"} and not _is_mixed_already(recipe)
     if recipe.lora is not None:
         return Precision(recipe.dtype, autocast, False, {}, 0, "adapters and router in float32")
-    needed, free = _needed(recipe, config), _free_bytes()
+    needed, free = _needed(recipe, config), min(gather_object([_free_bytes()]))  # one choice for all ranks
     dtype, why = recipe.dtype, "as the recipe says"
     if dtype == "auto" and resume is not None and (resume / "config.json").is_file():
         dtype, why = str(AutoConfig.from_pretrained(resume).dtype).removeprefix("torch."), f"as {resume.name} is"
@@ -78,10 +79,8 @@ def choose(recipe: Recipe, config: Any, resume: Path | None = None) -> Precision
     elif dtype == "auto":
         fits = needed["float32"] <= _SPARE * free
         dtype = "float32" if fits else "bfloat16"
-        sizes = (
-            f"{needed['float32'] / 1e9:.1f} GB for weights, gradients and moments in float32, {free / 1e9:.1f} GB free"
-        )
-        why = sizes if fits else f"not in float32: {sizes}"
+        sizes = f"{needed['float32'] / 1e9:.1f} GB with gradients and moments in float32, {free / 1e9:.1f} GB free"
+        why = sizes if fits else f"for want of memory: {sizes}"
     stochastic = dtype == "bfloat16" and "optim" not in recipe.training
     if stochastic and importlib.util.find_spec("torchao") is None:
         raise RecipeError(
