@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches_ecmoe import as_batches, run_batches
 from .block_ecmoe import EcMoeBlock
 from .bounded_ecmoe import balanced_thresholds
 from .context_ecmoe import use_inference_routing
 from .global_pool_ecmoe import num_ranks
-from .report_ecmoe import as_batches, run_batches, sparse_blocks
+from .report_ecmoe import sparse_blocks
 from .routing_ecmoe import choose_tokens, expert_capacity
 
 # A float32 score in [0, 1] has a bit pattern below 2^30, and patterns are ordered as the scores are. Two halves of

@@ -1,15 +1,14 @@
 """What the routes of a model look like: load, coverage, experts per token, thresholds and their drift."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
+from .batches_ecmoe import as_batches, run_batches
 from .block_ecmoe import EcMoeBlock
 from .routing_ecmoe import choose_experts
 
@@ -24,77 +23,6 @@ def sparse_blocks(model: nn.Module) -> dict[str, EcMoeBlock]:
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no expert-choice layer")
     return blocks
-
-
-def run_batches(model: nn.Module, batches: list[Mapping[str, Tensor]], title: str) -> None:
-    """Forward passes in eval mode; the model is left in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    # Offloaded parameters are on the meta device between passes; their hooks move the inputs.
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    # The routes are what is wanted: of the logits, the largest tensor of a pass, as few as can be.
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    try:
-        for batch in logging.tqdm(batches, desc=title, unit="batch", leave=False):
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False, **options)
-    finally:
-        model.train(was_training)
-
-
-WINDOW = 512  # tokens of a row made of a text; shorter where the model's context is
-POOL = 4_096  # tokens of a batch of such rows, among which experts choose
-
-
-def as_batches(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | Iterable[str], tokenizer: Any = None
-) -> list[Mapping[str, Tensor]]:
-    """Batches as they are; texts as batches of rows of `WINDOW` tokens at most, padded on the right.
-
-    Args:
-        model: whose context bounds the rows.
-        batches: keyword arguments of its forward, or texts.
-        tokenizer: of the texts.
-
-    Raises:
-        ValueError: for texts without a tokenizer, batches with one, and what is neither.
-    """
-    held: list[Any] = [batches] if isinstance(batches, (str, Mapping)) else list(batches)
-    texts = [item for item in held if isinstance(item, str)]
-    if held and not texts and all(isinstance(item, Mapping) and "input_ids" in item for item in held):
-        if tokenizer is not None:
-            raise ValueError("tokenizer is for texts, and batches of tokens are given; leave it out")
-        return [{name: torch.as_tensor(value) for name, value in item.items()} for item in held]
-    if not held:
-        raise ValueError("there is no batch and no text; give at least one")
-    if len(texts) < len(held):
-        names = ", ".join(held[0]) if isinstance(held[0], Mapping) else type(held[0]).__name__
-        raise ValueError(
-            f"batches must all be texts, or all mappings with input_ids [B, S], and one is {names}; of a dataset give "
-            'its column of text, such as dataset["text"]'
-        )
-    if not callable(tokenizer):
-        raise ValueError(f"tokenizer={tokenizer!r}: texts are given; give their tokenizer too, or batches of input_ids")
-    config = getattr(model, "config", None)
-    length = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
-    ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    rows = [torch.tensor(row[begin : begin + length]) for row in ids for begin in range(0, len(row), length)]
-    if not rows:
-        raise ValueError("the texts are empty: there is not a single token in them")
-    found: list[Mapping[str, Tensor]] = []
-    batch: list[Tensor] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * max(map(len, [*batch, row])) > POOL:  # padding counts: it is memory too
-            found.append(_padded(batch))
-            batch = []
-        batch.append(row)
-    return [*found, _padded(batch)]
-
-
-def _padded(rows: list[Tensor]) -> dict[str, Tensor]:
-    pad = nn.utils.rnn.pad_sequence
-    ones = [torch.ones_like(row) for row in rows]
-    return {"input_ids": pad(rows, batch_first=True), "attention_mask": pad(ones, batch_first=True)}
 
 
 @dataclass

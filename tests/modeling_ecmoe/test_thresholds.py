@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.utils import is_accelerate_available
 
 from modeling_ecmoe import calibrate_thresholds, record_routing, routing_report, use_inference_routing
+from modeling_ecmoe.batches_ecmoe import as_batches
 from modeling_ecmoe.block_ecmoe import EcMoeRouter
 from modeling_ecmoe.calibration_ecmoe import sparse_blocks
-from modeling_ecmoe.report_ecmoe import as_batches
 
 
 def gates(model: PreTrainedModel) -> dict[str, EcMoeRouter]:
