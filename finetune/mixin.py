@@ -96,11 +96,33 @@ class ExpertChoiceTrainerMixin:
         self.calibration = Calibration(self)
         self.sums = LossSums()
         super().__init__(*args, callbacks=[self.timer, LogBeforeSaving(), *(callbacks or [])], **kwargs)
+        self._refuse_lost_losses()
         self.routes = is_expert_choice(self.model)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
         self._timed_steps = 0
         self.routing: dict[str, float] | None = None  # how the thresholds routed in the last evaluation
         self.calibration.watch()
+
+    def _refuse_lost_losses(self) -> None:
+        """What TRL's trainers would pass over, or add where it makes no sense: they compute the loss beside the model.
+
+        Raises:
+            RecipeError: naming the field.
+        """
+        config = self.model.config
+        if not hasattr(self, "aux_loss_enabled") or not str(config.model_type).startswith("ecmoe_"):
+            return
+        if self.aux_loss_enabled and config.routing != "token_choice":
+            raise RecipeError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef} balances token choice, and routing={config.routing} "
+                "is balanced by construction; leave it out"
+            )
+        if config.router_z_loss_coef:
+            of_trl = next(base for base in type(self).__mro__ if base.__module__.startswith("trl."))
+            raise RecipeError(
+                f"router_z_loss_coef={config.router_z_loss_coef} is lost under {of_trl.__name__}, which "
+                "computes the loss beside the model; set it to 0, or train with transformers.Trainer"
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As Trainer's, with the router's and the experts' parameters in groups of their own learning rate."""

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import ecmoe
-from ecmoe.finetune import ExpertChoiceTrainerMixin
+from ecmoe.finetune import ExpertChoiceTrainerMixin, RecipeError
 from modeling_ecmoe import sparse_blocks
 
 pytest.importorskip("trl", reason="trl is not installed")
@@ -136,6 +136,33 @@ def test_on_sft_trainer(
         trainer.args.per_device_eval_batch_size = 3
         assert trainer.evaluate()["eval_loss"] == pytest.approx(by_eight["eval_loss"], abs=1e-5)
         assert by_eight["eval_loss_top_k"] > 0
+
+
+def test_losses_that_trl_would_lose_are_refused(load: Any, texts: list[str], tmp_path: Path) -> None:
+    """And token choice's balance loss is added by the coefficient that is asked for."""
+    trainer_class, config_class = of_trl("SFT")
+
+    class Tuned(ExpertChoiceTrainerMixin, trainer_class): ...
+
+    def make(fields: dict[str, Any], **options: Any) -> Any:
+        model, tokenizer = load()
+        for name, value in fields.items():
+            setattr(model.config, name, value)
+        arguments = config_class(output_dir=str(tmp_path), max_length=64, **OPTIONS | options)
+        rows = Dataset.from_dict({"text": texts[:32]})
+        return Tuned(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+    with pytest.raises(RecipeError, match=r"router_aux_loss_coef=0\.1 balances token choice, and routing=exp"):
+        make({}, router_aux_loss_coef=0.1)
+    with pytest.raises(RecipeError, match=r"router_z_loss_coef=0\.01 is lost under SFTTrainer"):
+        make({"router_z_loss_coef": 0.01})
+    token_choice = {"routing": "token_choice", "inference_routing": "token_choice"}
+    losses = []
+    for coefficient in (0.0, 10.0):
+        trainer = make(token_choice, router_aux_loss_coef=coefficient, max_steps=1)
+        trainer.train()
+        losses += finite_losses(trainer)
+    assert 5 < losses[1] - losses[0] < 50  # a balanced router's loss is its number of choices, 1
 
 
 def test_on_dpo_trainer(load: Any, texts: list[str], tmp_path: Path) -> None:
