@@ -11,9 +11,9 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .errors import RecipeError
+from .losses import IGNORE
 from .recipe import Recipe
 
-IGNORE = -100
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 

@@ -1,6 +1,7 @@
 """Where tensors come from: one at a time and by name, from a folder (folder.py) or from a model (memory.py)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Header:
     name: str
 
 
-class Source:
+class Source(ABC):
     """Tensors by name, read when asked for, and the config of the model they belong to.
 
     source: what the user calls it. place: what a message calls it. config_place: the same of its config. commit: of the
@@ -54,40 +55,40 @@ class Source:
     headers: dict[str, Header]
     damaged = "it is damaged; fetch it again"  # what a message says of numbers that are none
 
+    @abstractmethod
     def config_fields(self) -> dict[str, Any]:
         """The config as plain fields."""
-        raise NotImplementedError
 
+    @abstractmethod
     def config(self) -> PreTrainedConfig:
         """The config; refused where the weights are quantised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
         """A tensor, or its rows from start to stop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokenizer(self) -> Any:
         """The tokenizer that goes with the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def running(self, dtype: torch.dtype, device: str | None) -> AbstractContextManager[Any]:
         """The model itself in eval mode, while the context is open."""
-        raise NotImplementedError
 
+    @abstractmethod
     def copy_companions(self, folder: Path) -> None:
         """Writes what travels along with the weights: tokenizer, templates, generation defaults, licence."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What tells one state of the source from another, without reading the weights."""
-        raise NotImplementedError
 
     weight_files: list[Path]
 
     @property
+    @abstractmethod
     def bytes_to_load(self) -> int:
         """Memory that running the model takes beside what is taken already."""
-        raise NotImplementedError
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """A tensor, or its rows from start to stop.

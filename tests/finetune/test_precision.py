@@ -47,20 +47,26 @@ def king(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def after_sixty_steps(king: Path, out: Path, **fields: Any) -> float:
+def sixty_steps(king: Path, out: Path, **fields: Any) -> tuple[float, float]:
+    """The loss before and after."""
     fields = {"sequence_length": 128, "max_steps": 60, "use_cpu": True, "disable_tqdm": True, **fields}
     silent = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 60}
     found = run("full", model=king / "ecmoe", output_dir=out, dataset=king / "rows.jsonl", **silent, **fields)
-    return found["loss_after"]
+    return found["loss_before"], found["loss_after"]
 
 
 def test_a_bfloat16_checkpoint_learns_at_the_recipe_s_rate(king: Path, tmp_path: Path, quick_end: None) -> None:
     """Case 1: with the shipped recipe as it comes, and with steps rounded at random, but not with plain AdamW."""
-    whole = after_sixty_steps(king, tmp_path / "float32", dtype="float32")
-    default = after_sixty_steps(king, tmp_path / "default")
-    rounded = after_sixty_steps(king, tmp_path / "random", **BFLOAT16)
-    lost = after_sixty_steps(king, tmp_path / "plain", **PLAIN)
-    print({"float32": whole, "default": default, "bfloat16, rounded at random": rounded, "bfloat16": lost})
+    arms = {
+        "float32": {"dtype": "float32"},
+        "as it comes": {},
+        "bfloat16, rounded at random": BFLOAT16,
+        "bfloat16": PLAIN,
+    }
+    found = {name: sixty_steps(king, tmp_path / name, **fields) for name, fields in arms.items()}
+    for name, (before, after) in found.items():
+        print(f"{name}: {before:.4f} -> {after:.4f}")
+    whole, default, rounded, lost = (after for _, after in found.values())
     assert abs(default - whole) < 1e-4 and abs(rounded / whole - 1) < 0.05
     assert lost > 1.2 * whole  # what the others are held against
 
