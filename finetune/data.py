@@ -48,10 +48,14 @@ def prepare(
     """
     train_rows, held_out_rows, kind = load_rows(recipe)
     encoder = Encoder(recipe, tokenizer, kind, vocab_size)
-    if kind != "text" and encoder.has_template and stop_token(tokenizer)[0] is None:
+    stop, end = stop_token(tokenizer) if encoder.has_template else (None, "")
+    if kind != "text" and encoder.has_template and stop is None:
+        ends = (
+            f"ends an answer with {end!r}, which is no token of its own" if end else "does not show what ends an answer"
+        )
         say(
-            f"chat_template ends an answer with {stop_token(tokenizer)[1]!r}, which is no token of its own: generate "
-            "and pipeline will go on after it; end it with the tokenizer's eos_token, as chat_template=chatml does"
+            f"chat_template {ends}: generate and pipeline will go on after it; end it with the tokenizer's eos_token, "
+            "as chat_template=chatml does"
         )
     held_out = _encode(held_out_rows, encoder, recipe, "held-out", recipe.max_eval_sequences)
     if not isinstance(train_rows, IterableDataset):

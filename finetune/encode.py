@@ -94,7 +94,7 @@ class Encoder:
         """
         messages = [_as_written(message) for message in row["messages"]]
         tools = row.get("tools") or None
-        tools = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
+        tools = _from_json(tools) if isinstance(tools, str) else _without_none(tools)
         template = self.tokenizer.chat_template
         if _GENERATION.search(template if isinstance(template, str) else ""):
             ids, mask = self._marked(messages, tools)
@@ -191,19 +191,30 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
+def _from_json(tools: str) -> Any:
+    try:
+        return json.loads(tools)
+    except ValueError:
+        raise RecipeError(f"a row's tools are {tools[:60]!r}, which is not JSON: rename or drop that column") from None
+
+
 def stop_token(tokenizer: Any) -> tuple[int | None, str]:
     """The token that ends an answer in the tokenizer's chat template, and how it is written; None where it is no token
     of its own, so that `generate` cannot stop at it."""
     answer = "An answer."
     talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     try:
-        end = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(answer)[2]
+        _, found, end = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(answer)
     except Exception:  # Jinja's own errors; the rows will say it
+        return None, ""
+    if not found:  # content as a list of parts, or a template that rewrites it: what ends it is not known
         return None, ""
     ids = tokenizer(end, add_special_tokens=False)["input_ids"]
     known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    found = next((token for token in ids if token in known), None)
-    return found, end
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        known.discard(tokenizer.bos_token_id)  # it begins the next text
+    # blank ones, as runs of spaces or line ends, stand inside answers too
+    return next((token for token in ids if token in known and tokenizer.decode([token]).strip()), None), end
 
 
 def _refuse_other_keys(messages: list[Any]) -> None:

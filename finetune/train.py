@@ -176,6 +176,8 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
         train_in_float32(model)
     freeze(model, recipe)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    if padding >= model.config.get_text_config().vocab_size:
+        padding = 0  # an added [PAD] has no embedding, and no one sees or learns padding
     try:
         return EcMoeTrainer(
             recipe=recipe,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from ecmoe.finetune import RecipeError, run
 from ecmoe.finetune.data import Collator, prepare
-from ecmoe.finetune.encode import IGNORE, Encoder
+from ecmoe.finetune.encode import IGNORE, Encoder, stop_token
 from ecmoe.finetune.recipe import make_recipe
 
 CHATML = ROOT / "recipes" / "chatml.jinja"
@@ -348,3 +348,40 @@ def test_tools_may_be_json(stories: Path) -> None:
     talk = [said("user", "Paris?"), calls(city="Paris")]
     as_text, as_rows = (encode({"messages": [talk], "tools": [tools]}) for tools in (json.dumps(TOOLS), TOOLS))
     assert as_text == as_rows and "weather" in encode.tokenizer.decode(as_text["input_ids"][0])
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ("<|im_start|>{{ m['role'] }} {{ m['content'] }}<|eou|>", "<|eou|>"),
+        ("<|im_start|>{% for p in m['content'] %}{{ p['text'] }}{% endfor %}<|eou|>", None),
+        ("<|im_start|>{{ m['content'] | lower }}<|eou|>", None),
+        ("<s>{{ m['content'] }}\n\n</s>", "</s>"),
+        ("<s>{{ m['content'] }}<s>", None),
+    ],
+)
+def test_what_ends_an_answer_is_no_opener_and_no_blank(turn: str, expected: str | None) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.add_tokens(["<|im_start|>", "<|eou|>", "\n\n"])
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    found, _ = stop_token(tokenizer)
+    assert found == (None if expected is None else tokenizer.convert_tokens_to_ids(expected))
+
+
+def test_tools_that_are_no_json_are_named() -> None:
+    row = {"messages": [[said("user", "Hi"), said("assistant", "Hello.")]], "tools": ["search, calc"]}
+    with pytest.raises(RecipeError, match="tools are 'search, calc', which is not JSON"):
+        encoder(CHATML.read_text())(row)
+
+
+def test_an_added_pad_token_without_an_embedding(stories: Path, recipe_of: Callable, tmp_path: Path) -> None:
+    model = tmp_path / "padded"
+    AutoModelForCausalLM.from_pretrained(stories).save_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    rows = [{"text": "Once upon a time. " * (1 + number % 3)} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = run(recipe_of(model=model, dataset=tmp_path / "rows.jsonl", packing=False, max_steps=1))
+    assert 0 < found["loss_after"] < 10
