@@ -207,7 +207,7 @@ def stop_token(tokenizer: Any) -> tuple[int | None, str]:
         _, found, end = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(answer)
     except Exception:  # Jinja's own errors; the rows will say it
         return None, ""
-    if not found:  # content as a list of parts, or a template that rewrites it: what ends it is not known
+    if not found or not end:  # content as a list of parts, or a template that rewrites it: what ends it is not known
         return None, ""
     ids = tokenizer(end, add_special_tokens=False)["input_ids"]
     known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
