@@ -93,12 +93,12 @@ def demo(output: Path, source: str | None) -> None:
 
 def make(model: Path | str, output: Path, dataset: Path, **training: Any) -> Recipe:
     """A recipe that differs between the stages in what is given here alone."""
-    fixed = {"lr_scheduler_type": "cosine", "logging_steps": 50, "save_strategy": "no", "report_to": "none"}
+    fixed = {"max_length": SEQUENCE_LENGTH, "packing": True, "activation_checkpointing": False}
+    fixed |= {"lr_scheduler_type": "cosine", "logging_steps": 50, "save_strategy": "no", "report_to": "none"}
     return Recipe(
         model=str(model),
         output_dir=str(output),
         dataset=str(dataset),
-        sequence_length=SEQUENCE_LENGTH,
         validation_fraction=0.15,
         training=fixed | training,
     )

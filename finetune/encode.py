@@ -1,180 +1,177 @@
-"""Rows to tokens: packed documents, or one conversation or instruction per sequence with its prompt left unlearned.
+"""Rows to tokens and labels: what is learned of a text, an instruction or a conversation.
 
-IGNORE marks a label that is not learned. The first token of a document is one: nothing before it predicts it.
+TRL would do this too; where its result is another one, docs/finetuning.md says so and shows the rows. Its training
+templates are used, which mark the assistant's words in the chat templates of the large families.
 """
 
 import json
-import re
-from collections.abc import Iterable
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length, maybe_convert_to_chatml
 
 from .errors import RecipeError
 from .losses import IGNORE
-from .recipe import Recipe
 
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+Sequence = dict[str, list[int]]
 
 
 class Encoder:
-    """Turns batches of rows of one kind into batches of sequences; a picklable function for `datasets`.
+    """Turns a row of one kind into input_ids and labels; a picklable function for `datasets`.
 
     It holds what it depends on and nothing else of the recipe, so that `datasets` finds its cached sequences again.
 
-    vocab_size: of the model's embedding, which every token must have a row in.
+    Args:
+        kind: "text", "messages" or "prompt", as of `load_rows`.
+        vocab_size: of the model's embedding, which every token must have a row in.
+        append_eos: whether text and instructions without a template end with the end-of-sequence token.
+        learns_all: whether prompts, and what others than the assistant say, are learned too.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, kind: str, vocab_size: int) -> None:
-        self.tokenizer, self.kind, self.vocab_size = tokenizer, kind, vocab_size
-        self.sequence_length, self.too_long = recipe.sequence_length, recipe.too_long
-        self.append_eos = recipe.append_eos and tokenizer.eos_token_id is not None
-        self.is_packed = kind == "text" and recipe.packing
+    def __init__(
+        self, tokenizer: Any, kind: str, vocab_size: int, append_eos: bool = True, learns_all: bool = False
+    ) -> None:
+        self.tokenizer, self.kind, self.vocab_size, self.learns_all = tokenizer, kind, vocab_size, learns_all
+        self.append_eos = append_eos
         self.has_template = getattr(tokenizer, "chat_template", None) is not None
+        self.training_template = _training_template(tokenizer) if self.has_template else None
         if kind == "messages" and not self.has_template:
             raise RecipeError(
                 "the tokenizer has no chat template and the dataset holds conversations; name a Jinja file in "
-                "chat_template"
+                "chat_template_path"
             )
 
-    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The sequences of a batch of rows: input_ids and labels, and position_ids where they are packed."""
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        if self.is_packed:
-            return pack((self._text(row) for row in rows), self.sequence_length)
-        kept = [fitted for row in rows if (fitted := self._fit(*self._encode(row))) is not None]
-        return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+    def __call__(self, row: dict[str, Any]) -> Sequence:
+        """input_ids and labels, IGNORE where nothing is learned."""
+        row = maybe_convert_to_chatml(dict(row))
+        if self.kind == "text":
+            ids = self._ids(row["text"])
+            ids, labels = self._ended(ids, ids)
+        elif self.kind == "prompt" and isinstance(row["prompt"], str) and not self.has_template:
+            # The tokens of the joined text: those of its parts may be others (a space of its own, two ends).
+            joined = row["prompt"] + row["completion"]
+            ids, labels = self._learned(joined, [(len(row["prompt"]), len(joined))])
+            ids, labels = self._ended(ids, labels)
+        else:
+            ids, labels = self._conversation(row)
+        if max(ids, default=0) >= self.vocab_size:
+            raise RecipeError(
+                f"the tokenizer makes token {max(ids)} and the model's vocabulary has {self.vocab_size}; they do not "
+                "belong together"
+            )
+        return {"input_ids": ids, "labels": ids if self.learns_all else labels}
 
-    def mark(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """One sequence for each row, empty where it is left out, and whether it was too long.
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        return list(self.tokenizer(text, verbose=False, **options)["input_ids"])
 
-        It is in the columns, so that `datasets` keeps it with the sequences and it can be counted the next time.
-        """
-        marked: dict[str, list[Any]] = {"input_ids": [], "labels": [], "is_kept": [], "is_too_long": []}
-        for values in zip(*batch.values(), strict=True):
-            sequence = self._encode(dict(zip(batch, values, strict=True)))
-            fitted = self._fit(*sequence)
-            ids, labels = fitted or ([], [])
-            row = (ids, labels, fitted is not None, len(sequence[0]) > self.sequence_length)
-            for name, value in zip(marked, row, strict=True):
-                marked[name].append(value)
-        return marked
-
-    def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        return {"text": self._text, "messages": self._messages, "prompt": self._prompt}[self.kind](row)
-
-    def _text(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        ids = self._ended(self._ids(row["text"]))
-        return ids, [IGNORE, *ids[1:]]
-
-    def _ended(self, ids: list[int]) -> list[int]:
-        """With the end of the sequence, once: some tokenizers add it by themselves."""
+    def _ended(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        """With the end of the sequence, learned, once: some tokenizers add it by themselves."""
         end = self.tokenizer.eos_token_id
-        return [*ids, end] if self.append_eos and ids[-1:] != [end] else ids
+        if ids[-1:] == [end]:
+            return ids, [*labels[:-1], end]
+        return ([*ids, end], [*labels, end]) if self.append_eos and end is not None else (ids, labels)
 
-    def _prompt(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Prompt and completion; as one user and one assistant message where there is a template."""
-        if self.has_template:
+    def _learned(self, text: str, spans: list[tuple[int, int]], **options: Any) -> tuple[list[int], list[int]]:
+        """Tokens of a text, and their labels: those are learned that lie in the spans of characters, or reach into one.
+
+        Llama 2's template, for one, writes a blank before an answer, which is of the same token as its first word.
+        By where tokens lie in the text: Transformers looks for the token of a span's last character, and finds none
+        where a normaliser has put two characters into one, so that all that follows would be learned.
+        """
+        if getattr(self.tokenizer, "is_fast", False):
+            encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
+            ids = list(encoded["input_ids"])
+            learned = [any(a < end and b > begin for begin, end in spans) for a, b in encoded["offset_mapping"]]
+        else:  # no places: what the text up to a border has in common with the whole
+            ids = self._ids(text, **options)
+            borders = [[common_prefix_length(ids, self._ids(text[:end], **options)) for end in span] for span in spans]
+            learned = [any(first <= n < last for first, last in borders) for n in range(len(ids))]
+        return ids, [token if is_learned else IGNORE for token, is_learned in zip(ids, learned, strict=True)]
+
+    def _conversation(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Through the chat template; what the assistant says is learned, of a prompt with a completion the latter."""
+        prompt: Any = []
+        if self.kind == "messages":
+            messages = row["messages"]
+        elif isinstance(row["prompt"], str):
             messages = [
                 {"role": "user", "content": row["prompt"]},
                 {"role": "assistant", "content": row["completion"]},
             ]
-            return self._messages({"messages": messages})
-        # The tokens of the text as a whole: those of its parts may be others (a space of its own, two ends).
-        ids, prompt = self._ids(row["prompt"] + row["completion"]), self._ids(row["prompt"])
-        ids = self._ended(ids)
-        shared = next((i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), len(prompt))
-        return ids, [IGNORE] * shared + ids[shared:]
-
-    def _messages(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """A conversation through the chat template; only what the assistant says is learned.
-
-        The template's own {% generation %} marks are used where it has them; without, what an assistant's turn adds
-        to the text before it.
-        """
-        messages = [_as_written(message) for message in row["messages"]]
+        else:
+            prompt = row["prompt"]
+            messages = prompt + row["completion"]
+        messages = [_as_written(message) for message in messages]
         tools = row.get("tools") or None
         tools = _from_json(tools) if isinstance(tools, str) else _without_none(tools)
-        template = self.tokenizer.chat_template
-        if _GENERATION.search(template if isinstance(template, str) else ""):
-            ids, mask = self._marked(messages, tools)
-        else:
-            ids, mask = self._apply(messages, tools=tools), []
-            for turn, message in enumerate(messages):
-                if message.get("role") != "assistant":
-                    continue
-                before = self._apply(messages[:turn], tools=tools, add_generation_prompt=True)
-                after = self._apply(messages[: turn + 1], tools=tools)
-                if ids[: len(before)] != before or ids[: len(after)] != after:
-                    raise RecipeError(
-                        "the chat template does not render a conversation turn by turn, so the assistant's tokens "
-                        "cannot be told apart; mark them in it with {% generation %}"
-                    )
-                mask += [0] * (len(before) - len(mask)) + [1] * (len(after) - len(before))
-            mask += [0] * (len(ids) - len(mask))
-        if not any(mask):
+        options = {"tools": tools} | (_without_none(row.get("chat_template_kwargs")) or {})
+        text, spans = self._spans(messages, options)
+        if prompt:
+            start = len(self._render(messages[: len(prompt)], options)[0])
+            spans = [(begin, end) for begin, end in spans if begin >= start]
+        ids, labels = self._learned(text, spans, add_special_tokens=False)
+        if not self.learns_all and all(label == IGNORE for label in labels):
             _refuse_other_keys(messages)
+            roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages))
             raise RecipeError(
-                f"a conversation has no token of the assistant to learn from: {str(messages)[:120]}; leave such rows "
-                "out, or check the roles and the chat template"
+                f"a conversation has no token of the assistant to learn from among the roles {roles}: "
+                f"{str(messages)[:120]}; leave such rows out, or check the roles and the chat template"
             )
-        self._check(ids)
-        return ids, [token if learned else IGNORE for token, learned in zip(ids, mask, strict=True)]
+        return ids, labels
 
-    def _marked(self, messages: list[Any], tools: Any) -> tuple[list[int], list[int]]:
-        """Tokens, and which lie in the template's {% generation %} marks.
+    def _spans(self, messages: list[Any], options: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered text, and where the assistant speaks in it, by characters.
 
-        By where each token lies in the text: Transformers looks for the token of a mark's last character, and finds
-        none where a normaliser has put two characters into one, so that all that follows is learned.
+        By the template's {% generation %} marks where it has them; without, what an assistant's turn adds to the text
+        before it.
         """
-        text = self._apply(messages, tools=tools, tokenize=False)
-        rendered: Any = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self.tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        (spans,) = rendered[1]
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        places = encoded["offset_mapping"]
-        return list(encoded["input_ids"]), [int(any(a < end and b > begin for begin, end in spans)) for a, b in places]
+        text, marked = self._render(messages, options)
+        if marked is not None:
+            return text, marked
+        spans = []
+        for turn, message in enumerate(messages):
+            if message.get("role") != "assistant":
+                continue
+            before, _ = self._render(messages[:turn], options, add_generation_prompt=True)
+            after, _ = self._render(messages[: turn + 1], options)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise RecipeError(
+                    "the chat template does not render a conversation turn by turn, so the assistant's words cannot "
+                    "be told apart; mark them in it with {% generation %}"
+                )
+            spans.append((len(before), len(after)))
+        return text, spans
 
-    def _apply(self, messages: list[dict[str, str]], **options: Any) -> Any:
-        options = {"tokenize": True, "return_dict": False} | options
+    def _render(
+        self, messages: list[Any], options: dict[str, Any], **more: Any
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text of a conversation, and the spans that the template marks; None where it marks nothing at all."""
+        template = self.training_template or self.tokenizer.get_chat_template(None, options["tools"])
+        is_marked = has_generation_markers(template)
+        names = self.tokenizer.special_tokens_map | options | more
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            rendered: Any = render_jinja_template(
+                conversations=[messages], chat_template=template, return_assistant_tokens_mask=is_marked, **names
+            )
         except Exception as error:  # Jinja's own errors, and those that a template raises
             _refuse_other_keys(messages)
             raise RecipeError(
                 f"the chat template refuses {str(messages)[:120]}: {' '.join(str(error).split())}"
             ) from error
+        return rendered[0][0], rendered[1][0] if is_marked else None
 
-    def _ids(self, text: str, **options: Any) -> list[int]:
-        ids: list[int] = self.tokenizer(text, verbose=False, **options)["input_ids"]
-        self._check(ids)
-        return ids
 
-    def _check(self, ids: list[int]) -> None:
-        if ids and max(ids) >= self.vocab_size:
-            raise RecipeError(
-                f"the tokenizer makes token {max(ids)} and the model's vocabulary has {self.vocab_size}; they do not "
-                "belong together"
-            )
-
-    def _fit(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]] | None:
-        """A sequence that is not packed, within sequence_length; None when it is dropped or holds nothing to learn."""
-        length = self.sequence_length
-        if len(ids) > length:
-            if self.too_long == "refuse":
-                raise RecipeError(
-                    f"a row has {len(ids)} tokens, more than sequence_length={length}; raise it, or say "
-                    "too_long=truncate or too_long=drop"
-                )
-            if self.too_long == "drop":
-                return None
-            ids, labels = ids[:length], labels[:length]
-        return (ids, labels) if any(label != IGNORE for label in labels) else None
+def _training_template(tokenizer: Any) -> str | None:
+    """TRL's, where it has one for the tokenizer's own; of several templates each is taken as it comes."""
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    try:
+        template: str | None = get_training_chat_template(tokenizer)
+    except (ValueError, TypeError, KeyError, TemplateError):  # it has none, or cannot say
+        return None
+    return template
 
 
 def _as_written(message: Any) -> Any:
@@ -198,27 +195,8 @@ def _from_json(tools: str) -> Any:
         raise RecipeError(f"a row's tools are {tools[:60]!r}, which is not JSON: rename or drop that column") from None
 
 
-def stop_token(tokenizer: Any) -> tuple[int | None, str]:
-    """The token that ends an answer in the tokenizer's chat template, and how it is written; None where it is no token
-    of its own, so that `generate` cannot stop at it."""
-    answer = "An answer."
-    talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
-    try:
-        _, found, end = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(answer)
-    except Exception:  # Jinja's own errors; the rows will say it
-        return None, ""
-    if not found or not end:  # content as a list of parts, or a template that rewrites it: what ends it is not known
-        return None, ""
-    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
-    known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    if tokenizer.bos_token_id != tokenizer.eos_token_id:
-        known.discard(tokenizer.bos_token_id)  # it begins the next text
-    # blank ones, as runs of spaces or line ends, stand inside answers too
-    return next((token for token in ids if token in known and tokenizer.decode([token]).strip()), None), end
-
-
 def _refuse_other_keys(messages: list[Any]) -> None:
-    """Says so where messages lack the key that templates ask for, as those of ShareGPT do."""
+    """Says so where messages lack the key that templates ask for."""
     for message in messages:
         if isinstance(message, dict) and message.get("role") is None:
             has = ", ".join(key for key, value in message.items() if value is not None)
@@ -228,26 +206,46 @@ def _refuse_other_keys(messages: list[Any]) -> None:
             )
 
 
-def pack(documents: Iterable[tuple[list[int], list[int]]], length: int) -> dict[str, list[list[int]]]:
-    """Documents end to end, cut into sequences; what does not fill the last one is left out.
+def stop_token(tokenizer: Any) -> tuple[int | None, str]:
+    """The token that ends an answer in the tokenizer's chat template, and how it is written; None where it is no token
+    of its own, so that `generate` cannot stop at it."""
+    answer = "An answer."
+    for content in (answer, [{"type": "text", "text": answer}]):  # some templates take parts alone
+        talk = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": content}]
+        try:
+            _, found, end = tokenizer.apply_chat_template(talk, tokenize=False).rpartition(answer)
+        except Exception:  # Jinja's own errors; the rows will say it
+            continue
+        if found and end:
+            break
+    else:  # a template that rewrites it, or writes nothing after it
+        return None, ""
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+    known = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        known.discard(tokenizer.bos_token_id)  # it begins the next text
+    # blank ones, as runs of spaces or line ends, stand inside answers too
+    return next((token for token in ids if token in known and tokenizer.decode([token]).strip()), None), end
 
-    position_ids begin at 0 with each document, and again where a sequence cuts one; Transformers' attention masks
-    read documents off them, so that none sees another.
+
+def wrap(documents: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
+    """A batch of documents end to end, cut into rows of `length` tokens; what does not fill the last one is left out.
+
+    TRL's "wrapped" packing with the lengths of the documents of each row, so that none sees another, and without a
+    short last row: every row, and so the experts' pool, has one size.
     """
-    packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
-    ids: list[int] = []
-    labels: list[int] = []
-    positions: list[int] = []
-    for document, its_labels in documents:
+    packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+    row: dict[str, list[int]] = {name: [] for name in packed}
+    for ids, labels in zip(documents["input_ids"], documents["labels"], strict=True):
         start = 0
-        while start < len(document):
-            end = min(len(document), start + length - len(ids))
-            ids += document[start:end]
-            labels += [IGNORE, *its_labels[start + 1 : end]]
-            positions += range(end - start)
+        while start < len(ids):
+            end = min(len(ids), start + length - len(row["input_ids"]))
+            row["input_ids"] += ids[start:end]
+            row["labels"] += labels[start:end]
+            row["seq_lengths"].append(end - start)
             start = end
-            if len(ids) == length:
-                for name, values in (("input_ids", ids), ("labels", labels), ("position_ids", positions)):
+            if len(row["input_ids"]) == length:
+                for name, values in row.items():
                     packed[name].append(values)
-                ids, labels, positions = [], [], []
+                row = {name: [] for name in packed}
     return packed

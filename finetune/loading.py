@@ -9,6 +9,7 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
+from trl import SFTConfig
 
 from .errors import RecipeError
 from .recipe import Recipe, refuse_unknown, shipped
@@ -45,21 +46,26 @@ def load_config(recipe: Recipe) -> Any:
 
 def load(recipe: Recipe) -> tuple[Any, Any]:
     """Model and tokenizer of a recipe."""
-    options: dict[str, Any] = dict(recipe.routing_fields)
+    options: dict[str, Any] = (recipe.training.get("model_init_kwargs") or {}) | recipe.routing_fields
+    if "dtype" in options:
+        raise RecipeError(f"model_init_kwargs={options} names dtype; write dtype={options['dtype']} beside it")
     if recipe.distributed:
         options["distributed_config"] = _distributed_config(recipe)
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
-    if recipe.chat_template:
-        tokenizer.chat_template = _read_template(recipe.chat_template)
+    if recipe.training.get("chat_template_path"):
+        tokenizer.chat_template = _read_template(recipe.training["chat_template_path"])
+    if recipe.training.get("eos_token"):  # which TRL looks up once more
+        tokenizer.eos_token = recipe.training["eos_token"]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # one that has an embedding
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and recipe.sequence_length > longest:
-        raise RecipeError(
-            f"sequence_length={recipe.sequence_length} is more than the model's {longest} positions; shorten it"
-        )
+    length = recipe.training.get("max_length", SFTConfig.max_length)
+    if longest is not None and length is not None and length > longest:
+        raise RecipeError(f"max_length={length} is more than the model's {longest} positions; shorten it")
     return model, tokenizer
 
 
@@ -86,11 +92,14 @@ def _distributed_config(recipe: Recipe) -> DistributedConfig:
         config: Any = DistributedConfig(**content)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"distributed={content} is refused: {' '.join(str(error).split())}") from error
-    if content.get("ep_implementation") == "equal_splits" and not recipe.packing:
-        raise RecipeError(
-            "packing=false makes batches of other lengths on each rank, which ep_implementation=equal_splits cannot "
-            "divide equally; leave packing on, or set ep_implementation=all_to_all"
-        )
+    if content.get("ep_implementation") == "equal_splits":
+        for name, value, wanted in (("packing", False, True), ("packing_strategy", "wrapped", "wrapped")):
+            if recipe.training.get(name, value) != wanted:
+                raise RecipeError(
+                    f"{name}={recipe.training.get(name, value)} makes batches of other lengths on each rank, which "
+                    f"ep_implementation=equal_splits cannot divide equally; set {name}={str(wanted).lower()}, or "
+                    "ep_implementation=all_to_all"
+                )
     wanted, started = config.dp_size * config.tp_size * config.pp_size, PartialState().num_processes
     if wanted != started:
         raise RecipeError(
@@ -107,4 +116,4 @@ def _read_template(name: str) -> str:
     try:
         return place.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"chat_template={name} cannot be read ({error})") from error
+        raise RecipeError(f"chat_template_path={name} cannot be read ({error})") from error

@@ -1,4 +1,5 @@
-"""Losses of held-out rows: sums over learned tokens and their numbers, whatever batches the rows came in.
+"""Losses beside a trainer's own: of held-out rows, sums over learned tokens and their numbers, whatever batches the
+rows came in; and the router's, for trainers that compute the loss without the model's head.
 
 Shapes: B rows, S tokens of a row, V vocabulary.
 """
@@ -13,30 +14,44 @@ from torch import Tensor, nn
 IGNORE = -100
 
 
+class RowLengths:
+    """A collator beside whose flattened batch stands how many of its tokens are of each row."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """As the collator's, with row_lengths [B]."""
+        lengths: Tensor = torch.tensor([len(row["input_ids"]) for row in rows])
+        return {**self.collator(rows), "row_lengths": lengths}
+
+
 class LossSums:
-    """The loss of all rows of an evaluation, and how many tokens it is of; rows that ranks see twice count once."""
+    """What is summed over the rows of an evaluation; rows that ranks see twice count once."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.loss, self.tokens = 0.0, 0
+        self.totals: dict[str, float] = {}
         self._rows: Tensor | None = None
 
-    def mean(self) -> float:
-        """Nats per learned token."""
-        return self.loss / self.tokens
+    def means(self) -> dict[str, float]:
+        """By learned token: loss, and where TRL's head gives them entropy and mean_token_accuracy; {} of no rows."""
+        tokens = self.totals.get("tokens", 0)
+        return {name: total / tokens for name, total in self.totals.items() if name != "tokens"} if tokens else {}
 
     @contextlib.contextmanager
-    def watch(self, model: nn.Module, labels: Tensor) -> Iterator[None]:
+    def watch(self, model: nn.Module, labels: Tensor, lengths: Tensor | None) -> Iterator[None]:
         """Reads the losses of the rows off the first output that a pass through the model gives while this is open.
 
         labels: [B, S], IGNORE where nothing is learned.
+        lengths: [B], tokens of each row where they were put into one, and labels is [1, S]; None elsewhere.
         """
 
         def read(_module: nn.Module, _args: tuple, output: Any) -> None:
             if self._rows is None:
-                self._rows = _row_sums(output, labels)
+                self._rows = _row_sums(output, labels, lengths)
 
         self._rows = None
         handle = model.register_forward_hook(read)
@@ -49,23 +64,54 @@ class LossSums:
         """Adds the rows of all ranks up, those left out that fill up the last batch."""
         if self._rows is None:
             return
-        loss, tokens = accelerator.gather_for_metrics(self._rows).sum(0).tolist()
-        self.loss, self.tokens = self.loss + loss, self.tokens + round(tokens)
+        for name, total in zip(_SUMS, accelerator.gather_for_metrics(self._rows).sum(0).tolist(), strict=False):
+            self.totals[name] = self.totals.get(name, 0.0) + total
         self._rows = None
 
 
-def _row_sums(output: Any, labels: Tensor) -> Tensor | None:
-    """[B, 2] float64, each row's summed loss and its learned tokens; None of an output without logits.
+_SUMS = ("loss", "tokens", "entropy", "mean_token_accuracy")
 
-    Row by row, because a float32 copy of all logits would not fit where the logits just do.
-    """
+
+def _row_sums(output: Any, labels: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """[B, 2 or 4] float64, each row's sums by the names of _SUMS; None of an output without logits."""
     if getattr(output, "log_probs", None) is not None:  # TRL's fused head: [B, S - 1], 0 where nothing is learned
-        return torch.stack([-output.log_probs.double().sum(1), output.label_mask.double().sum(1)], dim=1)
-    logits = getattr(output, "logits", None)
-    if logits is None:
+        found = [-output.log_probs, output.label_mask, output.entropy, output.is_top1]
+    elif getattr(output, "logits", None) is not None:
+        targets = labels[:, 1:].to(output.logits.device)
+        # Row by row, because a float32 copy of all logits would not fit where the logits just do.
+        losses = [
+            nn.functional.cross_entropy(row[:-1].float(), target, reduction="none", ignore_index=IGNORE)
+            for row, target in zip(output.logits, targets, strict=True)
+        ]
+        found = [torch.stack(losses), targets != IGNORE]
+    else:
         return None
-    sums = []
-    for row, targets in zip(logits, labels.to(logits.device), strict=True):
-        loss = nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="sum", ignore_index=IGNORE)
-        sums.append(torch.stack([loss.double(), (targets[1:] != IGNORE).sum().double()]))
-    return torch.stack(sums)
+    sums = torch.stack([each.double() for each in found if each is not None], dim=-1)
+    if lengths is None:
+        return sums.sum(1)
+    # A token's loss is where it is predicted, one place before it.
+    first, *others = lengths.tolist()
+    return torch.stack([row.sum(0) for row in sums[0, : sum(others) + first - 1].split([first - 1, *others])])
+
+
+@contextlib.contextmanager
+def router_losses(language_model: Any) -> Iterator[list[Tensor]]:
+    """The router's losses by their coefficients, one of each pass through the model that is learned from."""
+    found: list[Tensor] = []
+
+    def ask(_module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, options | {"output_router_logits": True}
+
+    def keep(_module: nn.Module, _args: tuple, options: dict[str, Any], output: Any) -> None:
+        if torch.is_grad_enabled():  # not a reference model's
+            mask = options.get("attention_mask")
+            mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            found.append(language_model.router_losses(output.router_logits, mask)[1])
+
+    base = language_model.base_model
+    hooks = [base.register_forward_pre_hook(ask, with_kwargs=True), base.register_forward_hook(keep, with_kwargs=True)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -27,13 +27,18 @@ from .adapters import group_of
 from .calibration import Calibration
 from .errors import RecipeError
 from .folder import last_whole_checkpoint, step_of
-from .losses import LossSums
+from .losses import IGNORE, LossSums, RowLengths, router_losses
 
 
 def is_expert_choice(model: Any) -> bool:
     """Whether a model of the family, not its token-choice baseline."""
     config = model.config
     return str(config.model_type).startswith("ecmoe_") and config.routing != "token_choice"
+
+
+def is_flash(model: Any) -> bool:
+    """Whether attention is FlashAttention's, which tells packed documents apart in a batch of one row alone."""
+    return "flash" in str(model.config._attn_implementation)
 
 
 class StepTimer(TrainerCallback):
@@ -71,7 +76,10 @@ class ExpertChoiceTrainerMixin:
     """Before a trainer of Transformers or TRL in the method order; works on dense models too, which have no routes.
 
     Args:
-        router_learning_rate, experts_learning_rate: of these weights, where it is not learning_rate.
+        router_learning_rate, experts_learning_rate: of these weights, where it is not learning_rate; 0 freezes them.
+
+    Raises:
+        RecipeError: for a rate of a part that the model has not, and for a balance loss of expert choice.
     """
 
     model: Any
@@ -96,33 +104,54 @@ class ExpertChoiceTrainerMixin:
         self.calibration = Calibration(self)
         self.sums = LossSums()
         super().__init__(*args, callbacks=[self.timer, LogBeforeSaving(), *(callbacks or [])], **kwargs)
-        self._refuse_lost_losses()
+        self._freeze()
+        self._adds_router_loss = self._take_router_losses()
         self.routes = is_expert_choice(self.model)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
         self._timed_steps = 0
         self.routing: dict[str, float] | None = None  # how the thresholds routed in the last evaluation
         self.calibration.watch()
 
-    def _refuse_lost_losses(self) -> None:
-        """What TRL's trainers would pass over, or add where it makes no sense: they compute the loss beside the model.
+    def _freeze(self) -> None:
+        """The parts whose learning rate is 0."""
+        for part, rate in self.rates.items():
+            chosen = [p for name, p in self.model.named_parameters() if group_of(name) == part]
+            if rate is not None and not chosen:
+                field = "router_learning_rate" if part == "router" else "experts_learning_rate"
+                raise RecipeError(f"{field}={rate}: {self.model.config.model_type} has no {part}; leave it out")
+            for parameter in chosen if rate == 0 else ():
+                parameter.requires_grad_(False)
 
-        Raises:
-            RecipeError: naming the field.
-        """
+    def _take_router_losses(self) -> bool:
+        """Whether the router's losses are added here: TRL's trainers compute the loss beside the model, know no z-loss,
+        and balance token choice over all layers at once, where opposite collapses cancel."""
         config = self.model.config
         if not hasattr(self, "aux_loss_enabled") or not str(config.model_type).startswith("ecmoe_"):
-            return
+            return False
         if self.aux_loss_enabled and config.routing != "token_choice":
             raise RecipeError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef} balances token choice, and routing={config.routing} "
                 "is balanced by construction; leave it out"
             )
-        if config.router_z_loss_coef:
-            of_trl = next(base for base in type(self).__mro__ if base.__module__.startswith("trl."))
-            raise RecipeError(
-                f"router_z_loss_coef={config.router_z_loss_coef} is lost under {of_trl.__name__}, which "
-                "computes the loss beside the model; set it to 0, or train with transformers.Trainer"
-            )
+        self.aux_loss_enabled = config.output_router_logits = False  # TRL has just set it
+        return bool(config.router_z_loss_coef or config.router_aux_loss_coef)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """As the trainer's, with the router's losses by their coefficients."""
+        arguments = (model, inputs, return_outputs, num_items_in_batch)
+        if not self._adds_router_loss or not self.model.training:
+            return super().compute_loss(*arguments, **kwargs)
+        whole = self.accelerator.unwrap_model(self.model)
+        with router_losses(whole.get_base_model() if hasattr(whole, "get_base_model") else whole) as found:
+            result = super().compute_loss(*arguments, **kwargs)
+        added = torch.stack(found).mean()
+        if num_items_in_batch is not None and "labels" in inputs:
+            # Over several micro-batches and ranks the loss is a share of the step's predicted tokens, and so is this.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            added = added * ranks * (inputs["labels"][..., 1:] != IGNORE).sum() / num_items_in_batch
+        return (result[0] + added, *result[1:]) if isinstance(result, tuple) else result + added
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As Trainer's, with the router's and the experts' parameters in groups of their own learning rate."""
@@ -163,15 +192,38 @@ class ExpertChoiceTrainerMixin:
         if is_new and self.timer.thresholds is not None:
             self.timer.thresholds = _thresholds(self.model)  # what the next line of the log compares with
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; a batch that is one row tells of which rows it was made."""
+        collator = self.data_collator
+        if getattr(collator, "padding_free", False):
+            self.data_collator = RowLengths(collator)
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; the losses of the rows are added up beside the batch's mean."""
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         if labels is None:  # preferences, rewards: what is evaluated there is the trainer's own
             return super().prediction_step(model, inputs, *args, **kwargs)
-        with self.sums.watch(self.accelerator.unwrap_model(model), labels):
+        self._refuse_mixed_documents(inputs)
+        lengths = inputs.pop("row_lengths", None)
+        with self.sums.watch(self.accelerator.unwrap_model(model), labels, lengths):
             predicted = super().prediction_step(model, inputs, *args, **kwargs)
         self.sums.gather(self.accelerator)
         return predicted
+
+    def _refuse_mixed_documents(self, inputs: Any) -> None:
+        """Packed rows side by side under FlashAttention, where the documents of a row would see each other."""
+        positions = inputs.get("position_ids") if isinstance(inputs, Mapping) and is_flash(self.model) else None
+        if positions is None or len(positions) == 1 or inputs.get("attention_mask") is not None:
+            return
+        if (positions[:, 1:] == 0).any():
+            raise RecipeError(
+                f"attn_implementation={self.model.config._attn_implementation} sees no documents in a batch of "
+                f"{len(positions)} packed rows; put them into one row, as TRL's padding_free=True does, or take sdpa"
+            )
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future.
@@ -189,8 +241,11 @@ class ExpertChoiceTrainerMixin:
             first.merge(other)
         if f"{metric_key_prefix}_loss" in metrics:
             self._close_progress_bar()
+            logged = {name: list(values) for name, values in getattr(self, "_metrics", {}).get("eval", {}).items()}
             with use_inference_routing(self.model, "expert_choice"):
                 top_k = self._evaluation_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if logged:  # TRL's own of the causal pass alone
+                self._metrics["eval"].update(logged)
             loss, loss_top_k = (found[f"{metric_key_prefix}_loss"] for found in (metrics, top_k.metrics or {}))
             metrics[f"{metric_key_prefix}_loss_top_k"] = loss_top_k
             metrics[f"{metric_key_prefix}_loss_gap"] = loss - loss_top_k
@@ -202,8 +257,11 @@ class ExpertChoiceTrainerMixin:
         """One pass over the held-out rows, with the loss by tokens in place of the mean of means."""
         self.sums.reset()
         output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.sums.tokens:
-            (output.metrics or {})[f"{metric_key_prefix}_loss"] = self.sums.mean()
+        means = self.sums.means()
+        if means:
+            (output.metrics or {})[f"{metric_key_prefix}_loss"] = means.pop("loss")
+            for name, mean in means.items():  # TRL logs the means of the batches' means
+                self._metrics["eval"][name] = [mean]
         return output
 
     def _close_progress_bar(self) -> None:
@@ -221,6 +279,7 @@ class ExpertChoiceTrainerMixin:
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's; counts the tokens that are no padding."""
+        self._refuse_mixed_documents(inputs)
         self._tokens += _tokens_in(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
@@ -234,8 +293,13 @@ class ExpertChoiceTrainerMixin:
                 self._stop_at_nan(name, logs[name])
         tokens = int(self.accelerator.gather(self._tokens).sum())
         self._tokens.zero_()
-        if self.args.include_num_input_tokens_seen == "no":  # Trainer counts them otherwise
+        # Trainer counts them otherwise, and TRL's online trainers what they generate.
+        if self.args.include_num_input_tokens_seen == "no" and not hasattr(self, "_buffered_inputs"):
             self.state.num_input_tokens_seen += tokens  # goes into checkpoints
+            self._total_train_tokens = self.state.num_input_tokens_seen  # TRL's own begins anew with a resumed run
+            for logged in getattr(self, "_metrics", {}).values():
+                if "num_tokens" in logged:
+                    logged["num_tokens"] = [self.state.num_input_tokens_seen]
         if "loss" in logs:
             logs = logs | self._training_metrics(tokens)
         if "train_loss" in logs:

@@ -1,4 +1,4 @@
-"""A recipe: which model, which text, and any argument of transformers.TrainingArguments."""
+"""A recipe: which model, which text, and any argument of trl.SFTConfig."""
 
 import difflib
 import os
@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
-from transformers import TrainingArguments
+from trl import SFTConfig
 
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
 
@@ -25,7 +25,8 @@ from .errors import RecipeError
 @strict
 @dataclass(kw_only=True)
 class Recipe:
-    """The fields of ours; everything else in a recipe goes to TrainingArguments under its own name.
+    """The fields of ours; everything else in a recipe goes to TRL's SFTConfig under its own name: max_length, packing,
+    dataset_text_field, chat_template_path, model_init_kwargs and all of TrainingArguments.
 
     model: checkpoint folder or Hub id, expert-choice or dense.
     output_dir: folder to make for the fine-tuned model, its checkpoints, `finetune_results.json` and the curves.
@@ -34,17 +35,16 @@ class Recipe:
         draws rows in proportion to the weights.
     dataset_config, dataset_split: of a Hub dataset.
     validation_dataset: held-out rows, given as a dataset is; without it a part of the dataset is held out.
-    text_column: the column that holds plain text. Where none of the columns is named, messages, prompt with
-        completion, and text are looked for, in this order; what is named must be there.
     messages_column: the column that holds conversations, lists of {"role", "content"}; they go through the tokenizer's
-        chat template, and only the assistant's tokens are learned.
-    prompt_column, completion_column: columns of instructions and answers; only the answer is learned. They become a
-        user and an assistant message where the tokenizer has a chat template, and are joined as they are elsewhere.
-    chat_template: file with a Jinja chat template for a tokenizer that has none, or another one; chatml is shipped.
-    sequence_length: tokens per training sequence.
-    packing: fill each sequence with documents of plain text, which do not see each other.
+        chat template, and only the assistant's tokens are learned. Where no column is named, messages (or
+        conversations), prompt with completion, and dataset_text_field are looked for, in this order; what is named
+        must be there. Columns tools and chat_template_kwargs go to the template.
+    prompt_column, completion_column: columns of instructions and answers, text or lists of messages; only the answer is
+        learned. Text becomes a user and an assistant message where the tokenizer has a chat template, and is joined as
+        it is elsewhere.
     append_eos: end every document with the tokenizer's end-of-sequence token.
-    too_long: a row that is not packed and has more tokens than sequence_length is "refuse"d, or "truncate", "drop".
+    too_long: a row that has more tokens than max_length, where packing does not split it, is "refuse"d, or "truncate",
+        "drop".
     streaming: read the dataset while training, instead of before it; needs max_steps.
     shuffle_buffer: rows that streaming shuffles among.
     validation_fraction: share of the documents held out, the same ones whatever the seed.
@@ -54,7 +54,8 @@ class Recipe:
     router_learning_rate, experts_learning_rate: of these weights, where it is not learning_rate; 0 freezes them.
     lora: fields of peft.LoraConfig, to train adapters alone; {} takes attention, stacked experts and router.
     distributed: fields of Transformers' DistributedConfig, such as {fsdp_size: 8, ep_size: 8}.
-    training: arguments of TrainingArguments.
+    training: arguments of SFTConfig. packing_strategy is "wrapped" for text, documents end to end in rows of one size
+        that do not see each other, and TRL's "bfd" elsewhere.
     routing_fields: fields of the expert-choice config that do not change its weights, such as routing.
     """
 
@@ -64,13 +65,9 @@ class Recipe:
     dataset_config: str | None = None
     dataset_split: str = "train"
     validation_dataset: str | None = None
-    text_column: str | None = None
     messages_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
-    chat_template: str | None = None
-    sequence_length: int = 512
-    packing: bool = True
     append_eos: bool = True
     too_long: str = "refuse"
     streaming: bool = False
@@ -87,7 +84,7 @@ class Recipe:
 
     def validate_ranges(self) -> None:
         """Run by `@strict`."""
-        for name, lowest in (("sequence_length", 2), ("max_eval_sequences", 1), ("shuffle_buffer", 1)):
+        for name, lowest in (("max_eval_sequences", 1), ("shuffle_buffer", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
         if not 0 < self.validation_fraction < 1:
@@ -101,7 +98,7 @@ class Recipe:
         for name in ("router_learning_rate", "experts_learning_rate"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 freezes")
-        for name, lowest in (("learning_rate", 0), *((name, 1) for name in _COUNTS)):
+        for name, lowest in (("learning_rate", 0), ("max_length", 2), *((name, 1) for name in _COUNTS)):
             value = self.training.get(name)
             if value is not None and value < lowest:
                 raise ValueError(f"{name}={value} must be at least {lowest}")
@@ -116,9 +113,11 @@ _ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - {
     "output_router_logits",
 }
 _OWN = {item.name for item in fields(Recipe)} - {"training", "routing_fields"}
-_TRAINING = {item.name for item in fields(TrainingArguments) if item.init} - {"output_dir"}
+_TRAINING = {item.name for item in fields(SFTConfig) if item.init} - {"output_dir", "dataset_kwargs", "pad_token"}
+# Fields of before, by TRL's names.
+_RENAMED = {"sequence_length": "max_length", "text_column": "dataset_text_field", "chat_template": "chat_template_path"}
 OLDEST_TRANSFORMERS = "5.23"  # whose Trainer it is tested with; family and converter take older ones
-_HINTS = typing.get_type_hints(TrainingArguments)
+_HINTS = typing.get_type_hints(SFTConfig)
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # YAML 1.1 reads 1e-3 as a string.
 _FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -166,7 +165,7 @@ def recipe_of(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **c
 
     Args:
         recipe: a Recipe, flat `field: value` pairs, a YAML file, or the name of a shipped one; None is keywords alone.
-        changes: fields of ours or arguments of TrainingArguments.
+        changes: fields of ours or arguments of SFTConfig.
 
     Raises:
         RecipeError: as `load_recipe`.
@@ -203,7 +202,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def make_recipe(content: dict[str, Any]) -> Recipe:
-    """A recipe from flat `field: value` pairs, ours and those of TrainingArguments together.
+    """A recipe from flat `field: value` pairs, ours and those of SFTConfig together.
 
     Raises:
         RecipeError: for an unknown field, a wrong value, and an installed Transformers that is too old.
@@ -223,10 +222,12 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             raise RecipeError("model must be a folder or Hub id; a model in memory is for ExpertChoiceTrainerMixin")
         if name in _OWN:
             own[name] = value
-        elif name in _TRAINING:
-            training[name] = _checked(name, value)
         elif name in _ROUTING:
             routing[name] = value
+        elif name in _TRAINING:
+            training[name] = _checked(name, value)
+        elif name in _RENAMED:
+            raise RecipeError(f"{name}={value!r} has TRL's name now; write {_RENAMED[name]}")
         elif name == "num_experts":
             raise RecipeError(
                 f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "
@@ -234,7 +235,7 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             )
         else:
             nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING | _ROUTING, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see ecmoe.finetune.Recipe and TrainingArguments"
+            hint = f"did you mean {nearest[0]}?" if nearest else "see ecmoe.finetune.Recipe and trl.SFTConfig"
             raise RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
     missing = [name for name in ("model", "output_dir", "dataset") if own.get(name) is None]
     if missing:
@@ -246,9 +247,9 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value of a TrainingArguments field that takes plain numbers, refused unless it is one.
+    """The value of a SFTConfig field that takes plain numbers, refused unless it is one.
 
-    TrainingArguments itself takes anything, and a word instead of a number fails only inside the optimiser.
+    SFTConfig itself takes anything, and a word instead of a number fails only inside the optimiser.
     """
     if value is False and name.endswith("_strategy"):
         return "no"  # which YAML reads as a truth value
@@ -260,13 +261,17 @@ def _checked(name: str, value: Any) -> Any:
     raise RecipeError(f"{name}={value!r} must be {' or '.join(sorted(kind.__name__ for kind in kinds))}")
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The TrainingArguments of a recipe. Where it is silent, nothing is reported anywhere, and a loss that is no
-    number is not replaced by a better one in the log."""
-    silent: dict[str, Any] = {"report_to": "none", "logging_nan_inf_filter": False}
+def training_arguments(recipe: Recipe) -> SFTConfig:
+    """The SFTConfig of a recipe. Where it is silent, nothing is reported anywhere, a loss that is no number is not
+    replaced by a better one in the log, and products are in the weights' precision (`precision` says otherwise)."""
+    # TRL turns recomputation on under a name that Transformers has given up.
+    silent: dict[str, Any] = {"report_to": "none", "logging_nan_inf_filter": False, "bf16": False}
+    silent["activation_checkpointing"] = recipe.training.get("gradient_checkpointing", True)
     if recipe.distributed:
         silent["save_only_model"] = True  # the optimiser's shards of a model sharded at load time cannot be saved
+    # What is learned is said by the labels, which TRL takes as they are.
+    settled = recipe.training | {"assistant_only_loss": False, "chat_template_path": None}
     try:
-        return TrainingArguments(**(silent | recipe.training), output_dir=recipe.output_dir)
+        return SFTConfig(**(silent | settled), output_dir=recipe.output_dir)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise RecipeError(f"TrainingArguments refuses the recipe: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"SFTConfig refuses the recipe: {' '.join(str(error).split())}") from error

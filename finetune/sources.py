@@ -19,10 +19,11 @@ _FIELDS = ("dataset", "weight", "dataset_config", "dataset_split")
 # What each kind is read from, in the order in which they are looked for, and what is said of it.
 _KINDS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "text": ("text",)}
 _LEARNED = {
-    "messages": "conversations from {}; only what the assistant says is learned",
-    "prompt": "prompt and completion from {}; only the completion is learned",
+    "messages": "conversations from {}; what the assistant says is learned",
+    "prompt": "prompt and completion from {}; the completion is learned",
     "text": "text from {}; all of it is learned",
 }
+_BESIDE = ("tools", "chat_template_kwargs")  # what a row may hold for its template
 Rows: TypeAlias = Dataset | IterableDataset
 
 
@@ -90,7 +91,7 @@ def _read(entry: dict[str, Any], recipe: Recipe) -> Rows:
         texts = [part for part in parts if part]
         if not texts:
             raise RecipeError(f"dataset={name} is empty")
-        documents = Dataset.from_dict({recipe.text_column or "text": texts})
+        documents = Dataset.from_dict({recipe.training.get("dataset_text_field") or "text": texts})
         return documents.to_iterable_dataset() if recipe.streaming else documents
     if path.suffix in (".json", ".jsonl", ".parquet"):
         if not path.is_file():
@@ -114,16 +115,17 @@ def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:
     """The rows with the columns of their kind alone, empty ones left out."""
     resolved = rows._resolve_features() if isinstance(rows, IterableDataset) else rows
     features: dict[str, Any] = dict(resolved.features or {})
-    kind = _kind_of(list(features), recipe, name)
-    found = _columns(recipe, kind)
+    kind, found = _kind_of(list(features), recipe, name)
     for column in found if kind != "messages" else ():
-        if features[column] not in (datasets.Value("string"), datasets.Value("large_string")):
+        held = features[column]
+        is_text = held in (datasets.Value("string"), datasets.Value("large_string"))
+        if not is_text and not (kind == "prompt" and isinstance(held, datasets.List)):
             raise RecipeError(
-                f"{found[column]}_column={column} holds {features[column]}, not text; name the column that holds text"
+                f"{_field(found[column])}={column} holds {held}, not text; name the column that holds text"
             )
     say(f"dataset={name}: {_LEARNED[kind].format(', '.join(found))}")
-    kept = [*found, *(["tools"] if kind == "messages" and "tools" in features and "tools" not in found else [])]
-    rows = rows.select_columns(kept)
+    beside = [column for column in _BESIDE if kind != "text" and column in features and column not in found]
+    rows = rows.select_columns([*found, *beside])
     for old, new in found.items():
         rows = rows.rename_column(old, new) if old != new else rows
     options: dict[str, Any] = {} if isinstance(rows, IterableDataset) else {"desc": "Leaving out empty rows"}
@@ -131,21 +133,29 @@ def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:
     return rows.filter(lambda row: all(_is_filled(row[name]) for name in wanted), **options), kind
 
 
-def _columns(recipe: Recipe, kind: str) -> dict[str, str]:
-    """The columns that a kind is read from, each with the name it gets."""
-    return {getattr(recipe, f"{part}_column") or part: part for part in _KINDS[kind]}
+def _field(part: str) -> str:
+    """The recipe's field that names a column."""
+    return "dataset_text_field" if part == "text" else f"{part}_column"
 
 
-def _kind_of(columns: list[str], recipe: Recipe, name: str) -> str:
-    """The first kind that is there; of those that the recipe names, if it names any."""
+def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[str, str]]:
+    """The first kind that is there, of those that the recipe names, if it names any; and its columns, with their new
+    names."""
     if not columns:
         raise RecipeError(f"dataset={name} is empty")
-    named = [kind for kind, parts in _KINDS.items() if any(getattr(recipe, f"{part}_column") for part in parts)]
+    names = {
+        "messages": recipe.messages_column or ("conversations" if "messages" not in columns else "messages"),
+        "prompt": recipe.prompt_column or "prompt",
+        "completion": recipe.completion_column or "completion",
+        "text": recipe.training.get("dataset_text_field") or "text",
+    }
+    given = {"text"} if "dataset_text_field" in recipe.training else set()
+    given |= {part for part in names if part != "text" and getattr(recipe, f"{part}_column")}
+    named = [kind for kind, parts in _KINDS.items() if given & set(parts)]
     for kind in named or _KINDS:
-        if _columns(recipe, kind).keys() <= set(columns):
-            return kind
-    kind = named[0] if named else "text"
-    wanted = _columns(recipe, kind)
+        if all(names[part] in columns for part in _KINDS[kind]):
+            return kind, {names[part]: part for part in _KINDS[kind]}
+    wanted = {names[part]: part for part in _KINDS[named[0] if named else "text"]}
     missing = next(column for column in wanted if column not in columns)
     nearest = difflib.get_close_matches(
         missing, [column for column in columns if column not in wanted], n=1, cutoff=0.0
@@ -156,7 +166,7 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> str:
         "completion_column=completion"
     )
     raise RecipeError(
-        f"{wanted[missing]}_column={missing} is not in dataset={name}, which has {', '.join(columns)}{hint}"
+        f"{_field(wanted[missing])}={missing} is not in dataset={name}, which has {', '.join(columns)}{hint}"
         + ("" if named else others)
     )
 

@@ -1,4 +1,4 @@
-"""Fine-tuning from end to end: data, Trainer, thresholds, and the causal loss before and after."""
+"""Fine-tuning from end to end: data, trainer, thresholds, and the causal loss before and after."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import IterableDataset
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -28,10 +28,10 @@ from .encode import stop_token
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
 from .loading import load, load_config
-from .mixin import is_expert_choice
+from .mixin import is_expert_choice, is_flash
 from .precision import choose
 from .recipe import Recipe, recipe_of, training_arguments
-from .trainer import EcMoeTrainer, freeze
+from .trainer import EcMoeTrainer
 
 _ONE_STEP: dict[str, Any] = {
     "max_steps": 1,
@@ -161,35 +161,39 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
     model, tokenizer = load(recipe)
     vocab_size = model.get_input_embeddings().num_embeddings
     with arguments.main_process_first(desc="preparing the dataset"):  # the other ranks read its cache
-        train, held_out = prepare(recipe, tokenizer, vocab_size, sequences_used)
+        train, held_out = prepare(recipe, arguments, tokenizer, vocab_size, sequences_used)
     _stop_after_answers(model, tokenizer)
-    if scratch is not None and isinstance(train, Dataset):
-        lengths = torch.tensor([len(ids) for ids in train["input_ids"]])
-        train = train.select(lengths.argsort(descending=True, stable=True)[: _sequences_used(arguments)].tolist())
-    if isinstance(train, Endless):
-        # Every rank reads the stream and takes its part: batches of unequal length cannot be handed out by one.
-        settings: Any = arguments.accelerator_config
-        settings.dispatch_batches = False
     if recipe.lora is not None:
-        set_seed(arguments.seed)  # Trainer does so only when the adapters have been drawn
+        set_seed(arguments.seed)  # SFTTrainer does so only when the adapters have been drawn
         model = add_lora(model, recipe.lora)
         train_in_float32(model)
-    freeze(model, recipe)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    if padding >= model.config.get_text_config().vocab_size:
-        padding = 0  # an added [PAD] has no embedding, and no one sees or learns padding
+    # TRL's own packing brings its own collator.
+    is_flat = is_flash(model)
+    collator = None if arguments.packing or arguments.padding_free else Collator(tokenizer.pad_token_id, is_flat)
     try:
-        return EcMoeTrainer(
-            recipe=recipe,
+        trainer = EcMoeTrainer(
             model=model,
             args=arguments,
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=Collator(padding),
+            data_collator=collator,
             processing_class=tokenizer,
+            router_learning_rate=recipe.router_learning_rate,
+            experts_learning_rate=recipe.experts_learning_rate,
         )
-    except (ValueError, ImportError) as error:
-        raise RecipeError(f"Trainer refuses the recipe: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"SFTTrainer refuses the recipe: {' '.join(str(error).split())}") from error
+    trainer.eval_dataset = held_out = trainer.eval_dataset
+    trainer.eval_dataset = held_out.select(range(min(len(held_out), recipe.max_eval_sequences)))
+    if isinstance(trainer.train_dataset, IterableDataset):
+        trainer.train_dataset = Endless(trainer.train_dataset)
+    elif scratch is not None:
+        lengths = torch.tensor([len(ids) for ids in trainer.train_dataset["input_ids"]])
+        longest = lengths.argsort(descending=True, stable=True)[: _sequences_used(arguments)]
+        trainer.train_dataset = trainer.train_dataset.select(longest.tolist())
+    return trainer
 
 
 def _stop_after_answers(model: Any, tokenizer: Any) -> None:

@@ -205,7 +205,7 @@ class EcMoeForCausalLMMixin:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if asked or adds_loss:
             mask = _token_mask(attention_mask, outputs.last_hidden_state)
-            aux_loss, router_loss = self._router_losses(outputs.router_logits, kwargs.get("token_mask", mask))
+            aux_loss, router_loss = self.router_losses(outputs.router_logits, kwargs.get("token_mask", mask))
             if adds_loss and labels is not None:
                 items = kwargs.get("num_items_in_batch")
                 # Over several micro-batches the loss is a share of the step's predicted tokens, and so is this.
@@ -229,7 +229,7 @@ class EcMoeForCausalLMMixin:
     def _has_router_loss(self) -> bool:
         return self.config.router_z_loss_coef > 0 or self.config.router_aux_loss_coef > 0
 
-    def _router_losses(
+    def router_losses(
         self, router_logits: tuple[Tensor, ...], token_mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         """Token choice's balance loss (None otherwise), and what the coefficients add to the loss."""

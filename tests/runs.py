@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from safetensors.torch import load_file
+
+from ecmoe.finetune.data import Endless, prepare
+from ecmoe.finetune.recipe import Recipe, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the processes below and in the fixture `quick_end`: no picture, and little calibration, each sequence a pool of its
@@ -46,6 +50,12 @@ def _main(arguments: list[str], environment: dict[str, str], log: str, dies_at_s
 
         StepTimer.on_step_begin = on_step_begin
     main(arguments)
+
+
+def prepared(recipe: Recipe, tokenizer: Any, vocab_size: int = 300, wanted: int | None = None) -> Any:
+    """Training and held-out sequences of a recipe, as its trainer gets them."""
+    train, held_out = prepare(recipe, training_arguments(recipe), tokenizer, vocab_size, wanted)
+    return Endless(train) if isinstance(train, IterableDataset) else train, held_out
 
 
 def start(

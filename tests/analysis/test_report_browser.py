@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(
 
 TUNING = {
     "dataset": str(STORIES_TEXT),
-    "sequence_length": 256,
+    "max_length": 256,
+    "packing": True,
     "per_device_train_batch_size": 8,
     "max_eval_sequences": 4,
     "max_steps": 5,

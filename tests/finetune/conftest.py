@@ -15,7 +15,9 @@ from ecmoe.finetune import Recipe, load_recipe
 from ecmoe.finetune.sources import DOCUMENT_SEPARATOR
 
 RECIPE = """
-sequence_length: 64
+max_length: 64
+packing: true
+activation_checkpointing: false
 validation_fraction: 0.2
 max_eval_sequences: 16
 per_device_train_batch_size: 8

@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 from checkpoints import DATA, tiny_tokenizer
 from datasets import Dataset
-from runs import ROOT
+from runs import ROOT, prepared
 from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from ecmoe.finetune import RecipeError, run
-from ecmoe.finetune.data import Collator, prepare
-from ecmoe.finetune.encode import IGNORE, Encoder, stop_token
-from ecmoe.finetune.recipe import make_recipe
+from ecmoe.finetune.data import Collator
+from ecmoe.finetune.encode import Encoder, stop_token
+from ecmoe.finetune.losses import IGNORE
+from ecmoe.finetune.train import make_trainer
 
 CHATML = ROOT / "recipes" / "chatml.jinja"
 DOLLY = DATA / "dolly-151" / "dolly.jsonl"
@@ -55,8 +57,7 @@ TALKS = {
 def encoder(template: str | None, kind: str = "messages", tokenizer: Any = None, **fields: Any) -> Encoder:
     tokenizer = tokenizer or tiny_tokenizer()
     tokenizer.chat_template = template
-    recipe = make_recipe({"model": "m", "output_dir": "o", "dataset": "d"} | fields)
-    return Encoder(recipe, tokenizer, kind, len(tokenizer))
+    return Encoder(tokenizer, kind, len(tokenizer), **fields)
 
 
 def learned(encoder: Encoder, labels: list[int]) -> list[str]:
@@ -75,10 +76,9 @@ def learned(encoder: Encoder, labels: list[int]) -> list[str]:
 def test_only_the_assistant_is_learned(template: str, talk: str) -> None:
     """To the letter, with the end of its turn, which it has to say as well."""
     encode = encoder(template)
-    rows = encode({"messages": [TALKS[talk]]})
+    ids, labels = encode({"messages": TALKS[talk]}).values()
     end = "\n" if template == UNMARKED else "<eos>\n"
     answers = [message["content"] + end for message in TALKS[talk] if message["role"] == "assistant"]
-    (ids,), (labels,) = rows["input_ids"], rows["labels"]
     assert learned(encode, labels) == answers
     assert encode.tokenizer.decode(ids) == encode.tokenizer.apply_chat_template(TALKS[talk], tokenize=False)
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
@@ -89,7 +89,7 @@ def test_a_tokenizer_without_byte_level(stories: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(stories)
     encode = encoder(CHATML.read_text(encoding="utf-8"), tokenizer=tokenizer)
     talk = TALKS["multi-turn after a system message"]
-    ((ids,), (labels,)) = encode({"messages": [talk]}).values()
+    ids, labels = encode({"messages": talk}).values()
     assert [text.lstrip().replace("</s> ", "</s>") for text in learned(encode, labels)] == [
         message["content"].lstrip() + "</s>\n" for message in talk if message["role"] == "assistant"
     ]
@@ -99,12 +99,12 @@ def test_a_tokenizer_without_byte_level(stories: Path) -> None:
 def test_a_template_that_rewrites_turns() -> None:
     """Refused only where it does rewrite one: with one answer there is nothing to tell apart."""
     encode = encoder(REWRITES)
-    assert learned(encode, encode({"messages": [TALKS["one turn"]]})["labels"][0]) == ["Well, thank you."]
+    assert learned(encode, encode({"messages": TALKS["one turn"]})["labels"]) == ["Well, thank you."]
     with pytest.raises(RecipeError, match=r"does not render a conversation turn by turn.*mark them in it with"):
-        encode({"messages": [TALKS["multi-turn after a system message"]]})
+        encode({"messages": TALKS["multi-turn after a system message"]})
     marked = REWRITES.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
     encode = encoder(marked)
-    labels = encode({"messages": [TALKS["multi-turn after a system message"]]})["labels"][0]
+    labels = encode({"messages": TALKS["multi-turn after a system message"]})["labels"]
     assert learned(encode, labels)[-1] == "héllo ✓ 2\n"
 
 
@@ -115,42 +115,50 @@ def test_conversations_without_a_template() -> None:
 
 @pytest.mark.parametrize("template", [CHATML.read_text(encoding="utf-8"), UNMARKED], ids=["marked", "unmarked"])
 def test_nothing_to_learn(template: str) -> None:
-    """A conversation without the assistant is refused; one whose answers were cut off is left out."""
+    """A conversation without the assistant is refused, unless all of it is learned."""
     with pytest.raises(RecipeError, match=r"has no token of the assistant to learn from.*How are you"):
-        encoder(template)({"messages": [TALKS["one turn"][:1]]})
-    long = [said("user", "word " * 50), said("assistant", "Late.")]
-    encode = encoder(template, sequence_length=100, too_long="truncate")
-    rows = encode({"messages": [long, TALKS["one turn"]]})
-    assert [learned(encode, labels)[0][:5] for labels in rows["labels"]] == ["Well,"]
+        encoder(template)({"messages": TALKS["one turn"][:1]})
+    ids, labels = encoder(template, learns_all=True)({"messages": TALKS["one turn"][:1]}).values()
+    assert ids == labels
 
 
 def test_prompt_and_completion() -> None:
     """Through the template where there is one; joined as they are elsewhere, with the end of the sequence learned."""
-    batch = {"prompt": ["Q: 1 + 1? A:"], "completion": [" 2."]}
+    batch = {"prompt": "Q: 1 + 1? A:", "completion": " 2."}
     encode = encoder(CHATML.read_text(encoding="utf-8"), kind="prompt")
-    ((ids,), (labels,)) = encode(batch).values()
+    ids, labels = encode(batch).values()
     assert learned(encode, labels) == [" 2.<eos>\n"]
     assert encode.tokenizer.decode(ids).startswith("<|im_start|>user\nQ: 1 + 1? A:<eos>\n<|im_start|>assistant\n")
     for append_eos, end in ((True, "<eos>"), (False, "")):
         encode = encoder(None, kind="prompt", append_eos=append_eos)
-        ((ids,), (labels,)) = encode(batch).values()
+        ids, labels = encode(batch).values()
         assert learned(encode, labels) == [" 2." + end]
         assert encode.tokenizer.decode(ids) == "Q: 1 + 1? A: 2." + end
 
 
-def test_too_long() -> None:
-    """Exactly sequence_length fits; one token more is refused with both numbers, cut, or left out."""
+@pytest.mark.parametrize("streaming", [False, True])
+def test_too_long(recipe_of: Callable, place: Path, tmp_path: Path, streaming: bool) -> None:
+    """Exactly max_length fits; one token more is refused with both numbers, cut, or left out."""
     encode = encoder(UNMARKED)
-    size = len(encode({"messages": [TALKS["one turn"]]})["input_ids"][0])
-    whole = encode({"messages": [TALKS["one turn"]]})
-    for too_long in ("refuse", "truncate", "drop"):
-        assert encoder(UNMARKED, sequence_length=size, too_long=too_long)({"messages": [TALKS["one turn"]]}) == whole
-    with pytest.raises(RecipeError, match=f"a row has {size} tokens, more than sequence_length={size - 1};"):
-        encoder(UNMARKED, sequence_length=size - 1)({"messages": [TALKS["one turn"]]})
-    cut = encoder(UNMARKED, sequence_length=size - 1, too_long="truncate")({"messages": [TALKS["one turn"]]})
-    assert cut == {name: [row[:-1] for row in rows] for name, rows in whole.items()}
-    drop = encoder(UNMARKED, sequence_length=size - 1, too_long="drop")
-    assert drop({"messages": [TALKS["one turn"], TALKS["one turn"]]}) == {"input_ids": [], "labels": []}
+    talks = [TALKS["one turn"]] * 8 + [[*TALKS["one turn"], said("assistant", "No.")]] * 8
+    short, long = (len(encode({"messages": talk})["input_ids"]) for talk in (talks[0], talks[-1]))
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"messages": talk, "n": n}) for n, talk in enumerate(talks))
+    )
+    (tmp_path / "t.jinja").write_text(UNMARKED)
+    rows, template = tmp_path / "rows.jsonl", str(tmp_path / "t.jinja")
+    fields = {"dataset": rows, "validation_dataset": rows, "chat_template_path": template, "packing": False}
+
+    def sizes(**more: Any) -> set[int]:
+        trainer = make_trainer(recipe_of(**fields, streaming=streaming, **more))
+        parts = [islice(trainer.train_dataset, 100), trainer.eval_dataset]
+        return {len(row["input_ids"]) for part in parts for row in part}
+
+    assert sizes(max_length=long) == {short, long}
+    with pytest.raises(RecipeError, match=f"a row has {long} tokens, more than max_length={long - 1};"):
+        sizes(max_length=long - 1)
+    assert sizes(max_length=long - 1, too_long="truncate") == {short, long - 1}
+    assert sizes(max_length=long - 1, too_long="drop") == {short}
 
 
 def test_padding() -> None:
@@ -168,9 +176,8 @@ def test_padding() -> None:
 def test_a_padded_batch_gives_each_conversation_its_own_loss(place: Path, name: str) -> None:
     """In eval mode, where expert choice routes by threshold and rows cannot see each other."""
     model = AutoModelForCausalLM.from_pretrained(place / name).eval()
-    encode = encoder(UNMARKED, sequence_length=128, too_long="drop")
-    encoded = encode({"messages": list(TALKS.values())})
-    rows = [{"input_ids": i, "labels": x} for i, x in zip(encoded["input_ids"], encoded["labels"], strict=True)]
+    encode = encoder(UNMARKED)
+    rows = [encode({"messages": talk}) for talk in TALKS.values()]
     assert len({len(row["input_ids"]) for row in rows}) == len(rows) == len(TALKS)
     batch = Collator(0)(rows)
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
@@ -191,7 +198,8 @@ def test_a_chat_column_of_another_name(place: Path, recipe_of: Callable, tmp_pat
     recipe = recipe_of(
         dataset=tmp_path / "talk.jsonl",
         messages_column="talk",
-        chat_template=str(tmp_path / "own.jinja"),
+        chat_template_path=str(tmp_path / "own.jinja"),
+        packing=False,
         max_steps=6,
         learning_rate=1e-2,
     )
@@ -199,7 +207,7 @@ def test_a_chat_column_of_another_name(place: Path, recipe_of: Callable, tmp_pat
     assert results["loss_after"] < results["loss_before"] - 1  # the same row every time
     tokenizer = AutoTokenizer.from_pretrained(recipe.output_dir)
     assert tokenizer.chat_template == UNMARKED != AutoTokenizer.from_pretrained(place / "ecmoe").chat_template
-    train, _ = prepare(recipe, tokenizer, 300)
+    train, _ = prepared(recipe, tokenizer, 300)
     size = len(train[0]["input_ids"])
     assert results["tokens"] == 6 * 8 * size
 
@@ -215,9 +223,10 @@ def test_the_example(stories: Path, recipe_of: Callable, tmp_path: Path) -> None
         model=stories,
         dataset=tmp_path / "dolly.jsonl",
         completion_column="answer",
-        chat_template=str(CHATML),
-        sequence_length=320,
+        chat_template_path=str(CHATML),
+        max_length=320,
         too_long="truncate",
+        packing=False,
         per_device_train_batch_size=4,
         max_steps=20,
         learning_rate=2e-3,
@@ -252,7 +261,7 @@ def test_only_the_assistant_is_learned_whatever_a_normaliser_does(answer: str) -
     marked += "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
     encode = encoder(marked, tokenizer=tokenizer)
     talk = [said("user", "Which?"), said("assistant", answer), said("user", "And then?")]
-    ((ids,), (labels,)) = encode({"messages": [talk]}).values()
+    ids, labels = encode({"messages": talk}).values()
     assert learned(encode, labels) == [unicodedata.normalize("NFC", answer)]
     assert ids == tokenizer("Which?" + answer + "And then?")["input_ids"]
 
@@ -261,8 +270,9 @@ def test_what_ends_an_answer_ends_generation(stories: Path, recipe_of: Callable,
     """Case 4: in the shipped template the tokenizer's own end; a marker that is no token is said before training."""
     talk = [said("user", "Which animal?"), said("assistant", "A cat.")]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(40)))
-    fields = {"dataset": tmp_path / "rows.jsonl", "model": stories, "learning_rate": 3e-3, "sequence_length": 128}
-    recipe = recipe_of(**fields, chat_template="chatml", max_steps=60)
+    fields = {"dataset": tmp_path / "rows.jsonl", "model": stories, "learning_rate": 3e-3, "packing": False}
+    fields["max_length"] = 128
+    recipe = recipe_of(**fields, chat_template_path="chatml", max_steps=60)
     run(recipe)
     answering = pipeline("text-generation", model=recipe.output_dir)
     (answer,) = answering(talk[:1], max_new_tokens=40, do_sample=False)
@@ -270,8 +280,10 @@ def test_what_ends_an_answer_ends_generation(stories: Path, recipe_of: Callable,
     assert "which is no token of its own" not in capsys.readouterr().out
     old = CHATML.read_text(encoding="utf-8").replace("eos_token if eos_token is defined and eos_token else ", "")
     (tmp_path / "old.jinja").write_text(old)
-    run(recipe_of(**fields, chat_template=str(tmp_path / "old.jinja"), max_steps=1, output_dir=tmp_path / "other"))
-    assert "chat_template ends an answer with '<|im_end|>\\n', which is no token of its own" in capsys.readouterr().out
+    run(recipe_of(**fields, chat_template_path=str(tmp_path / "old.jinja"), max_steps=1, output_dir=tmp_path / "other"))
+    assert (
+        "the chat template ends an answer with '<|im_end|>\\n', which is no token of its own" in capsys.readouterr().out
+    )
 
 
 def test_a_special_token_that_ends_answers_joins_the_generation_config(
@@ -284,7 +296,7 @@ def test_a_special_token_that_ends_answers_joins_the_generation_config(
     (tmp_path / "t.jinja").write_text(template)
     talk = [said("user", "Which animal?"), said("assistant", "A cat.")]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(40)))
-    recipe = recipe_of(dataset=tmp_path / "rows.jsonl", chat_template=str(tmp_path / "t.jinja"), max_steps=1)
+    recipe = recipe_of(dataset=tmp_path / "rows.jsonl", chat_template_path=str(tmp_path / "t.jinja"), max_steps=1)
     run(recipe)
     stops = AutoModelForCausalLM.from_pretrained(recipe.output_dir).generation_config.eos_token_id
     assert stops == [tokenizer.eos_token_id, tokenizer.pad_token_id]
@@ -294,7 +306,7 @@ def test_prompt_and_completion_are_the_tokens_of_their_text(stories: Path) -> No
     """Cases 7 and 8: no second space, and one end of the sequence where the tokenizer adds one by itself."""
     tokenizer = AutoTokenizer.from_pretrained(stories)
     encode = encoder(None, kind="prompt", tokenizer=tokenizer)
-    ((ids,), (labels,)) = encode({"prompt": ["A:"], "completion": [" Lily"]}).values()
+    ids, labels = encode({"prompt": "A:", "completion": " Lily"}).values()
     assert ids == [*tokenizer("A: Lily")["input_ids"], tokenizer.eos_token_id]
     assert [text.strip() for text in learned(encode, labels)] == ["Lily</s>"]
     ending = tiny_tokenizer()
@@ -302,10 +314,10 @@ def test_prompt_and_completion_are_the_tokens_of_their_text(stories: Path) -> No
         single="$A <eos>", special_tokens=[("<eos>", ending.eos_token_id)]
     )
     encode = encoder(None, kind="prompt", tokenizer=ending)
-    ((ids,), (labels,)) = encode({"prompt": ["A:"], "completion": [" Lily"]}).values()
+    ids, labels = encode({"prompt": "A:", "completion": " Lily"}).values()
     assert ending.decode(ids) == "A: Lily<eos>" and learned(encode, labels) == [" Lily<eos>"]
-    text = encoder(None, kind="text", tokenizer=ending, packing=False)
-    assert ending.decode(text({"text": ["One."]})["input_ids"][0]) == "One.<eos>"
+    text = encoder(None, kind="text", tokenizer=ending)
+    assert ending.decode(text({"text": "One."})["input_ids"]) == "One.<eos>"
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -334,27 +346,27 @@ def test_tools_and_their_calls_are_learned_as_written(
     else:
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "t.jinja").write_text(WITH_TOOLS)
-    recipe = recipe_of(dataset=tmp_path / f"rows.{suffix}", sequence_length=256, validation_fraction=0.5)
+    recipe = recipe_of(dataset=tmp_path / f"rows.{suffix}", max_length=256, validation_fraction=0.5, packing=False)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = WITH_TOOLS
-    texts = {tokenizer.decode(row["input_ids"]) for part in prepare(recipe, tokenizer, 300) for row in part}
+    texts = {tokenizer.decode(row["input_ids"]) for part in prepared(recipe, tokenizer, 300) for row in part}
     apply = tokenizer.apply_chat_template
     assert texts == {apply(row["messages"], tools=row["tools"], tokenize=False) for row in rows[:2]}
     assert any('"arguments": {"a": 1}}' in text for text in texts) and any("weather" in text for text in texts)
 
 
 def test_tools_may_be_json(stories: Path) -> None:
-    encode = encoder(WITH_TOOLS, sequence_length=512)
+    encode = encoder(WITH_TOOLS)
     talk = [said("user", "Paris?"), calls(city="Paris")]
-    as_text, as_rows = (encode({"messages": [talk], "tools": [tools]}) for tools in (json.dumps(TOOLS), TOOLS))
-    assert as_text == as_rows and "weather" in encode.tokenizer.decode(as_text["input_ids"][0])
+    as_text, as_rows = (encode({"messages": talk, "tools": tools}) for tools in (json.dumps(TOOLS), TOOLS))
+    assert as_text == as_rows and "weather" in encode.tokenizer.decode(as_text["input_ids"])
 
 
 @pytest.mark.parametrize(
     ("turn", "expected"),
     [
         ("<|im_start|>{{ m['role'] }} {{ m['content'] }}<|eou|>", "<|eou|>"),
-        ("<|im_start|>{% for p in m['content'] %}{{ p['text'] }}{% endfor %}<|eou|>", None),
+        ("<|im_start|>{% for p in m['content'] %}{{ p['text'] }}{% endfor %}<|eou|>", "<|eou|>"),
         ("<|im_start|>{{ m['content'] | lower }}<|eou|>", None),
         ("<s>{{ m['content'] }}\n\n</s>", "</s>"),
         ("<s>{{ m['content'] }}<s>", None),
@@ -370,7 +382,7 @@ def test_what_ends_an_answer_is_no_opener_and_no_blank(turn: str, expected: str 
 
 
 def test_tools_that_are_no_json_are_named() -> None:
-    row = {"messages": [[said("user", "Hi"), said("assistant", "Hello.")]], "tools": ["search, calc"]}
+    row = {"messages": [said("user", "Hi"), said("assistant", "Hello.")], "tools": "search, calc"}
     with pytest.raises(RecipeError, match="tools are 'search, calc', which is not JSON"):
         encoder(CHATML.read_text())(row)
 

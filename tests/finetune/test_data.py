@@ -12,11 +12,13 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ecmoe.finetune import RecipeError, load_recipe
-from ecmoe.finetune.data import Collator, prepare
-from ecmoe.finetune.encode import IGNORE, pack
+from ecmoe.finetune.data import Collator
+from ecmoe.finetune.encode import wrap
+from ecmoe.finetune.losses import IGNORE
 from ecmoe.finetune.sources import load_rows
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=12)
@@ -25,18 +27,24 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_s
 @settings(max_examples=60, deadline=None)
 @given(documents=DOCUMENTS, length=st.integers(2, 12))
 def test_packing_loses_nothing_but_the_tail(documents: list[list[int]], length: int) -> None:
-    packed = pack([(ids, [IGNORE, *ids[1:]]) for ids in documents], length)
+    packed = wrap({"input_ids": documents, "labels": documents}, length)
     tokens = [token for ids in documents for token in ids]
     flat = {name: [value for row in rows for value in row] for name, rows in packed.items()}
-    assert {len(row) for rows in packed.values() for row in rows} <= {length}
+    assert {len(row) for row in packed["input_ids"]} | {sum(row) for row in packed["seq_lengths"]} <= {length}
     assert flat["input_ids"] == tokens[: len(tokens) // length * length]
     starts = {sum(map(len, documents[:number])) for number in range(len(documents))}
-    position = 0
-    for place, (token, label) in enumerate(zip(flat["input_ids"], flat["labels"], strict=True)):
-        begins = place in starts or place % length == 0
-        position = 0 if begins else position + 1
-        assert flat["position_ids"][place] == position
-        assert label == (IGNORE if begins else token)
+    rows = [dict(zip(packed, values, strict=True)) for values in zip(*packed.values(), strict=True)]
+    if not rows:
+        return
+    for padding_free in (False, True):  # rows for most attention, and the one row of FlashAttention
+        batch = Collator(0, padding_free)(rows)
+        assert batch["input_ids"].shape == ((1, len(rows) * length) if padding_free else (len(rows), length))
+        positions, position = batch["position_ids"].flatten().tolist(), 0
+        for place, (token, label) in enumerate(zip(flat["input_ids"], batch["labels"].flatten(), strict=True)):
+            begins = place in starts or place % length == 0
+            position = 0 if begins else position + 1
+            assert positions[place] == position
+            assert label == (IGNORE if begins else token)
 
 
 @pytest.mark.parametrize("name", ["dense", "ecmoe"])
@@ -46,7 +54,7 @@ def test_a_packed_batch_gives_each_document_its_own_loss(place: Path, name: str)
     model = AutoModelForCausalLM.from_pretrained(place / name).eval()
     sizes = (23, 9, 31, 14, 19)
     documents = [torch.randint(3, 300, (size,)).tolist() for size in sizes]
-    packed = pack([(ids, [IGNORE, *ids[1:]]) for ids in documents], 48)
+    packed = wrap({"input_ids": documents, "labels": documents}, 48)
     rows = [dict(zip(packed, values, strict=True)) for values in zip(*packed.values(), strict=True)]
     batch = Collator(0)(rows)
     assert batch["input_ids"].shape == (2, 48)
@@ -57,7 +65,7 @@ def test_a_packed_batch_gives_each_document_its_own_loss(place: Path, name: str)
         )
 
     found = losses(model(**batch, use_cache=False).logits, batch["labels"])
-    parts = [ids for row in rows for ids in split_at_zero(row)]
+    parts = [ids for row in rows for ids in documents_of(row)]
     alone = torch.cat([losses(model(ids[None]).logits, ids[None]) for ids in parts])
     torch.testing.assert_close(found[found > 0], alone, atol=1e-5, rtol=0)
     # Where documents see each other they get another loss, so the comparison can fail.
@@ -65,11 +73,8 @@ def test_a_packed_batch_gives_each_document_its_own_loss(place: Path, name: str)
     assert (losses(model(**batch, use_cache=False).logits, batch["labels"])[found > 0] - alone).abs().max() > 1e-3
 
 
-def split_at_zero(row: dict[str, list[int]]) -> list[torch.Tensor]:
-    """The documents of a packed row, by their positions."""
-    starts = [place for place, position in enumerate(row["position_ids"]) if position == 0]
-    ids = torch.tensor(row["input_ids"])
-    return [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+def documents_of(row: dict[str, list[int]]) -> list[torch.Tensor]:
+    return list(torch.tensor(row["input_ids"]).split(row["seq_lengths"]))
 
 
 @torch.no_grad()
@@ -91,7 +96,7 @@ def test_padding_changes_no_loss(place: Path) -> None:
 def test_the_same_rows_for_every_model_and_seed(place: Path, recipe_of: Callable) -> None:
     """Held-out documents are the same, and none of them is trained on; dense and expert choice read the same text."""
     packed = [
-        prepare(recipe_of(model=place / name, seed=seed, append_eos=False), tokenizer_of(place), 300)
+        prepared(recipe_of(model=place / name, seed=seed, append_eos=False), tokenizer_of(place), 300)
         for name, seed in (("dense", 1), ("ecmoe", 2))
     ]
     for mine, other in zip(*packed, strict=True):
@@ -140,7 +145,7 @@ def test_a_mixture(
         "shuffle_buffer": 50,
         "max_eval_sequences": 1000,
     }
-    train, held_out = prepare(recipe_of(**fields), tokenizer_of(place), 300)
+    train, held_out = prepared(recipe_of(**fields), tokenizer_of(place), 300)
     drawn = names_of(islice(train, 1500), place)
     counts = Counter(name[0] for name in drawn)
     assert 0.70 < counts["x"] / len(drawn) < 0.80
@@ -148,7 +153,7 @@ def test_a_mixture(
     kept = set(names_of(held_out, place))
     assert len(kept) > 100 and not kept.intersection(drawn)
     assert len(kept) + len(set(drawn)) > 600  # the rows of both parts are read
-    train, held_out = prepare(recipe_of(**fields, seed=7), tokenizer_of(place), 300)
+    train, held_out = prepared(recipe_of(**fields, seed=7), tokenizer_of(place), 300)
     assert set(names_of(held_out, place)) == kept
     if streaming:
         assert names_of(islice(train, 50), place) != drawn[:50]  # another seed, another order
@@ -164,7 +169,7 @@ def test_a_validation_dataset(recipe_of: Callable, place: Path, tmp_path: Path, 
         streaming=streaming,
         max_eval_sequences=99,
     )
-    train, held_out = prepare(recipe, tokenizer_of(place), 300)
+    train, held_out = prepared(recipe, tokenizer_of(place), 300)
     assert sorted(names_of(held_out, place)) == [f"v{number:04d}" for number in range(30)]
     assert set(names_of(islice(train, 90), place)) == {f"t{number:04d}" for number in range(30)}
 
@@ -177,7 +182,7 @@ def test_a_stream_never_ends(recipe_of: Callable, place: Path, tmp_path: Path, s
         texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
         rows = tmp_path / "rows.txt"
         rows.write_text("<|endoftext|>".join(texts))
-    train, held_out = prepare(recipe_of(dataset=rows, streaming=True, packing=False), tokenizer_of(place), 300)
+    train, held_out = prepared(recipe_of(dataset=rows, streaming=True, packing=False), tokenizer_of(place), 300)
     count = 40 - len(held_out)
     names = names_of(islice(train, 3 * count), place)
     passes = [names[start : start + count] for start in range(0, 3 * count, count)]
@@ -190,7 +195,7 @@ def test_a_stream_never_ends(recipe_of: Callable, place: Path, tmp_path: Path, s
 def test_the_second_time_nothing_is_tokenized(
     recipe_of: Callable, place: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever else differs between two recipes; another sequence length is tokenized anew."""
+    """Whatever else differs between two recipes; what makes other tokens is tokenized anew."""
     rows = write_rows(tmp_path / f"rows.{suffix}", "n", 60)
     calls: list[str] = []
 
@@ -204,12 +209,14 @@ def test_the_second_time_nothing_is_tokenized(
         return tokenizer
 
     tokenizer = count(tokenizer_of(place))
-    first = prepare(recipe_of(dataset=rows), tokenizer, 300)
+    first = prepared(recipe_of(dataset=rows), tokenizer, 300)
     assert len(calls) == 60
-    second = prepare(recipe_of(dataset=rows, output_dir="elsewhere", learning_rate=1e-4), tokenizer_of(place), 300)
+    second = prepared(recipe_of(dataset=rows, output_dir="elsewhere", learning_rate=1e-4), tokenizer_of(place), 300)
     assert len(calls) == 60
     assert first[0]["input_ids"] == second[0]["input_ids"]
-    prepare(recipe_of(dataset=rows, sequence_length=48), tokenizer, 300)
+    prepared(recipe_of(dataset=rows, max_length=48), tokenizer, 300)
+    assert len(calls) == 60
+    prepared(recipe_of(dataset=rows, append_eos=False), tokenizer, 300)
     assert len(calls) == 120
 
 
@@ -231,21 +238,21 @@ def test_rows_that_are_too_long_are_counted(
         "".join(json.dumps({"text": f"{n} " + "ab " * (99 if n % 10 < 3 else 2)}) + "\n" for n in range(20))
     )
     fields = {"dataset": rows, "validation_dataset": rows, "packing": False, "too_long": too_long}
-    line = f"6 of 20 training rows are longer than sequence_length=64 and are {fate} (too_long={too_long})"
+    line = f"6 of 20 training rows are longer than max_length=64 and are {fate}"
     for _ in range(2):
-        train, _ = prepare(recipe_of(**fields), tokenizer_of(place), 300)
+        train, _ = prepared(recipe_of(**fields), tokenizer_of(place), 300)
         assert len(train) == left and set(train.column_names) == {"input_ids", "labels"}
         assert line in capsys.readouterr().out.splitlines()
-    prepare(recipe_of(**fields), tokenizer_of(place), 300, 1)
+    prepared(recipe_of(**fields), tokenizer_of(place), 300, 1)
     assert "of the first 7 training rows are longer" in capsys.readouterr().out
-    prepare(recipe_of(**fields, streaming=True), tokenizer_of(place), 300)
+    prepared(recipe_of(**fields, streaming=True), tokenizer_of(place), 300)
     assert "longer than" not in capsys.readouterr().out
 
 
 def test_only_what_a_run_uses_is_tokenized(recipe_of: Callable, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ecmoe.finetune.data.PART", 2)
-    whole, _ = prepare(recipe_of(), tokenizer_of(place), 300)
-    part, _ = prepare(recipe_of(), tokenizer_of(place), 300, 5)
+    whole, _ = prepared(recipe_of(), tokenizer_of(place), 300)
+    part, _ = prepared(recipe_of(), tokenizer_of(place), 300, 5)
     assert len(part) == 5 < len(whole)
     assert part["input_ids"] == whole["input_ids"][:5]
 
@@ -257,9 +264,9 @@ def test_parts_without_a_sequence(
     monkeypatch.setattr("ecmoe.finetune.data.PART", 3)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": "a" if n < 25 else "word " * 20}) + "\n" for n in range(30)))
-    for fields in ({"sequence_length": 32}, {"packing": False, "too_long": "drop", "append_eos": False}):
-        train, _ = prepare(
-            recipe_of(dataset=rows, validation_dataset=rows, **{"sequence_length": 120} | fields),
+    for fields in ({"max_length": 32}, {"packing": False, "too_long": "drop", "append_eos": False}):
+        train, _ = prepared(
+            recipe_of(dataset=rows, validation_dataset=rows, **{"max_length": 120} | fields),
             tokenizer_of(place),
             300,
         )
@@ -276,14 +283,14 @@ def test_text_columns(place: Path, tmp_path: Path) -> None:
     )
     fixed = [f"model={place / 'dense'}", f"output_dir={tmp_path}", f"dataset={path}", "append_eos=false"]
 
-    def prepared(*fields: str):
-        return prepare(load_recipe(place / "recipe.yaml", [*fixed, *fields]), tokenizer_of(place), 300)
+    def of(*fields: str):
+        return prepared(load_recipe(place / "recipe.yaml", [*fixed, *fields]), tokenizer_of(place), 300)
 
-    with pytest.raises(RecipeError, match=r"text_column=stori is not in .* did you mean story"):
-        prepared("text_column=stori")
-    with pytest.raises(RecipeError, match=r"text_column=number holds Value.*int64.*, not text"):
-        prepared("text_column=number")
-    train, held_out = prepared("text_column=story", "packing=false", "too_long=truncate")
+    with pytest.raises(RecipeError, match=r"dataset_text_field=stori is not in .* did you mean story"):
+        of("dataset_text_field=stori")
+    with pytest.raises(RecipeError, match=r"dataset_text_field=number holds Value.*int64.*, not text"):
+        of("dataset_text_field=number")
+    train, held_out = of("dataset_text_field=story", "packing=false", "too_long=truncate")
     assert len(train) + len(held_out) == 20
 
 
@@ -295,10 +302,10 @@ COLUMNS = {
     "prompt_column=query completion_column=response": r"^prompt_column=query is not in .* did you mean question\?$",
     "messages_column=talks": r"^messages_column=talks is not in .* did you mean talk\?$",
     "completion_column=response": r"^prompt_column=prompt is not in .*",
-    "text_column=words": r"^text_column=words is not in .*",
-    "prompt_column=question completion_column=response": "prompt and completion from question, response; only the comp",
-    "prompt_column=query messages_column=talk": "conversations from talk; only what the assistant says is learned",
-    "prompt_column=query text_column=question": "text from question; all of it is learned",
+    "dataset_text_field=words": r"^dataset_text_field=words is not in .*",
+    "prompt_column=question completion_column=response": "prompt and completion from question, response; the comp",
+    "prompt_column=query messages_column=talk": "conversations from talk; what the assistant says is learned",
+    "prompt_column=query dataset_text_field=question": "text from question; all of it is learned",
     "": "text from text; all of it is learned",
 }
 

@@ -29,7 +29,7 @@ def test_two_processes_under_zero_3(tmp_path: Path) -> None:
         "model": str(tmp_path / "ecmoe"),
         "dataset": str(text),
         "output_dir": str(tmp_path / "out"),
-        "sequence_length": 64,
+        "max_length": 64,
         "per_device_train_batch_size": 4,
         "max_steps": 4,
         "save_steps": 2,

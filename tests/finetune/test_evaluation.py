@@ -100,13 +100,14 @@ def test_sums_of_a_fused_head_are_those_of_logits() -> None:
     logits = torch.randn(2, 4, 6)
     mask = labels[:, 1:] != -100
     log_probs = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * mask
+    others = {"entropy": None, "is_top1": None}
     sums = []
-    for output in ({"logits": logits, "log_probs": None}, {"log_probs": log_probs, "label_mask": mask}):
+    for output in ({"logits": logits, "log_probs": None}, {"log_probs": log_probs, "label_mask": mask, **others}):
         held, module = LossSums(), Emits(type("Output", (), output))
-        with held.watch(module, labels):
+        with held.watch(module, labels, None):
             module()
         held.gather(type("Accelerator", (), {"gather_for_metrics": staticmethod(lambda rows: rows)}))
-        sums.append((held.mean(), held.tokens))
+        sums.append((held.means()["loss"], held.totals["tokens"]))
     assert sums[0][0] == pytest.approx(sums[1][0], abs=1e-6) and sums[0][1] == sums[1][1] == 4
 
 

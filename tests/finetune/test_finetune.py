@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ecmoe.finetune import load_recipe, run
-from ecmoe.finetune.data import Collator, prepare
+from ecmoe.finetune.data import Collator
 from ecmoe.finetune.train import dry_run, make_trainer
 from modeling_ecmoe import sparse_blocks
 
@@ -33,7 +34,7 @@ def test_learns_and_the_result_loads(place: Path, recipe_of: Callable, name: str
     assert results["tokens_per_second"] > 0
     assert json.loads((out / "finetune_results.json").read_text()) == results
     # The figures are the losses of the models that were loaded and saved.
-    _, held_out = prepare(recipe, AutoTokenizer.from_pretrained(out), 300)
+    _, held_out = prepared(recipe, AutoTokenizer.from_pretrained(out), 300)
     assert len(held_out) == 16
     assert loss_of(out, held_out) == pytest.approx(results["loss_after"], abs=1e-5)
     assert loss_of(place / "dense", held_out) == pytest.approx(results["loss_before"], abs=1e-5)
@@ -140,14 +141,14 @@ def test_dry_run_writes_nothing(place: Path, recipe_of: Callable) -> None:
     """It takes one step on the longest rows of the run, and needs more memory than the weights."""
     rows = place / "lengths.jsonl"
     rows.write_text("".join(json.dumps({"text": "word " * (2 + number % 20)}) + "\n" for number in range(200)))
-    recipe = recipe_of(dataset=rows, packing=False, max_steps=25, save_strategy="steps", sequence_length=128)
-    train, _ = prepare(recipe, AutoTokenizer.from_pretrained(place / "ecmoe"), 300)
+    recipe = recipe_of(dataset=rows, packing=False, max_steps=25, save_strategy="steps", max_length=128)
+    train, _ = prepared(recipe, AutoTokenizer.from_pretrained(place / "ecmoe"), 300)
     lengths = sorted(map(len, train["input_ids"]))
     before = set(place.rglob("*"))
     found = dry_run(recipe)
     assert not Path(recipe.output_dir).exists() and set(place.rglob("*")) == before
     assert found["tokens"] == sum(lengths[-8:]) > 8 * lengths[len(lengths) // 2]
     assert found["peak_bytes"] > 4 * sum(total for _, total in found["trained"].values())
-    streamed = dry_run(recipe_of(dataset=rows, streaming=True, sequence_length=120))
+    streamed = dry_run(recipe_of(dataset=rows, streaming=True, max_length=120))
     assert streamed["tokens"] == 8 * 120
     assert not Path(recipe.output_dir).exists()

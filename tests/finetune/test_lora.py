@@ -10,14 +10,14 @@ import peft
 import pytest
 import torch
 from checkpoints import DATA, all_tensors
-from runs import QUICK_END, assert_same_run
+from runs import QUICK_END, assert_same_run, prepared
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl
 
 import ecmoe.finetune.train
 from ecmoe.finetune import RecipeError, run
 from ecmoe.finetune.adapters import add_lora, trained_parameters
-from ecmoe.finetune.data import Collator, prepare
+from ecmoe.finetune.data import Collator
 from ecmoe.finetune.recipe import make_recipe
 from modeling_ecmoe import sparse_blocks
 
@@ -42,7 +42,7 @@ def learned(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
             "dataset": str(folder / "gsm8k.jsonl"),
             "prompt_column": "question",
             "completion_column": "answer",
-            "sequence_length": 160,
+            "max_length": 160,
             "too_long": "drop",
             "validation_fraction": 0.1,
             "max_eval_sequences": 12,
@@ -71,7 +71,7 @@ def learned(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNa
         results = run(recipe)
     out = Path(recipe.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    _, held_out = prepare(recipe, tokenizer, 512)
+    _, held_out = prepared(recipe, tokenizer, 512)
     batch = Collator(0)(list(held_out)[:12])
     model = trainers[0].model.eval()
     return SimpleNamespace(base=stories, out=out, results=results, model=model, batch=batch, tables=tables)
@@ -250,7 +250,7 @@ def test_a_dense_model(place: Path, recipe_of: Callable) -> None:
     names = {name.split(".")[-2] for name in all_tensors(Path(recipe.output_dir)) if "lora_" in name}
     assert names == {"lora_A", "lora_B"}
     assert adapters == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    _, held_out = prepare(recipe, AutoTokenizer.from_pretrained(recipe.output_dir), 300)
+    _, held_out = prepared(recipe, AutoTokenizer.from_pretrained(recipe.output_dir), 300)
     model = AutoModelForCausalLM.from_pretrained(recipe.output_dir).eval()
     with torch.no_grad():
         found = model(**Collator(0)(list(held_out)), use_cache=False).loss.item()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import contents
 from matplotlib import image
+from runs import prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
 import ecmoe.finetune.curves
@@ -21,7 +22,7 @@ from ecmoe.finetune import RecipeError, load_recipe, run
 from ecmoe.finetune.adapters import group_of
 from ecmoe.finetune.cli import main
 from ecmoe.finetune.curves import draw_curves
-from ecmoe.finetune.data import Collator, prepare
+from ecmoe.finetune.data import Collator
 from ecmoe.finetune.folder import last_whole_checkpoint
 from ecmoe.finetune.train import make_trainer
 from modeling_ecmoe import routing_report, sparse_blocks, use_inference_routing
@@ -63,7 +64,7 @@ def logged(place: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ecmoe.finetune.train.make_trainer", watched)
         results = run(recipe)
-    _, held_out = prepare(recipe, AutoTokenizer.from_pretrained(out), 300)
+    _, held_out = prepared(recipe, AutoTokenizer.from_pretrained(out), 300)
     batch = Collator(0)(list(held_out))
     return SimpleNamespace(recipe=recipe, results=results, out=out, seen=seen, batch=batch, base=place / "ecmoe")
 

@@ -49,7 +49,7 @@ def king(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sixty_steps(king: Path, out: Path, **fields: Any) -> tuple[float, float]:
     """The loss before and after."""
-    fields = {"sequence_length": 128, "max_steps": 60, "use_cpu": True, "disable_tqdm": True, **fields}
+    fields = {"max_length": 128, "max_steps": 60, "use_cpu": True, "disable_tqdm": True, **fields}
     silent = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 60}
     found = run("full", model=king / "ecmoe", output_dir=out, dataset=king / "rows.jsonl", **silent, **fields)
     return found["loss_before"], found["loss_after"]

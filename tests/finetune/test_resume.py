@@ -46,7 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "epochs": {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "gradient_accumulation_steps": 8},
     "a part of an epoch": {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 3},
-    "lora": {"lora": {"r": 4}, "sequence_length": 32},
+    "lora": {"lora": {"r": 4}, "max_length": 32},
 }
 FEW_SEQUENCES = {"validation_fraction": 0.9}  # about a hundred, so that epochs are short
 
