@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .encode import Encoder, stop_token, wrap
+from .encode import Encoder, wrap
 from .errors import RecipeError
 from .losses import IGNORE
 from .recipe import Recipe
@@ -60,8 +60,10 @@ class Collator(DataCollatorForLanguageModeling):
 
 def prepare(
     recipe: Recipe, arguments: SFTConfig, tokenizer: Any, vocab_size: int, wanted: int | None = None
-) -> tuple[Rows, Dataset]:
-    """Training and held-out sequences: input_ids, labels, and seq_lengths where documents were put into one row.
+) -> tuple[Rows, Dataset, str]:
+    """Training and held-out sequences, and the kind of their rows, as of `load_rows`.
+
+    A sequence has input_ids and labels, and seq_lengths where documents were put into one row.
 
     TRL's own packing, and cutting rows that are too long, are left to its trainer, in `arguments`.
 
@@ -73,117 +75,92 @@ def prepare(
     train_rows, held_out_rows, kind = load_rows(recipe)
     only = arguments.completion_only_loss if kind == "prompt" else recipe.training.get("assistant_only_loss")
     encoder = Encoder(tokenizer, kind, vocab_size, recipe.append_eos, learns_all=only is False)
-    if kind != "text" and encoder.has_template:
-        _say_where_answers_go_on(tokenizer)
     if "packing_strategy" not in recipe.training:
         arguments.packing_strategy = "wrapped" if kind == "text" else "bfd"
-    held_out = _sequences(held_out_rows, encoder, recipe, arguments, "held-out", recipe.max_eval_sequences)
-    # An endless stream must hold something.
-    is_stream = isinstance(train_rows, IterableDataset)
-    train: Rows = _sequences(train_rows, encoder, recipe, arguments, "training", 1 if is_stream else wanted)
+    read = _Reader(encoder, recipe, arguments)
+    held_out = read.sequences(held_out_rows, "held-out", recipe.max_eval_sequences)
     if isinstance(train_rows, IterableDataset):
+        read.sequences(train_rows, "training", 1)  # an endless stream must hold something
         seeds = (recipe.training.get(name) for name in ("data_seed", "seed"))
         seed = next((seed for seed in seeds if seed is not None), 42)
-        train = _stream(train_rows.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer), encoder, recipe, arguments)
-    if _is_wrapped(arguments):
-        arguments.packing, arguments.max_length = False, None  # done
-    return train, held_out
-
-
-def _say_where_answers_go_on(tokenizer: Any) -> None:
-    stop, end = stop_token(tokenizer)
-    if stop is None:
-        ends = (
-            f"ends an answer with {end!r}, which is no token of its own" if end else "does not show what ends an answer"
-        )
-        say(
-            f"the chat template {ends}: generate and pipeline will go on after it; end it with the tokenizer's "
-            "eos_token, as chat_template_path=chatml does"
-        )
-
-
-def _is_wrapped(arguments: SFTConfig) -> bool:
-    return bool(arguments.packing) and arguments.packing_strategy == "wrapped"
-
-
-def _limit(arguments: SFTConfig) -> int:
-    """Tokens of a row that is neither cut nor refused; documents that are packed piece by piece have no limit."""
-    is_split = arguments.packing and arguments.packing_strategy in ("wrapped", "bfd_split")
-    return sys.maxsize if is_split or arguments.max_length is None else arguments.max_length
-
-
-def _stream(rows: IterableDataset, encoder: Encoder, recipe: Recipe, arguments: SFTConfig) -> IterableDataset:
-    limit = _limit(arguments)
-
-    def fits(row: dict[str, Any]) -> bool:
-        _refuse_long(len(row["input_ids"]), limit, recipe)
-        return recipe.too_long != "drop" or len(row["input_ids"]) <= limit
-
-    sequences = rows.map(encoder, remove_columns=list(rows.column_names or []), features=_features()).filter(fits)
-    if _is_wrapped(arguments):
-        return sequences.map(
-            partial(wrap, length=arguments.max_length), batched=True, features=_features("seq_lengths")
-        )
-    return sequences
-
-
-def _sequences(
-    rows: Rows, encoder: Encoder, recipe: Recipe, arguments: SFTConfig, part: str, wanted: int | None
-) -> Dataset:
-    """The sequences of these rows, at least `wanted` of them where the rows give as many."""
-    if isinstance(rows, IterableDataset):
-        found = Dataset.from_list(list(_stream(rows, encoder, recipe, arguments).take(wanted)))
+        train: Rows = read.stream(train_rows.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer))
     else:
-        limit, parts, end, too_long = _limit(arguments), [], 0, 0
-        while end < len(rows) and (wanted is None or sum(_count(one, arguments) for one in parts) < wanted):
-            start, end = end, min(end + PART, len(rows))
-            options = {"num_proc": arguments.dataset_num_proc, "desc": f"Tokenizing ({part})"}
-            one = rows.select(range(start, end)).map(
-                encoder, remove_columns=rows.column_names, features=_features(), **options
+        train = read.sequences(train_rows, "training", wanted)
+    if read.wraps:
+        arguments.packing, arguments.max_length = False, None  # done
+    return train, held_out, kind
+
+
+class _Reader:
+    """Makes sequences of rows; those that are packed by TRL afterwards are not packed yet."""
+
+    def __init__(self, encoder: Encoder, recipe: Recipe, arguments: SFTConfig) -> None:
+        self.encoder, self.recipe, self.arguments = encoder, recipe, arguments
+        self.length = arguments.max_length or sys.maxsize
+        self.wraps = bool(arguments.packing) and arguments.packing_strategy == "wrapped"
+        self.is_packed_later = bool(arguments.packing) and not self.wraps
+        # Documents that are packed piece by piece may be of any length.
+        self.limit = sys.maxsize if self.wraps or arguments.packing_strategy == "bfd_split" else self.length
+
+    def stream(self, rows: IterableDataset) -> IterableDataset:
+        """Sequences, one after the other, as they are read."""
+        columns = list(rows.column_names or [])
+        sequences = rows.map(self.encoder, remove_columns=columns, features=_features()).filter(self._fits)
+        if not self.wraps:
+            return sequences
+        return sequences.map(partial(wrap, length=self.length), batched=True, features=_features("seq_lengths"))
+
+    def _fits(self, row: dict[str, Any]) -> bool:
+        self._refuse_long(len(row["input_ids"]))
+        return self.recipe.too_long != "drop" or len(row["input_ids"]) <= self.limit
+
+    def sequences(self, rows: Rows, part: str, wanted: int | None) -> Dataset:
+        """As many sequences as are wanted, where the rows give as many; before TRL's packing at least as many."""
+        if isinstance(rows, IterableDataset):
+            found = Dataset.from_list(list(self.stream(rows).take(wanted)))
+        else:
+            found = self._tokenized(rows, part, wanted)
+        if not len(found):
+            raise RecipeError(
+                f"dataset={self.recipe.dataset} gives no {part} sequence of max_length={self.length} tokens; give "
+                "more text, shorter sequences, or another validation_fraction"
             )
-            sizes = _sizes(one)
-            _refuse_long(max(sizes, default=0), limit, recipe)
-            too_long += int((sizes > limit).sum())
-            if recipe.too_long == "drop":
-                one = one.select(np.flatnonzero(sizes <= limit))
-            if _is_wrapped(arguments):
+        return found if wanted is None or self.is_packed_later else found.select(range(min(len(found), wanted)))
+
+    def _tokenized(self, rows: Dataset, part: str, wanted: int | None) -> Dataset:
+        """PART by PART, until there is enough."""
+        parts: list[Dataset] = []
+        end = too_long = count = 0
+        while end < len(rows) and (wanted is None or count < wanted):
+            start, end = end, min(end + PART, len(rows))
+            options = {"num_proc": self.arguments.dataset_num_proc, "desc": f"Tokenizing ({part})"}
+            found = rows.select(range(start, end)).map(
+                self.encoder, remove_columns=rows.column_names, features=_features(), **options
+            )
+            sizes = pc.list_value_length(found.with_format("arrow")[:]["input_ids"]).to_numpy()
+            self._refuse_long(sizes.max(initial=0))
+            too_long += int((sizes > self.limit).sum())
+            if self.recipe.too_long == "drop":
+                found = found.select(np.flatnonzero(sizes <= self.limit))
+            if self.wraps:
                 options = {"features": _features("seq_lengths"), "desc": f"Packing ({part})"}
-                one = one.map(partial(wrap, length=arguments.max_length), batched=True, **options)
-            parts.append(one)
-        found = datasets.concatenate_datasets(parts) if parts else Dataset.from_list([])
+                found = found.map(partial(wrap, length=self.length), batched=True, **options)
+            parts.append(found)
+            count += int(sizes.sum() // self.length) if self.is_packed_later else len(found)
         if too_long and part == "training":
             read = f"{end:,}" if end == len(rows) else f"the first {end:,}"
-            fate = "left out" if recipe.too_long == "drop" else "cut"
-            say(f"{too_long:,} of {read} training rows are longer than max_length={limit} and are {fate}")
-    if not len(found):
-        raise RecipeError(
-            f"dataset={recipe.dataset} gives no {part} sequence of max_length={arguments.max_length} tokens; give more "
-            "text, shorter sequences, or another validation_fraction"
-        )
-    return found if wanted is None or _is_packed_later(arguments) else found.select(range(min(len(found), wanted)))
+            fate = "left out" if self.recipe.too_long == "drop" else "cut"
+            say(f"{too_long:,} of {read} training rows are longer than max_length={self.length} and are {fate}")
+        return datasets.concatenate_datasets(parts) if parts else Dataset.from_list([])
+
+    def _refuse_long(self, size: int) -> None:
+        if size > self.limit and self.recipe.too_long == "refuse":
+            raise RecipeError(
+                f"a row has {size} tokens, more than max_length={self.length}; raise it, or say too_long=truncate or "
+                "too_long=drop"
+            )
 
 
 def _features(*more: str) -> datasets.Features:
     """Said aloud, because a part without a single sequence has no types to read off."""
     return datasets.Features({name: datasets.List(datasets.Value("int64")) for name in ("input_ids", "labels", *more)})
-
-
-def _sizes(rows: Dataset) -> Any:
-    return pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
-
-
-def _is_packed_later(arguments: SFTConfig) -> bool:
-    return bool(arguments.packing) and not _is_wrapped(arguments)
-
-
-def _count(rows: Dataset, arguments: SFTConfig) -> int:
-    """How many sequences they are; of those that TRL will pack, how many at least."""
-    return int(_sizes(rows).sum() // arguments.max_length) if _is_packed_later(arguments) else len(rows)
-
-
-def _refuse_long(size: int, limit: int, recipe: Recipe) -> None:
-    if size > limit and recipe.too_long == "refuse":
-        raise RecipeError(
-            f"a row has {size} tokens, more than max_length={limit}; raise it, or say too_long=truncate or "
-            "too_long=drop"
-        )

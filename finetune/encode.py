@@ -43,7 +43,7 @@ class Encoder:
                 "chat_template_path"
             )
 
-    def __call__(self, row: dict[str, Any]) -> Sequence:
+    def __call__(self, row: Any) -> Sequence:
         """input_ids and labels, IGNORE where nothing is learned."""
         row = maybe_convert_to_chatml(dict(row))
         if self.kind == "text":

@@ -86,8 +86,10 @@ class ExpertChoiceTrainerMixin:
     # Of the trainer that it stands before.
     args: Any
     accelerator: Any
+    aux_loss_enabled: Any
     callback_handler: Any
     control: Any
+    data_collator: Any
     optimizer: Any
     state: Any
 

@@ -31,6 +31,7 @@ from .loading import load, load_config
 from .mixin import is_expert_choice, is_flash
 from .precision import choose
 from .recipe import Recipe, recipe_of, training_arguments
+from .sources import say
 from .trainer import EcMoeTrainer
 
 _ONE_STEP: dict[str, Any] = {
@@ -144,8 +145,8 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fie
     }
 
 
-def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None = None) -> EcMoeTrainer:
-    """Model, data and Trainer of a recipe.
+def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None = None) -> Any:
+    """Model, data and EcMoeTrainer of a recipe.
 
     scratch: folder of a dry run, one step on the longest of the sequences that the recipe's run would use.
     resume: the checkpoint that the run goes on from.
@@ -161,8 +162,9 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
     model, tokenizer = load(recipe)
     vocab_size = model.get_input_embeddings().num_embeddings
     with arguments.main_process_first(desc="preparing the dataset"):  # the other ranks read its cache
-        train, held_out = prepare(recipe, arguments, tokenizer, vocab_size, sequences_used)
-    _stop_after_answers(model, tokenizer)
+        train, held_out, kind = prepare(recipe, arguments, tokenizer, vocab_size, sequences_used)
+    if tokenizer.chat_template:
+        _stop_after_answers(model, tokenizer, is_said=kind != "text")
     if recipe.lora is not None:
         set_seed(arguments.seed)  # SFTTrainer does so only when the adapters have been drawn
         model = add_lora(model, recipe.lora)
@@ -171,7 +173,7 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
     is_flat = is_flash(model)
     collator = None if arguments.packing or arguments.padding_free else Collator(tokenizer.pad_token_id, is_flat)
     try:
-        trainer = EcMoeTrainer(
+        trainer: Any = EcMoeTrainer(
             model=model,
             args=arguments,
             train_dataset=train,
@@ -185,8 +187,8 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"SFTTrainer refuses the recipe: {' '.join(str(error).split())}") from error
-    trainer.eval_dataset = held_out = trainer.eval_dataset
-    trainer.eval_dataset = held_out.select(range(min(len(held_out), recipe.max_eval_sequences)))
+    evaluated = min(len(trainer.eval_dataset), recipe.max_eval_sequences)
+    trainer.eval_dataset = trainer.eval_dataset.select(range(evaluated))
     if isinstance(trainer.train_dataset, IterableDataset):
         trainer.train_dataset = Endless(trainer.train_dataset)
     elif scratch is not None:
@@ -196,9 +198,15 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
     return trainer
 
 
-def _stop_after_answers(model: Any, tokenizer: Any) -> None:
+def _stop_after_answers(model: Any, tokenizer: Any, is_said: bool) -> None:
     """Lets the saved generation config stop at what ends an answer in the chat template, beside what it stops at."""
-    token = stop_token(tokenizer)[0] if tokenizer.chat_template else None
+    token, end = stop_token(tokenizer)
+    if token is None and is_said:
+        ends = f"ends an answer with {end!r}, which is no token of its own" if end else "shows no end of an answer"
+        say(
+            f"the chat template {ends}: generate and pipeline will go on after it; end it with the tokenizer's "
+            "eos_token, as chat_template_path=chatml does"
+        )
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     if token is not None and token not in stops:

@@ -54,7 +54,7 @@ def _main(arguments: list[str], environment: dict[str, str], log: str, dies_at_s
 
 def prepared(recipe: Recipe, tokenizer: Any, vocab_size: int = 300, wanted: int | None = None) -> Any:
     """Training and held-out sequences of a recipe, as its trainer gets them."""
-    train, held_out = prepare(recipe, training_arguments(recipe), tokenizer, vocab_size, wanted)
+    train, held_out, _ = prepare(recipe, training_arguments(recipe), tokenizer, vocab_size, wanted)
     return Endless(train) if isinstance(train, IterableDataset) else train, held_out
 
 
