@@ -5,7 +5,7 @@ templates are used, which mark the assistant's words in the chat templates of th
 """
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -108,6 +108,11 @@ class Encoder:
         tools = _from_json(tools) if isinstance(tools, str) else _without_none(tools)
         options = {"tools": tools} | (_without_none(row.get("chat_template_kwargs")) or {})
         text, spans = self._spans(messages, options)
+        if tools and self._render(messages, options | {"tools": None})[0] == text:
+            _refuse_left_out("a row's tools", tools)
+        for message in messages:
+            if message.get("role") == "assistant":
+                _look_for(message, text, "".join(text[begin:end] for begin, end in spans))
         if prompt:
             start = len(self._render(messages[: len(prompt)], options)[0])
             spans = [(begin, end) for begin, end in spans if begin >= start]
@@ -204,6 +209,27 @@ def _refuse_other_keys(messages: list[Any]) -> None:
                 f"a message of a conversation has the keys {has}; it needs role (system, user or assistant) and "
                 "content: rename them in the dataset"
             )
+
+
+def _look_for(message: dict[str, Any], text: str, learned: str) -> None:
+    """Refuses a template that passes over what an assistant says, where it wants parts for one, or the tools it calls.
+
+    The last word is looked for: some templates leave out what was thought before.
+    """
+    content = message.get("content") or ""
+    for said in [part.get("text") or "" for part in content] if isinstance(content, list) else [content]:
+        if said.strip() and said.split()[-1].lower() not in text.lower():
+            _refuse_left_out("the assistant's answer", said)
+    for call in message.get("tool_calls") or ():
+        if str((call.get("function") or call).get("name")) not in learned:
+            _refuse_left_out("the assistant's tool_calls", call)
+
+
+def _refuse_left_out(what: str, item: Any) -> NoReturn:
+    raise RecipeError(
+        f"the chat template leaves out {what}, {str(item)[:80]}; name one that writes it in chat_template_path, or "
+        "leave out such rows or the column"
+    )
 
 
 def stop_token(tokenizer: Any) -> tuple[int | None, str]:

@@ -121,6 +121,7 @@ def write_whole(path: Path, text: str) -> None:
 def as_yaml(recipe: Recipe) -> str:
     """The recipe in full, as `ecmoe-finetune` reads it again."""
     content = asdict(recipe)
-    content |= content.pop("training") | content.pop("routing_fields")
-    content.pop("resume_from_checkpoint", None)
-    return yaml.safe_dump({name: value for name, value in content.items() if value is not None}, sort_keys=True)
+    others = content.pop("training") | content.pop("routing_fields")  # None is a value there, max_length for one
+    others.pop("resume_from_checkpoint", None)
+    own = {name: value for name, value in content.items() if value is not None}
+    return yaml.safe_dump(own | others, sort_keys=True)

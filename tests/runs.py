@@ -16,6 +16,7 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 
 from ecmoe.finetune.data import Endless, prepare
+from ecmoe.finetune.losses import IGNORE
 from ecmoe.finetune.recipe import Recipe, training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,17 @@ def prepared(recipe: Recipe, tokenizer: Any, vocab_size: int = 300, wanted: int 
     """Training and held-out sequences of a recipe, as its trainer gets them."""
     train, held_out, _ = prepare(recipe, training_arguments(recipe), tokenizer, vocab_size, wanted)
     return Endless(train) if isinstance(train, IterableDataset) else train, held_out
+
+
+def learned(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The text of each stretch of learned tokens."""
+    stretches: list[list[int]] = [[]]
+    for label in labels:
+        if label != IGNORE:
+            stretches[-1].append(label)
+        elif stretches[-1]:
+            stretches.append([])
+    return [tokenizer.decode(stretch) for stretch in stretches if stretch]
 
 
 def start(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import DATA, tiny_tokenizer
 from datasets import Dataset
-from runs import ROOT, prepared
+from runs import ROOT, learned, prepared
 from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -60,17 +60,6 @@ def encoder(template: str | None, kind: str = "messages", tokenizer: Any = None,
     return Encoder(tokenizer, kind, len(tokenizer), **fields)
 
 
-def learned(encoder: Encoder, labels: list[int]) -> list[str]:
-    """The text of each stretch of learned tokens."""
-    stretches: list[list[int]] = [[]]
-    for label in labels:
-        if label != IGNORE:
-            stretches[-1].append(label)
-        elif stretches[-1]:
-            stretches.append([])
-    return [encoder.tokenizer.decode(stretch) for stretch in stretches if stretch]
-
-
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("template", [CHATML.read_text(encoding="utf-8"), UNMARKED], ids=["marked", "unmarked"])
 def test_only_the_assistant_is_learned(template: str, talk: str) -> None:
@@ -79,7 +68,7 @@ def test_only_the_assistant_is_learned(template: str, talk: str) -> None:
     ids, labels = encode({"messages": TALKS[talk]}).values()
     end = "\n" if template == UNMARKED else "<eos>\n"
     answers = [message["content"] + end for message in TALKS[talk] if message["role"] == "assistant"]
-    assert learned(encode, labels) == answers
+    assert learned(encode.tokenizer, labels) == answers
     assert encode.tokenizer.decode(ids) == encode.tokenizer.apply_chat_template(TALKS[talk], tokenize=False)
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
 
@@ -90,7 +79,7 @@ def test_a_tokenizer_without_byte_level(stories: Path) -> None:
     encode = encoder(CHATML.read_text(encoding="utf-8"), tokenizer=tokenizer)
     talk = TALKS["multi-turn after a system message"]
     ids, labels = encode({"messages": talk}).values()
-    assert [text.lstrip().replace("</s> ", "</s>") for text in learned(encode, labels)] == [
+    assert [text.lstrip().replace("</s> ", "</s>") for text in learned(encode.tokenizer, labels)] == [
         message["content"].lstrip() + "</s>\n" for message in talk if message["role"] == "assistant"
     ]
     assert len(ids) == len(labels)
@@ -99,13 +88,13 @@ def test_a_tokenizer_without_byte_level(stories: Path) -> None:
 def test_a_template_that_rewrites_turns() -> None:
     """Refused only where it does rewrite one: with one answer there is nothing to tell apart."""
     encode = encoder(REWRITES)
-    assert learned(encode, encode({"messages": TALKS["one turn"]})["labels"]) == ["Well, thank you."]
+    assert learned(encode.tokenizer, encode({"messages": TALKS["one turn"]})["labels"]) == ["Well, thank you."]
     with pytest.raises(RecipeError, match=r"does not render a conversation turn by turn.*mark them in it with"):
         encode({"messages": TALKS["multi-turn after a system message"]})
     marked = REWRITES.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
     encode = encoder(marked)
     labels = encode({"messages": TALKS["multi-turn after a system message"]})["labels"]
-    assert learned(encode, labels)[-1] == "héllo ✓ 2\n"
+    assert learned(encode.tokenizer, labels)[-1] == "héllo ✓ 2\n"
 
 
 def test_conversations_without_a_template() -> None:
@@ -127,12 +116,12 @@ def test_prompt_and_completion() -> None:
     batch = {"prompt": "Q: 1 + 1? A:", "completion": " 2."}
     encode = encoder(CHATML.read_text(encoding="utf-8"), kind="prompt")
     ids, labels = encode(batch).values()
-    assert learned(encode, labels) == [" 2.<eos>\n"]
+    assert learned(encode.tokenizer, labels) == [" 2.<eos>\n"]
     assert encode.tokenizer.decode(ids).startswith("<|im_start|>user\nQ: 1 + 1? A:<eos>\n<|im_start|>assistant\n")
     for append_eos, end in ((True, "<eos>"), (False, "")):
         encode = encoder(None, kind="prompt", append_eos=append_eos)
         ids, labels = encode(batch).values()
-        assert learned(encode, labels) == [" 2." + end]
+        assert learned(encode.tokenizer, labels) == [" 2." + end]
         assert encode.tokenizer.decode(ids) == "Q: 1 + 1? A: 2." + end
 
 
@@ -262,7 +251,7 @@ def test_only_the_assistant_is_learned_whatever_a_normaliser_does(answer: str) -
     encode = encoder(marked, tokenizer=tokenizer)
     talk = [said("user", "Which?"), said("assistant", answer), said("user", "And then?")]
     ids, labels = encode({"messages": talk}).values()
-    assert learned(encode, labels) == [unicodedata.normalize("NFC", answer)]
+    assert learned(encode.tokenizer, labels) == [unicodedata.normalize("NFC", answer)]
     assert ids == tokenizer("Which?" + answer + "And then?")["input_ids"]
 
 
@@ -308,14 +297,14 @@ def test_prompt_and_completion_are_the_tokens_of_their_text(stories: Path) -> No
     encode = encoder(None, kind="prompt", tokenizer=tokenizer)
     ids, labels = encode({"prompt": "A:", "completion": " Lily"}).values()
     assert ids == [*tokenizer("A: Lily")["input_ids"], tokenizer.eos_token_id]
-    assert [text.strip() for text in learned(encode, labels)] == ["Lily</s>"]
+    assert [text.strip() for text in learned(encode.tokenizer, labels)] == ["Lily</s>"]
     ending = tiny_tokenizer()
     ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", ending.eos_token_id)]
     )
     encode = encoder(None, kind="prompt", tokenizer=ending)
     ids, labels = encode({"prompt": "A:", "completion": " Lily"}).values()
-    assert ending.decode(ids) == "A: Lily<eos>" and learned(encode, labels) == [" Lily<eos>"]
+    assert ending.decode(ids) == "A: Lily<eos>" and learned(encode.tokenizer, labels) == [" Lily<eos>"]
     text = encoder(None, kind="text", tokenizer=ending)
     assert ending.decode(text({"text": "One."})["input_ids"]) == "One.<eos>"
 

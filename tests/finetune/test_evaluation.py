@@ -38,16 +38,31 @@ def loss_by_hand(model: Any, held_out: Any, routing: str) -> float:
     return total / learned
 
 
+PADDED = {"packing": False, "too_long": "truncate"}
+# How rows become batches: one beside the other; all of a batch as one row; packed by TRL, and those as one row.
+BATCHES: dict[str, dict[str, Any]] = {
+    "padded": PADDED,
+    "one row": {"packing": False, "padding_free": True, "max_length": None},
+    "packed": {"packing": True, "max_length": 96, "too_long": "truncate"},
+}
+
+
+@pytest.mark.parametrize("batches", BATCHES)
 @pytest.mark.parametrize("name", ["dense", "ecmoe"])
 def test_the_loss_is_the_same_for_every_batch_size(
-    name: str, place: Path, answers: Path, recipe_of: Callable, quick_end: None
+    name: str, batches: str, place: Path, answers: Path, recipe_of: Callable, quick_end: None
 ) -> None:
-    """Case 2, causal and, for one row at a time, by hand."""
+    """Case 2, causal and, for one row at a time, by hand; and so are what TRL logs beside it."""
     losses = []
     for size in (1, 2, 7):
-        fields = {"model": place / name, "dataset": answers, "packing": False, "too_long": "truncate"}
-        trainer = make_trainer(recipe_of(**fields, per_device_eval_batch_size=size))
-        losses.append(trainer.evaluate())
+        fields = {"model": place / name, "dataset": answers, "max_length": 96}
+        trainer = make_trainer(recipe_of(**fields | BATCHES[batches], per_device_eval_batch_size=size))
+        trainer.evaluate()
+        losses.append(trainer.state.log_history[-1])
+    for figure in ("eval_entropy", "eval_mean_token_accuracy"):
+        assert losses[0][figure] == pytest.approx(losses[1][figure], abs=1e-5)
+        assert losses[0][figure] == pytest.approx(losses[2][figure], abs=1e-5)
+    trainer = make_trainer(recipe_of(**fields | PADDED))
     expected = loss_by_hand(trainer.model, trainer.eval_dataset, "threshold")
     for found in losses:
         assert found["eval_loss"] == pytest.approx(expected, abs=1e-5)
@@ -82,11 +97,14 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss(
     )
 
 
-def test_two_ranks_give_the_loss_of_one(place: Path, answers: Path, recipe_of: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", BATCHES)
+def test_two_ranks_give_the_loss_of_one(
+    batches: str, place: Path, answers: Path, recipe_of: Callable, tmp_path: Path
+) -> None:
     """Held-out rows that do not divide by the ranks are not counted twice."""
-    fields = {"dataset": answers, "packing": False, "too_long": "truncate", "max_steps": 1, "learning_rate": 0.0}
+    fields = {"dataset": answers, "max_length": 96, "max_steps": 1, "learning_rate": 0.0} | PADDED
     fields |= {"validation_fraction": 0.18, "per_device_eval_batch_size": 2}  # seven rows or eight, and four at once
-    two = recipe_of(**fields, output_dir=tmp_path / "two")
+    two = recipe_of(**fields | BATCHES[batches], output_dir=tmp_path / "two")
     (tmp_path / "recipe.yaml").write_text(as_yaml(two))
     assert finish(start_ranks([str(tmp_path / "recipe.yaml")], tmp_path / "logs")) == [0, 0]
     one = run(recipe_of(**fields, output_dir=tmp_path / "one"))
