@@ -12,6 +12,9 @@ from modeling_ecmoe import calibrate_thresholds
 from .data import Endless
 
 CALIBRATION_TOKENS = 131_072  # a quarter of them leaves the load of single experts 11 % off, by sampling alone
+_TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")  # columns of TRL's rows
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "seq_idx"}
+_INPUTS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # of a batch that is one row
 CALIBRATION_POOL = 4_096  # tokens of one forward pass, the pool among which experts choose meanwhile
 
 
@@ -25,8 +28,7 @@ class Calibration:
         self.lately: deque[dict[str, Tensor]] = deque()  # what a trainer of its own rows has trained on
 
     def watch(self) -> None:
-        """Keeps what the model is trained on lately, where the rows of the dataset are not what it reads: preferences,
-        prompts that it goes on from by itself."""
+        """Keeps what the model is trained on lately, where the dataset holds prompts that it goes on from by itself."""
         if self._has_token_rows() or not self.trainer.routes:
             return
         base = self.trainer.accelerator.unwrap_model(self.trainer.model).get_decoder()
@@ -34,7 +36,8 @@ class Calibration:
 
     def _has_token_rows(self) -> bool:
         rows: Any = self.trainer.train_dataset
-        return isinstance(rows, Endless) or "input_ids" in (getattr(rows, "column_names", None) or ["input_ids"])
+        names = getattr(rows, "column_names", None)
+        return isinstance(rows, Endless) or names is None or any(name in names for name in _TOKENS)
 
     def _keep(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -80,15 +83,13 @@ class Calibration:
         batches, batch = [], []
         for row in _calibration_rows(trainer.train_dataset, ranks)[rank::ranks]:
             batch.append(row)
-            if sum(len(row["input_ids"]) for row in batch) >= CALIBRATION_POOL:
+            if sum(map(_tokens_of, batch)) >= CALIBRATION_POOL:
                 batches.append(batch)
                 batch = []
         batches += [batch] if batch or not batches else []
         shared = min(trainer.accelerator.gather(torch.tensor([len(batches)], device=trainer.args.device)).tolist())
-        inputs = [trainer.data_collator(batch) for batch in batches[:shared]]
-        for one in inputs:
-            one.pop("labels")
-        return inputs
+        inputs = (trainer.data_collator(batch) for batch in batches[:shared])
+        return [{name: value for name, value in one.items() if name in _INPUTS} for one in inputs]
 
 
 def _calibration_rows(train: Dataset | Endless, ranks: int) -> list[dict[str, Any]]:
@@ -97,7 +98,11 @@ def _calibration_rows(train: Dataset | Endless, ranks: int) -> list[dict[str, An
     rows, tokens = [], 0
     for row in shuffled:
         rows.append(row)
-        tokens += len(row["input_ids"])
+        tokens += _tokens_of(row)
         if tokens >= CALIBRATION_TOKENS and len(rows) % ranks == 0:
             break
     return rows[: max(1, len(rows) // ranks) * ranks]
+
+
+def _tokens_of(row: dict[str, Any]) -> int:
+    return sum(len(row[name]) for name in _TOKENS if name in row)

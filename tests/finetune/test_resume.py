@@ -47,6 +47,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "epochs": {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "gradient_accumulation_steps": 8},
     "a part of an epoch": {"lr_scheduler_type": "constant", "gradient_accumulation_steps": 3},
     "lora": {"lora": {"r": 4}, "max_length": 32},
+    "padded": {"packing": False, "too_long": "truncate"},
+    "packed by TRL": {"packing_strategy": "bfd_split"},
 }
 FEW_SEQUENCES = {"validation_fraction": 0.9}  # about a hundred, so that epochs are short
 
@@ -245,18 +247,18 @@ def test_runs_differ_by_their_seed(recipe_of: Callable, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "kills"), [("plain", 3), ("a stream", 2)])
-def test_five_kills(place: Path, tmp_path: Path, way: str, kills: int) -> None:
+@pytest.mark.parametrize("way", ["padded", "plain", "a stream", "lora", "packed by TRL"])
+def test_five_kills(place: Path, tmp_path: Path, way: str) -> None:
     """`python -m ecmoe.finetune` killed again and again, first while it writes a checkpoint, then at random moments."""
     commands = {}
     for name in ("whole", "killed"):
-        fields = fields_of(way) | {"max_steps": 70, "save_total_limit": 2}
+        fields = fields_of(way) | {"max_steps": 110, "save_total_limit": 2}
         recipe = write_recipe(place, tmp_path / f"{name}.yaml", tmp_path / name, **fields)
         commands[name] = [sys.executable, "-m", "ecmoe.finetune", str(recipe)]
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": Path(__file__).parents[2]}
     subprocess.run(commands["whole"], check=True, **quiet)
     moments = []
-    for number in range(kills):
+    for number in range(5):
         process = subprocess.Popen(commands["killed"], **quiet)
         step = 4 * random.randint(5 * number + 1, 5 * number + 5)
         wait_for(tmp_path / "killed" / f"checkpoint-{step}", lambda process=process: process.poll() is not None)
