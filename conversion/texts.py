@@ -69,13 +69,19 @@ def sample_windows(tokenizer: Any, documents: list[str], length: int, num_window
     """[num_windows or fewer, length] token ids: the documents in a seeded order, end to end, cut into windows.
 
     Raises:
-        ConversionError: when there is not even one window for calibration and one for verification.
+        ConversionError: when the tokenizer refuses a document, and when there is not even one window for calibration
+            and one for verification.
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     ids: list[int] = []
     for number in order:
-        ids.extend(tokenizer(documents[number], verbose=False)["input_ids"])
+        try:
+            ids.extend(tokenizer(documents[number], verbose=False)["input_ids"])
+        except Exception as error:  # tokenizers raises bare ones, of a word that a vocabulary without [UNK] lacks
+            raise ConversionError(
+                f"the tokenizer refuses text={documents[number][:40]!r}... ({error}); give text that it knows"
+            ) from error
         if len(ids) >= num_windows * length:
             break
     complete = min(len(ids) // length, num_windows)

@@ -1,5 +1,7 @@
 """The trainer of a recipe."""
 
+from typing import Any
+
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 from trl import SFTTrainer
@@ -10,6 +12,11 @@ from .mixin import ExpertChoiceTrainerMixin
 
 class EcMoeTrainer(ExpertChoiceTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer, for expert-choice and dense models."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's, for the Hub alone: of a model from a folder it says that it is a fine-tuned version of None."""
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """As SFTTrainer's, when dataloader_drop_last leaves something to train on and to evaluate.

@@ -10,11 +10,12 @@ import torch
 from checkpoints import CHAT_TEMPLATE, write_dense
 from families import EVERY_FAMILY
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import ecmoe
 from ecmoe import conversion
-from ecmoe.conversion import convert
+from ecmoe.conversion import ConversionError, convert
 from ecmoe.conversion.upcycling.initialisations import INITIALISATIONS
 from modeling_ecmoe import sparse_blocks
 
@@ -291,3 +292,18 @@ def test_a_tokenizer_that_would_be_another_one_is_refused(
     with pytest.raises(conversion.ConversionError, match=r"its tokenizer .* is another one when it is"):
         convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=2, text=str(text), verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_vocabulary_without_an_unknown_token(tmp_path: Path) -> None:
+    """Its tokenizer refuses words; the probe's among them say nothing against the conversion."""
+    write_dense(tmp_path / "dense", "Llama")
+    for path in (tmp_path / "dense").glob("tokenizer*"):
+        path.unlink()
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConversionError, match=r"the tokenizer refuses text='Exceptions.*; give text that it knows"):
+        convert(str(tmp_path / "dense"), str(tmp_path / "own"), num_experts=4)
+    (tmp_path / "text.txt").write_text("a b a b b a " * 900)
+    convert(str(tmp_path / "dense"), str(tmp_path / "ecmoe"), num_experts=4, text=str(tmp_path / "text.txt"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "ecmoe")("a b")["input_ids"] == [0, 1]
