@@ -47,8 +47,9 @@ def main() -> None:
 def measure(options: argparse.Namespace, shape: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
     """Tokens per second of forward and backward in both shapes of the same batch."""
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, num_key_value_heads=None, vocab_size=512, attn_implementation="sdpa")
-    model = LlamaForCausalLM(config).to(device())
+    config = LlamaConfig(**shape, vocab_size=512)
+    model: Any = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    model.to(device())
     ids = torch.randint(0, 512, (rows, tokens), device=device())
     positions = torch.arange(tokens // DOCUMENTS, device=device()).repeat(DOCUMENTS).expand(rows, -1)
     batches = {"rows": (ids, positions), "one row": (ids.reshape(1, -1), positions.reshape(1, -1))}
@@ -57,7 +58,7 @@ def measure(options: argparse.Namespace, shape: dict[str, Any], rows: int, token
     return {"batch": f"{rows} x {tokens}", "seconds": seconds, **speed, "ratio": speed["rows"] / speed["one row"]}
 
 
-def step(model: LlamaForCausalLM, ids: Tensor, positions: Tensor) -> None:
+def step(model: Any, ids: Tensor, positions: Tensor) -> None:
     model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss.backward()
 
 

@@ -1,5 +1,6 @@
 """The thresholds of a run: exact quantiles on training text wherever they are looked at or kept."""
 
+import sys
 from collections import deque
 from typing import Any
 
@@ -80,10 +81,12 @@ class Calibration:
         """This rank's part of the calibration text, as many batches on every rank, which wait for each other."""
         trainer = self.trainer
         ranks, rank = trainer.args.world_size, trainer.args.process_index
+        # Attention over a batch that is one row costs the square of its tokens: not more than a training step's.
+        most = trainer.args.train_batch_size if getattr(trainer.data_collator, "padding_free", False) else sys.maxsize
         batches, batch = [], []
         for row in _calibration_rows(trainer.train_dataset, ranks)[rank::ranks]:
             batch.append(row)
-            if sum(map(_tokens_of, batch)) >= CALIBRATION_POOL:
+            if len(batch) == most or sum(map(_tokens_of, batch)) >= CALIBRATION_POOL:
                 batches.append(batch)
                 batch = []
         batches += [batch] if batch or not batches else []
