@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .bounded_ecmoe import choose_tokens_within_bounds
 from .experts_ecmoe import EcMoeExperts
 from .global_pool_ecmoe import choose_among_all_ranks, num_ranks
-from .pairs_ecmoe import Pairs, Slots, combine, pairs_of_choice, pairs_of_routes, slots_of_routes, weighted_slots
+from .kernels_ecmoe import combine, dispatch, kernels_run_on, list_pairs
+from .pairs_ecmoe import Pairs, Slots, pairs_of_choice, pairs_of_routes, slots_of_routes, weighted_slots
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import ExpertChoice, choose_by_threshold, choose_experts, choose_tokens, routes_by_threshold
 from .serving_ecmoe import unweighted_rows, wants_slots
@@ -67,9 +68,12 @@ class EcMoeBlock(nn.Module):
         if isinstance(chosen, Slots):
             output_TD = self.experts(tokens_TD, chosen.expert, chosen.weight).to(chosen.weight.dtype)
         else:
-            rows_RD = tokens_TD.index_select(0, chosen.token)
+            has_kernels = self.config.experts_kernels and kernels_run_on(tokens_TD)
+            pairs = list_pairs(chosen.token, len(tokens_TD)) if has_kernels else None
+            rows_RD = dispatch(tokens_TD, chosen.token, pairs)
             rows_RD = unweighted_rows(self.experts, rows_RD, chosen.expert, chosen.rows_per_expert)
-            output_TD = combine(rows_RD, chosen.weight, chosen.token, len(tokens_TD))
+            dtype = hidden_states.dtype if self.shared_expert is None else chosen.weight.dtype
+            output_TD = combine(rows_RD, chosen.weight, chosen.token, len(tokens_TD), pairs, dtype)
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(tokens_TD)
             if self.config.shared_expert_weighting == "complement":

@@ -13,6 +13,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
+from .kernels_ecmoe import ACTIVATIONS, gated, gated_backward, kernels_run_on
+
 
 @use_experts_implementation
 class EcMoeRaggedExperts(nn.Module):
@@ -113,7 +115,9 @@ class EcMoeExperts(EcMoeRaggedExperts):
         if torch.compiler.is_compiling() or any(True for _ in self.act_fn.parameters()):
             hidden_ECI = self._activate(_linear(rows_ECD, into, into_bias))
             return _linear(hidden_ECI, down, down_bias).flatten(0, 1)
-        return EqualRows.apply(self._activate, rows_ECD, into, down, into_bias, down_bias).flatten(0, 1)
+        act = self.config.hidden_act if self.config.experts_kernels and self.has_gate else None
+        kernel = act if act in ACTIVATIONS and kernels_run_on(rows_ECD) else None
+        return EqualRows.apply(self._activate, kernel, rows_ECD, into, down, into_bias, down_bias).flatten(0, 1)
 
     def _suits_grouped_mm(self, hidden_states: Tensor) -> bool:
         """Whether torch's grouped product takes these tensors: no float64, rows on 16-byte borders."""
@@ -140,14 +144,16 @@ class EqualRows(torch.autograd.Function):
     -> [E, C, D]; W is 2I with a gate and I without.
 
     For backward it keeps the first product [E, C, W] and applies the activation to it again: half of what autograd
-    would keep, at the cost of one elementwise pass. On a CPU it takes few experts at a time, so that what lies between
-    the products stays in the cache and in memory that is touched already; elsewhere all at once.
+    would keep, at the cost of one elementwise pass; `kernel` names the activation where a Triton kernel does that. On a
+    CPU it takes few experts at a time, so that what lies between the products stays in the cache and in memory that is
+    touched already; elsewhere all at once.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         activate: Callable[[Tensor], Tensor],
+        kernel: str | None,
         rows_ECD: Tensor,
         into: Tensor,
         down: Tensor,
@@ -163,12 +169,13 @@ class EqualRows(torch.autograd.Function):
                 if into_bias is not None:
                     product += into_bias[part].unsqueeze(-2)
                 kept.append(product.to(rows_ECD.dtype))
-                _product(activate(product), second.mT, output_ECD[part])
+                hidden = activate(product) if kernel is None else gated(product, kernel)
+                _product(hidden, second.mT, output_ECD[part])
         if down_bias is not None:
             output_ECD += down_bias[:, None]
-        ctx.activate = activate
+        ctx.activate, ctx.kernel = activate, kernel
         # Frozen weights need no rows.
-        ctx.save_for_backward(rows_ECD if ctx.needs_input_grad[2] else None, into, down, *kept)
+        ctx.save_for_backward(rows_ECD if ctx.needs_input_grad[3] else None, into, down, *kept)
         return output_ECD
 
     @staticmethod
@@ -178,19 +185,20 @@ class EqualRows(torch.autograd.Function):
         # Frozen weights and inputs need no gradient.
         grads = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
-            for tensor, needed in zip((grad_ECD, into, down, into[..., 0]), ctx.needs_input_grad[1:5], strict=True)
+            for tensor, needed in zip((grad_ECD, into, down, into[..., 0]), ctx.needs_input_grad[2:6], strict=True)
         ]
         with maybe_autocast(grad_ECD.device.type, enabled=False):
             for part, product in zip(_parts(grad_ECD, into.shape[1]), kept, strict=True):
                 grad, first, second = (_computable(tensor[part]) for tensor in (grad_ECD, into, down))
                 rows = None if rows_ECD is None else _computable(rows_ECD[part])
                 wanted = (None if tensor is None else tensor[part] for tensor in grads)
-                _backward(ctx.activate, _computable(product), grad, rows, first, second, *wanted)
-        return None, *grads, grad_ECD.sum(1) if ctx.needs_input_grad[5] else None
+                _backward(ctx.activate, ctx.kernel, _computable(product), grad, rows, first, second, *wanted)
+        return None, None, *grads, grad_ECD.sum(1) if ctx.needs_input_grad[6] else None
 
 
 def _backward(
     activate: Callable[[Tensor], Tensor],
+    kernel: str | None,
     product: Tensor,
     grad: Tensor,
     rows: Tensor | None,
@@ -202,14 +210,21 @@ def _backward(
     grad_into_bias: Tensor | None,
 ) -> None:
     """Writes the gradients that are wanted of one expert, [C, D] and so on, or of several."""
-    with torch.enable_grad():
-        product = product.detach().requires_grad_()
-        hidden = activate(product)
+    ends_here = grad_rows is None and grad_into is None and grad_into_bias is None
+    if kernel is not None and not ends_here:
+        hidden, grad_product = gated_backward(product, grad @ down, kernel)
+    elif kernel is not None:
+        hidden = gated(product, kernel)
+    else:
+        with torch.enable_grad():
+            product = product.detach().requires_grad_()
+            hidden = activate(product)
     if grad_down is not None:
         _product(grad.mT, hidden.detach(), grad_down)
-    if grad_rows is None and grad_into is None and grad_into_bias is None:
+    if ends_here:
         return
-    (grad_product,) = torch.autograd.grad(hidden, product, grad @ down)
+    if kernel is None:
+        (grad_product,) = torch.autograd.grad(hidden, product, grad @ down)
     if grad_into is not None:
         assert rows is not None
         _product(grad_product.mT, rows, grad_into)

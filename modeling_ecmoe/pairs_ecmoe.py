@@ -76,12 +76,3 @@ def weighted_slots(expert_TK: Tensor, weight_TK: Tensor, normalize: bool) -> Slo
         weight_TK = weight_TK / torch.where(sum_T > 0, sum_T, 1)[:, None]
         sum_T = (sum_T > 0).to(weight_TK.dtype)
     return Slots(expert_TK, weight_TK, sum_T)
-
-
-def combine(rows_RD: Tensor, weight_R: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
-    """Adds the weighted rows up at their tokens: [T, D] in the weights' precision, float32 or float64.
-
-    Low precision would round each weighted row by itself, and copies of one FFN would no longer add up to it.
-    """
-    output_TD = weight_R.new_zeros(num_tokens, rows_RD.shape[-1])
-    return output_TD.index_add(0, token_R, rows_RD * weight_R[:, None])

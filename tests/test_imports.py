@@ -42,7 +42,8 @@ def test_the_family_imports_torch_and_transformers_alone() -> None:
     files = files_of("modeling_ecmoe")
     assert len(files) >= 5
     for path in files:
-        assert top_level(path.read_text()) <= FAMILY_MAY_IMPORT, path.name
+        optional = {"triton"} if path.name == "kernels_ecmoe.py" else set()  # where torch brings it
+        assert top_level(path.read_text()) <= FAMILY_MAY_IMPORT | optional, path.name
 
 
 def test_the_family_is_flat() -> None:

@@ -203,7 +203,7 @@ def test_oracle_tells_a_wrong_block(make_block: MakeBlock, wrong: str, monkeypat
         assert_matches_oracle(block, random_hidden())
 
 
-def unweighted(rows_RD: Tensor, weight_R: Tensor, index_R: Tensor, num_tokens: int) -> Tensor:
+def unweighted(rows_RD: Tensor, weight_R: Tensor, index_R: Tensor, num_tokens: int, *_: object) -> Tensor:
     return weight_R.new_zeros(num_tokens, rows_RD.shape[-1]).index_add(0, index_R, rows_RD)
 
 
