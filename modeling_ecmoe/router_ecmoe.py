@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
@@ -21,6 +22,35 @@ logger = logging.get_logger(__name__)
 
 _router_number = itertools.count()
 _routers: "weakref.WeakSet[EcMoeRouter]" = weakref.WeakSet()
+
+
+class FullProduct(torch.autograd.Function):
+    """Scores of 16-bit inputs [T, D] and weights [E, D] in float32: [T, E].
+
+    Two 16-bit numbers have a product that is exact in float32, so that a GPU's 16-bit units, which add up in float32,
+    give what float32 inputs would give but for the order of the sum. For backward the 16-bit inputs are kept, half of
+    what autograd would keep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs_TD, weight_ED)
+        if inputs_TD.is_cuda and _has_float32_products:
+            return torch.mm(inputs_TD, weight_ED.mT, out_dtype=torch.float32)
+        return nn.functional.linear(inputs_TD.float(), weight_ED.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        inputs_TD, weight_ED = ctx.saved_tensors
+        with maybe_autocast(grad_TE.device.type, enabled=False):
+            grad_inputs = (grad_TE @ weight_ED.float()).to(inputs_TD.dtype) if ctx.needs_input_grad[0] else None
+            grad_weight = (grad_TE.mT @ inputs_TD.float()).to(weight_ED.dtype) if ctx.needs_input_grad[1] else None
+        return grad_inputs, grad_weight
+
+
+# `torch.mm` of 16-bit matrices into float32 came with torch 2.8, on CUDA alone.
+_has_float32_products = hasattr(torch.ops.aten.mm, "dtype")
 
 
 class EcMoeRouter(nn.Module):
@@ -74,7 +104,11 @@ class EcMoeRouter(nn.Module):
             hidden_states = hidden_states * torch.empty_like(hidden_states).uniform_(1 - self.jitter, 1 + self.jitter)
         dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            router_logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
+            is_16_bit = hidden_states.dtype == self.weight.dtype != dtype
+            if is_16_bit and type(self.weight) is nn.Parameter and not torch.compiler.is_compiling():
+                router_logits = FullProduct.apply(hidden_states, self.weight)
+            else:
+                router_logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
             return router_logits, router_scores(router_logits, self.score_function), self.threshold
 
     def warn_uncalibrated(self) -> None:
