@@ -7,8 +7,10 @@ OUTPUT ?= demo_output
 CHECKPOINT ?=
 TEXT ?=
 OLDEST ?= .venv-oldest
+MINUTES ?= 8
+GPU_OUTPUT ?= gpu_results
 
-.PHONY: demo test test-families test-tools test-oldest test-slow pictures lint clean
+.PHONY: demo test test-families test-tools test-oldest test-slow gpu pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -55,6 +57,11 @@ $(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not families" tests/modeling_ecmoe tests/conversion \
 	  -k "not test_bounded and not test_regimes and not test_routing and not test_experts and not test_walkthrough and not test_resume"
+
+## What wants a GPU, the most telling first: MINUTES=8 for all of it, figures in GPU_OUTPUT. Asks for torch and
+## Transformers alone, so it runs with the environment that is there.
+gpu:
+	$(PYTHON) -m benchmarks gpu --minutes $(MINUTES) --output $(GPU_OUTPUT)
 
 ## The pictures of the README, into docs/: CHECKPOINT=folder or Hub id, TEXT=file; needs chromium.
 pictures: $(VENV)/.runtime

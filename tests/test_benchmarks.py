@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import block, decode, machine, model, rejected, router, scaling
+from benchmarks import block, decode, gpu, machine, model, rejected, router, scaling
+from benchmarks.gpu.parts import PARTS
 from benchmarks.harness import interleaved, interleaved_laps, summarize
 from benchmarks.peers import Sizes
 from modeling_ecmoe import bounded_ecmoe, experts_ecmoe
@@ -199,3 +200,22 @@ def test_a_slow_ratio_is_seen() -> None:
     """Negative control."""
     with pytest.raises(pytest.fail.Exception, match="above"):
         within(lambda: {"x": 2.0}, {"x": 1.9})
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "tests"])
+def test_the_parts_for_a_gpu_run_on_a_cpu(name: str) -> None:
+    """At sizes that show nothing else; every figure is a number and can be written."""
+    found: list[dict[str, Any]] = []
+    PARTS[name].run(True, lambda figures: found.append(json.loads(json.dumps(figures, allow_nan=False))))
+    assert found and found[-1]
+
+
+def test_a_part_that_takes_too_long_leaves_the_rest(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setitem(PARTS, "kernels", PARTS["kernels"]._replace(seconds=6))
+    gpu.main(["--tiny", "--parts", "kernels", "ceilings", "--output", str(tmp_path), "--minutes", "0.15"])
+    said = capsys.readouterr().out
+    assert "kernels: " in said and "ceilings: " in said
+    assert json.loads((tmp_path / "machine.json").read_text())["versions"]["torch"]
+    gpu.main(["--tiny", "--parts", "ceilings", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "ceilings.json").read_text())["flops"] > 0
