@@ -1,4 +1,4 @@
-"""The parts of `python -m benchmarks gpu`, in the order of their worth; each hands over its figures as it finds them."""
+"""The parts of `python -m benchmarks gpu`, in the order of their worth; each hands its figures over as it goes."""
 
 import argparse
 import subprocess
@@ -130,11 +130,9 @@ def training(tiny: bool, keep: Keep) -> None:
     """SmolLM2-135M's shape with 4 experts: tokens per second, waits of the host in a step, the bits of two runs."""
     batch = (2, 16) if tiny else (8, 2048)
     figures: dict[str, Any] = {"B, S": batch}
-    for name, fields in {
-        "plain": {},
-        "kernels": {"experts_kernels": True},
-        "bounded": {"min_experts_per_token": 1},
-    }.items():
+    ways: dict[str, dict[str, Any]] = {"plain": {}, "kernels": {"experts_kernels": True}}
+    ways["bounded"] = {"min_experts_per_token": 1}
+    for name, fields in ways.items():
         weights = []
         for _ in range(2):
             model = model_of(tiny, **fields).train()
