@@ -18,10 +18,18 @@ from .bounded_ecmoe import choose_tokens_within_bounds
 from .experts_ecmoe import EcMoeExperts
 from .global_pool_ecmoe import choose_among_all_ranks, num_ranks
 from .kernels_ecmoe import combine, dispatch, kernels_run_on, list_pairs
-from .pairs_ecmoe import Pairs, Slots, pairs_of_choice, pairs_of_routes, slots_of_routes, weighted_slots
+from .pairs_ecmoe import (
+    Pairs,
+    Slots,
+    pairs_of_choice,
+    pairs_of_routes,
+    slots_of_routes,
+    static_pairs_of_routes,
+    weighted_slots,
+)
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import ExpertChoice, choose_by_threshold, choose_experts, choose_tokens, routes_by_threshold
-from .serving_ecmoe import unweighted_rows, wants_slots
+from .serving_ecmoe import unweighted_rows, wants_places, wants_slots
 
 
 class EcMoeBlock(nn.Module):
@@ -72,6 +80,8 @@ class EcMoeBlock(nn.Module):
             pairs = list_pairs(chosen.token, len(tokens_TD)) if has_kernels else None
             rows_RD = dispatch(tokens_TD, chosen.token, pairs)
             rows_RD = unweighted_rows(self.experts, rows_RD, chosen.expert, chosen.rows_per_expert)
+            if chosen.is_meeting is not None:
+                rows_RD = rows_RD.masked_fill(~chosen.is_meeting[:, None], 0)
             dtype = hidden_states.dtype if self.shared_expert is None else chosen.weight.dtype
             output_TD = combine(rows_RD, chosen.weight, chosen.token, len(tokens_TD), pairs, dtype)
         if self.shared_expert is not None:
@@ -93,7 +103,8 @@ class EcMoeBlock(nn.Module):
         if wants_slots(self.experts, config.max_experts_per_token):
             num_slots = config.num_experts_per_tok
             return slots_of_routes(routes_TE, scores_TE, threshold_E, num_slots, config.normalize_combine_weights)
-        return pairs_of_routes(routes_TE, scores_TE, config.normalize_combine_weights)
+        pairs_of = static_pairs_of_routes if wants_places(self.experts, routes_TE) else pairs_of_routes
+        return pairs_of(routes_TE, scores_TE, config.normalize_combine_weights)
 
     def _experts_choose(self, scores_TE: Tensor, batch_shape: torch.Size, learning: bool) -> Pairs:
         """Expert choice among the tokens of the pool, whose threshold is recorded while the router learns."""

@@ -119,6 +119,15 @@ class EcMoeExperts(EcMoeRaggedExperts):
         kernel = act if act in ACTIVATIONS and kernels_run_on(rows_ECD) else None
         return EqualRows.apply(self._activate, kernel, rows_ECD, into, down, into_bias, down_bias).flatten(0, 1)
 
+    def leaves_rows_out(self) -> bool:
+        """Whether `forward` leaves rows out whose expert is beyond the last; what comes back for them is undefined.
+
+        So does Transformers' grouped product, which sorts rows by expert, but for biases, which it looks up for each.
+        """
+        is_parallel = getattr(self, "_is_expert_parallel", True)
+        is_grouped = self.config._experts_implementation == "grouped_mm" and not self.has_bias and not is_parallel
+        return is_grouped and not _is_quantized(self.down_proj) and self._suits_grouped_mm(self.down_proj)
+
     def _suits_grouped_mm(self, hidden_states: Tensor) -> bool:
         """Whether torch's grouped product takes these tensors: no float64, rows on 16-byte borders."""
         if self.config._experts_implementation != "grouped_mm":

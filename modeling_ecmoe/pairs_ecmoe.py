@@ -16,7 +16,8 @@ class Pairs(NamedTuple):
 
     token, expert: [R] long. weight: [R], the combine weights in the router's precision, 0 in an unused slot.
     weight_sum: [T], of each token. rows_per_expert: C where each expert has so many in turn, in the order of the
-        experts; None where their numbers differ.
+        experts; None where their numbers differ. is_meeting: [R] bool, False in a place without a pair, whose expert
+        is E; None where all are pairs.
     """
 
     token: Tensor
@@ -24,6 +25,7 @@ class Pairs(NamedTuple):
     weight: Tensor
     weight_sum: Tensor
     rows_per_expert: int | None = None
+    is_meeting: Tensor | None = None
 
 
 class Slots(NamedTuple):
@@ -55,6 +57,17 @@ def pairs_of_routes(routes_TE: Tensor, scores_TE: Tensor, normalize: bool) -> Pa
     weight_R = (scores_TE * routes_TE)[token_R, expert_R]
     weight_R, sum_T = combine_weights(weight_R, token_R, len(scores_TE), normalize)
     return Pairs(token_R, expert_R, weight_R, sum_T)
+
+
+def static_pairs_of_routes(routes_TE: Tensor, scores_TE: Tensor, normalize: bool) -> Pairs:
+    """A place for each expert and token, in that order, whether they meet or not: static shapes, nothing is read back.
+    A back-end that sorts rows by expert has no product for those of an expert beyond the last."""
+    num_tokens, num_experts = routes_TE.shape
+    token_R = torch.arange(num_tokens, device=routes_TE.device).repeat(num_experts)
+    expert_R = torch.arange(num_experts, device=routes_TE.device).repeat_interleave(num_tokens)
+    routes_R = routes_TE.T.flatten()
+    weight_R, sum_T = combine_weights((scores_TE * routes_TE).T.flatten(), token_R, num_tokens, normalize)
+    return Pairs(token_R, expert_R.masked_fill(~routes_R, num_experts), weight_R, sum_T, is_meeting=routes_R)
 
 
 def slots_of_routes(

@@ -41,3 +41,20 @@ def wants_slots(experts: Any, max_experts_per_token: int | None) -> bool:
     if isinstance(experts, EcMoeExperts):
         return False
     return not any("down_proj" in name for name, _ in experts.named_parameters())
+
+
+FEW_PLACES = 4096  # T * E, of a step of decoding; the rows of more would cost memory
+
+
+def wants_places(experts: Any, routes_TE: Tensor) -> bool:
+    """Whether inference gives every token and expert a place: on a GPU, where to count the routes of a layer the host
+    would wait in every step of decoding, and with the back-end that leaves the other places out."""
+    return (
+        routes_TE.device.type in _WAITING
+        and routes_TE.numel() <= FEW_PLACES
+        and isinstance(experts, EcMoeExperts)
+        and experts.leaves_rows_out()
+    )
+
+
+_WAITING = {"cuda"}

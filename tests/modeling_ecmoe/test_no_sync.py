@@ -138,6 +138,25 @@ def test_the_guard_sees_every_way_to_read(read: Callable[[Tensor], Any]) -> None
         read(value)
 
 
+@pytest.mark.parametrize("fields", [{}, {"normalize_combine_weights": True, "min_experts_per_token": 1}])
+@torch.no_grad()
+def test_decoding_reads_nothing_back(fields: dict[str, Any], make_routed_model: Callable) -> None:
+    """A step of decoding gives every token and expert a place, in a back-end that leaves the others out."""
+    model = make_routed_model("Llama", **fields)
+    model.set_experts_implementation("grouped_mm")
+    block = model.base_model.layers[0].mlp
+    hidden = torch.randn(3, 1, block.gate.hidden_size)
+    for change in (0.0, 9.0):  # as calibrated, and where no token exceeds a threshold
+        block.gate.threshold += change
+        expected = block(hidden)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("modeling_ecmoe.serving_ecmoe._WAITING", {"cpu"})
+            assert block._choose(*block.gate(hidden[:, 0])[1:], (3, 1), False).is_meeting is not None
+            with host_never_waits():
+                found = block(hidden)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", CASES)
