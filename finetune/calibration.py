@@ -25,7 +25,7 @@ class Calibration:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.inputs: list[dict[str, Tensor]] | None = None
-        self.step = 0  # of the last run
+        self.last: tuple[Any, int] = (None, 0)  # training run and step of the last calibration
         self.lately: deque[dict[str, Tensor]] = deque()  # what a trainer of its own rows has trained on
 
     def watch(self) -> None:
@@ -58,7 +58,8 @@ class Calibration:
         """Runs once in a step, and says whether it did. Not in threshold training, whose routes hang on the averages;
         dense models and token choice have none."""
         is_wanted = self.trainer.routes and self.trainer.model.config.routing == "expert_choice"
-        if not is_wanted or self.trainer.state.global_step <= self.step:
+        state, (run, step) = self.trainer.state, self.last
+        if not is_wanted or state.global_step <= (step if run is state else 0):
             return False
         self.run()
         return True
@@ -75,7 +76,7 @@ class Calibration:
             self.trainer.optimizer.eval()
         with self.trainer.accelerator.autocast():
             calibrate_thresholds(self.trainer.model, inputs)
-        self.step = self.trainer.state.global_step
+        self.last = self.trainer.state, self.trainer.state.global_step
 
     def _batches(self) -> list[dict[str, Tensor]]:
         """This rank's part of the calibration text, as many batches on every rank, which wait for each other."""
@@ -91,7 +92,8 @@ class Calibration:
                 batch = []
         batches += [batch] if batch or not batches else []
         shared = min(trainer.accelerator.gather(torch.tensor([len(batches)], device=trainer.args.device)).tolist())
-        inputs = (trainer.data_collator(batch) for batch in batches[:shared])
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
+        inputs = (collate(batch) for batch in batches[:shared])
         return [{name: value for name, value in one.items() if name in _INPUTS} for one in inputs]
 
 

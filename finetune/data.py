@@ -7,17 +7,16 @@ from functools import partial
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .encode import Encoder, wrap
+from .encode import Encoder, fit, wrap
 from .errors import RecipeError
 from .losses import IGNORE
-from .recipe import Recipe
+from .recipe import Recipe, learned_of
 from .sources import Rows, load_rows, say
 
 PART = 10_000  # rows tokenized at a time
@@ -73,8 +72,7 @@ def prepare(
         RecipeError: when a row does not fit, and when either part gives no sequence.
     """
     train_rows, held_out_rows, kind = load_rows(recipe)
-    only = arguments.completion_only_loss if kind == "prompt" else recipe.training.get("assistant_only_loss")
-    encoder = Encoder(tokenizer, kind, vocab_size, recipe.append_eos, learns_all=only is False)
+    encoder = Encoder(tokenizer, kind, vocab_size, recipe.append_eos, learned_of(recipe, kind))
     if "packing_strategy" not in recipe.training:
         arguments.packing_strategy = "wrapped" if kind == "text" else "bfd"
     read = _Reader(encoder, recipe, arguments)
@@ -86,7 +84,7 @@ def prepare(
         train: Rows = read.stream(train_rows.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer))
     else:
         train = read.sequences(train_rows, "training", wanted)
-    if read.wraps:
+    if not read.is_packed_later:
         arguments.packing, arguments.max_length = False, None  # done
     return train, held_out, kind
 
@@ -100,19 +98,18 @@ class _Reader:
         self.wraps = bool(arguments.packing) and arguments.packing_strategy == "wrapped"
         self.is_packed_later = bool(arguments.packing) and not self.wraps
         # Documents that are packed piece by piece may be of any length.
-        self.limit = sys.maxsize if self.wraps or arguments.packing_strategy == "bfd_split" else self.length
+        is_split = self.wraps or (self.is_packed_later and arguments.packing_strategy == "bfd_split")
+        if is_split:
+            self.finish: Any = partial(wrap, length=self.length) if self.wraps else None
+        else:
+            keeps_end = arguments.truncation_mode == "keep_end"
+            self.finish = partial(fit, length=self.length, too_long=recipe.too_long, keeps_end=keeps_end)
+        self.features = _features(*(["seq_lengths"] if self.wraps else []))
 
     def stream(self, rows: IterableDataset) -> IterableDataset:
         """Sequences, one after the other, as they are read."""
-        columns = list(rows.column_names or [])
-        sequences = rows.map(self.encoder, remove_columns=columns, features=_features()).filter(self._fits)
-        if not self.wraps:
-            return sequences
-        return sequences.map(partial(wrap, length=self.length), batched=True, features=_features("seq_lengths"))
-
-    def _fits(self, row: dict[str, Any]) -> bool:
-        self._refuse_long(len(row["input_ids"]))
-        return self.recipe.too_long != "drop" or len(row["input_ids"]) <= self.limit
+        found = rows.map(self.encoder, remove_columns=list(rows.column_names or []), features=_features())
+        return found if self.finish is None else found.map(self.finish, batched=True, features=self.features)
 
     def sequences(self, rows: Rows, part: str, wanted: int | None) -> Dataset:
         """As many sequences as are wanted, where the rows give as many; before TRL's packing at least as many."""
@@ -122,15 +119,15 @@ class _Reader:
             found = self._tokenized(rows, part, wanted)
         if not len(found):
             raise RecipeError(
-                f"dataset={self.recipe.dataset} gives no {part} sequence of max_length={self.length} tokens; give "
-                "more text, shorter sequences, or another validation_fraction"
+                f"dataset={self.recipe.dataset} gives no {part} sequence of max_length={self.length} tokens with "
+                "something to learn; give more text, another max_length, or another validation_fraction"
             )
         return found if wanted is None or self.is_packed_later else found.select(range(min(len(found), wanted)))
 
     def _tokenized(self, rows: Dataset, part: str, wanted: int | None) -> Dataset:
         """PART by PART, until there is enough."""
         parts: list[Dataset] = []
-        end = too_long = count = 0
+        end = too_long = count = lost = 0
         while end < len(rows) and (wanted is None or count < wanted):
             start, end = end, min(end + PART, len(rows))
             options = {"num_proc": self.arguments.dataset_num_proc, "desc": f"Tokenizing ({part})"}
@@ -138,27 +135,21 @@ class _Reader:
                 self.encoder, remove_columns=rows.column_names, features=_features(), **options
             )
             sizes = pc.list_value_length(found.with_format("arrow")[:]["input_ids"]).to_numpy()
-            self._refuse_long(sizes.max(initial=0))
-            too_long += int((sizes > self.limit).sum())
-            if self.recipe.too_long == "drop":
-                found = found.select(np.flatnonzero(sizes <= self.limit))
-            if self.wraps:
-                options = {"features": _features("seq_lengths"), "desc": f"Packing ({part})"}
-                found = found.map(partial(wrap, length=self.length), batched=True, **options)
+            if self.finish is not None:
+                found = found.map(self.finish, batched=True, features=self.features, desc=f"Fitting ({part})")
             parts.append(found)
+            if not self.wraps:
+                too_long += int((sizes > self.length).sum()) if self.finish is not None else 0
+                lost += len(sizes) - len(found)
             count += int(sizes.sum() // self.length) if self.is_packed_later else len(found)
-        if too_long and part == "training":
+        if (too_long or lost) and part == "training":
             read = f"{end:,}" if end == len(rows) else f"the first {end:,}"
-            fate = "left out" if self.recipe.too_long == "drop" else "cut"
-            say(f"{too_long:,} of {read} training rows are longer than max_length={self.length} and are {fate}")
-        return datasets.concatenate_datasets(parts) if parts else Dataset.from_list([])
-
-    def _refuse_long(self, size: int) -> None:
-        if size > self.limit and self.recipe.too_long == "refuse":
-            raise RecipeError(
-                f"a row has {size} tokens, more than max_length={self.length}; raise it, or say too_long=truncate or "
-                "too_long=drop"
+            fate = "" if self.recipe.too_long == "drop" else " and are cut"
+            say(
+                f"{too_long:,} of {read} training rows are longer than max_length={self.length}{fate}; {lost:,} are "
+                "left out, too long or without anything to learn"
             )
+        return datasets.concatenate_datasets(parts) if parts else Dataset.from_list([])
 
 
 def _features(*more: str) -> datasets.Features:

@@ -16,6 +16,9 @@ from .errors import RecipeError
 from .losses import IGNORE
 
 Sequence = dict[str, list[int]]
+_NO_TEMPLATE = (
+    "the tokenizer has no chat template and the dataset holds conversations; name a Jinja file in chat_template_path"
+)
 
 
 class Encoder:
@@ -27,25 +30,24 @@ class Encoder:
         kind: "text", "messages" or "prompt", as of `load_rows`.
         vocab_size: of the model's embedding, which every token must have a row in.
         append_eos: whether text and instructions without a template end with the end-of-sequence token.
-        learns_all: whether prompts, and what others than the assistant say, are learned too.
+        learned: "all", what "the assistant" says, or of that "the completion" alone.
     """
 
     def __init__(
-        self, tokenizer: Any, kind: str, vocab_size: int, append_eos: bool = True, learns_all: bool = False
+        self, tokenizer: Any, kind: str, vocab_size: int, append_eos: bool = True, learned: str = "the completion"
     ) -> None:
-        self.tokenizer, self.kind, self.vocab_size, self.learns_all = tokenizer, kind, vocab_size, learns_all
+        self.tokenizer, self.kind, self.vocab_size, self.learned = tokenizer, kind, vocab_size, learned
         self.append_eos = append_eos
         self.has_template = getattr(tokenizer, "chat_template", None) is not None
         self.training_template = _training_template(tokenizer) if self.has_template else None
         if kind == "messages" and not self.has_template:
-            raise RecipeError(
-                "the tokenizer has no chat template and the dataset holds conversations; name a Jinja file in "
-                "chat_template_path"
-            )
+            raise RecipeError(_NO_TEMPLATE)
 
     def __call__(self, row: Any) -> Sequence:
         """input_ids and labels, IGNORE where nothing is learned."""
         row = maybe_convert_to_chatml(dict(row))
+        if self.kind == "prompt" and row["prompt"] is None:
+            row["prompt"] = type(row["completion"])()
         if self.kind == "text":
             ids = self._ids(row["text"])
             ids, labels = self._ended(ids, ids)
@@ -55,13 +57,18 @@ class Encoder:
             ids, labels = self._learned(joined, [(len(row["prompt"]), len(joined))])
             ids, labels = self._ended(ids, labels)
         else:
+            if self.kind == "prompt" and isinstance(row["prompt"], str) != isinstance(row["completion"], str):
+                raise RecipeError(
+                    f"a row has text as one of prompt and completion, messages as the other: {str(row)[:120]}; give "
+                    "both alike"
+                )
             ids, labels = self._conversation(row)
         if max(ids, default=0) >= self.vocab_size:
             raise RecipeError(
                 f"the tokenizer makes token {max(ids)} and the model's vocabulary has {self.vocab_size}; they do not "
                 "belong together"
             )
-        return {"input_ids": ids, "labels": ids if self.learns_all else labels}
+        return {"input_ids": ids, "labels": ids if self.learned == "all" else labels}
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         return list(self.tokenizer(text, verbose=False, **options)["input_ids"])
@@ -103,21 +110,26 @@ class Encoder:
         else:
             prompt = row["prompt"]
             messages = prompt + row["completion"]
+        if not self.has_template:
+            raise RecipeError(_NO_TEMPLATE)
         messages = [_as_written(message) for message in messages]
         tools = row.get("tools") or None
         tools = _from_json(tools) if isinstance(tools, str) else _without_none(tools)
         options = {"tools": tools} | (_without_none(row.get("chat_template_kwargs")) or {})
         text, spans = self._spans(messages, options)
+        if any(isinstance(message.get("content"), list) and str(message["content"]) in text for message in messages):
+            messages = [_in_words(message) for message in messages]  # the template takes text alone
+            text, spans = self._spans(messages, options)
         if tools and self._render(messages, options | {"tools": None})[0] == text:
             _refuse_left_out("a row's tools", tools)
         for message in messages:
             if message.get("role") == "assistant":
                 _look_for(message, text, "".join(text[begin:end] for begin, end in spans))
-        if prompt:
+        if prompt and self.learned == "the completion":
             start = len(self._render(messages[: len(prompt)], options)[0])
             spans = [(begin, end) for begin, end in spans if begin >= start]
         ids, labels = self._learned(text, spans, add_special_tokens=False)
-        if not self.learns_all and all(label == IGNORE for label in labels):
+        if self.learned != "all" and all(label == IGNORE for label in labels):
             _refuse_other_keys(messages)
             roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages))
             raise RecipeError(
@@ -183,8 +195,20 @@ def _as_written(message: Any) -> Any:
     """A message without what a table has added: rows of a column of structs have every key that any of them has."""
     if not isinstance(message, dict):
         return message
-    kept = {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
-    return {key: value if key == "content" else _without_none(value) for key, value in kept.items()}
+    kept = {key: _without_none(value) for key, value in message.items() if value is not None}
+    return {"content": ""} | kept if "content" in message else kept  # null would be written as None
+
+
+def _in_words(message: dict[str, Any]) -> dict[str, Any]:
+    """With the parts of its content as one text.
+
+    Raises:
+        RecipeError: of a part that is no text.
+    """
+    content = message["content"]
+    if isinstance(content, list) and any(set(part) - {"type"} != {"text"} for part in content):
+        raise RecipeError(f"the chat template takes text alone, and a message has other parts: {str(content)[:120]}")
+    return message | {"content": "".join(part["text"] for part in content) if isinstance(content, list) else content}
 
 
 def _without_none(value: Any) -> Any:
@@ -252,6 +276,27 @@ def stop_token(tokenizer: Any) -> tuple[int | None, str]:
         known.discard(tokenizer.bos_token_id)  # it begins the next text
     # blank ones, as runs of spaces or line ends, stand inside answers too
     return next((token for token in ids if token in known and tokenizer.decode([token]).strip()), None), end
+
+
+def fit(batch: dict[str, list[list[int]]], length: int, too_long: str, keeps_end: bool) -> dict[str, list[list[int]]]:
+    """The rows of a batch within `length` tokens, cut or left out, and those left out of which nothing is learned.
+
+    Raises:
+        RecipeError: of a row that is longer, where too_long is "refuse".
+    """
+    kept: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    part = slice(-length, None) if keeps_end else slice(length)
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        if len(ids) > length and too_long == "refuse":
+            raise RecipeError(
+                f"a row has {len(ids)} tokens, more than max_length={length}; raise it, or say too_long=truncate or "
+                "too_long=drop"
+            )
+        is_kept = len(ids) <= length or too_long == "truncate"
+        if is_kept and any(label != IGNORE for label in labels[part][1:]):
+            kept["input_ids"].append(ids[part])
+            kept["labels"].append(labels[part])
+    return kept
 
 
 def wrap(documents: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:

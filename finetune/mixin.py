@@ -18,7 +18,14 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from modeling_ecmoe import record_routing, sparse_blocks, use_inference_routing
@@ -86,6 +93,8 @@ class ExpertChoiceTrainerMixin:
     # Of the trainer that it stands before.
     args: Any
     accelerator: Any
+    compute_loss_func: Any
+    label_smoother: Any
     aux_loss_enabled: Any
     callback_handler: Any
     control: Any
@@ -108,6 +117,7 @@ class ExpertChoiceTrainerMixin:
         super().__init__(*args, callbacks=[self.timer, LogBeforeSaving(), *(callbacks or [])], **kwargs)
         self._freeze()
         self._adds_router_loss = self._take_router_losses()
+        self._refuse_settings()
         self.routes = is_expert_choice(self.model)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
         self._timed_steps = 0
@@ -124,19 +134,38 @@ class ExpertChoiceTrainerMixin:
             for parameter in chosen if rate == 0 else ():
                 parameter.requires_grad_(False)
 
+    def _refuse_settings(self) -> None:
+        """What would cast the weights themselves, or take padding for text."""
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self.args, name):
+                raise RecipeError(
+                    f"{name}=True casts the weights that are trained and saved; leave it out, or set bf16"
+                )
+        collator = self.data_collator
+        if getattr(collator, "padding_free", False) and getattr(collator, "pad_to_multiple_of", None):
+            raise RecipeError(
+                f"pad_to_multiple_of={collator.pad_to_multiple_of} fills batches that are one row with padding that "
+                "nothing marks, and the experts would choose it; leave it out"
+            )
+
     def _take_router_losses(self) -> bool:
         """Whether the router's losses are added here: TRL's trainers compute the loss beside the model, know no z-loss,
-        and balance token choice over all layers at once, where opposite collapses cancel."""
+        and balance token choice over all layers at once, where opposite collapses cancel; and so does Trainer where it
+        smooths labels or has a loss of the user's."""
         config = self.model.config
-        if not hasattr(self, "aux_loss_enabled") or not str(config.model_type).startswith("ecmoe_"):
+        if not str(config.model_type).startswith("ecmoe_"):
             return False
+        has_router_loss = bool(config.router_z_loss_coef or config.router_aux_loss_coef)
+        if not hasattr(self, "aux_loss_enabled"):
+            is_beside = self.label_smoother is not None or self.compute_loss_func is not None
+            return has_router_loss and is_beside
         if self.aux_loss_enabled and config.routing != "token_choice":
             raise RecipeError(
                 f"router_aux_loss_coef={self.router_aux_loss_coef} balances token choice, and routing={config.routing} "
                 "is balanced by construction; leave it out"
             )
         self.aux_loss_enabled = config.output_router_logits = False  # TRL has just set it
-        return bool(config.router_z_loss_coef or config.router_aux_loss_coef)
+        return has_router_loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -145,14 +174,17 @@ class ExpertChoiceTrainerMixin:
         arguments = (model, inputs, return_outputs, num_items_in_batch)
         if not self._adds_router_loss or not self.model.training:
             return super().compute_loss(*arguments, **kwargs)
+        labels = inputs.get("labels")  # which some losses take out
         whole = self.accelerator.unwrap_model(self.model)
         with router_losses(whole.get_base_model() if hasattr(whole, "get_base_model") else whole) as found:
             result = super().compute_loss(*arguments, **kwargs)
         added = torch.stack(found).mean()
-        if num_items_in_batch is not None and "labels" in inputs:
+        if num_items_in_batch is not None and labels is not None:
             # Over several micro-batches and ranks the loss is a share of the step's predicted tokens, and so is this.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            added = added * ranks * (inputs["labels"][..., 1:] != IGNORE).sum() / num_items_in_batch
+            added = added * ranks * (labels[..., 1:] != IGNORE).sum() / num_items_in_batch
+        elif getattr(self, "loss_is_scaled_for_ga", None):  # as of GRPO, whose loss Trainer does not divide
+            added = added / self.current_gradient_accumulation_steps
         return (result[0] + added, *result[1:]) if isinstance(result, tuple) else result + added
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -186,10 +218,24 @@ class ExpertChoiceTrainerMixin:
         self._calibrate()
         return super().evaluate(*args, **kwargs)
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, by thresholds that have caught up with the router."""
+        self._calibrate()
+        return super().predict(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, with thresholds that have caught up with the router; of several ranks all have to ask for it,
+        which only Trainer itself is sure to do."""
+        if _internal_call or self.args.world_size == 1:
+            self._calibrate()
+        super().save_model(output_dir, _internal_call)
+
     def _calibrate(self) -> None:
         try:
             is_new = self.calibration.refresh()
-        except ValueError:  # the router scores are no numbers
+        except ValueError as error:
+            if "are no numbers" not in str(error):
+                raise
             self._stop_at_nan("router scores", math.nan)
         if is_new and self.timer.thresholds is not None:
             self.timer.thresholds = _thresholds(self.model)  # what the next line of the log compares with
@@ -197,7 +243,7 @@ class ExpertChoiceTrainerMixin:
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; a batch that is one row tells of which rows it was made."""
         collator = self.data_collator
-        if getattr(collator, "padding_free", False):
+        if getattr(collator, "padding_free", False) or isinstance(collator, DataCollatorWithFlattening):
             self.data_collator = RowLengths(collator)
         try:
             return super().get_eval_dataloader(*args, **kwargs)
@@ -231,7 +277,8 @@ class ExpertChoiceTrainerMixin:
         """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future.
 
         A loss is the sum over learned tokens by their number. The trainers' own is a mean of the batches' means, in
-        which a token of a short answer counts more than one of a long answer, and the more the larger the batch.
+        which a token of a short answer counts more than one of a long answer, and the more the larger the batch. A
+        loss that is another than the likelihood stays the trainer's, and `nll` stands beside it.
         """
         if not self.routes or self.args.torch_compile:  # a compiled model runs past the hooks that count routes
             return self._evaluation_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -248,7 +295,8 @@ class ExpertChoiceTrainerMixin:
                 top_k = self._evaluation_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             if logged:  # TRL's own of the causal pass alone
                 self._metrics["eval"].update(logged)
-            loss, loss_top_k = (found[f"{metric_key_prefix}_loss"] for found in (metrics, top_k.metrics or {}))
+            name = f"{metric_key_prefix}_nll" if f"{metric_key_prefix}_nll" in metrics else f"{metric_key_prefix}_loss"
+            loss, loss_top_k = (found[name] for found in (metrics, top_k.metrics or {}))
             metrics[f"{metric_key_prefix}_loss_top_k"] = loss_top_k
             metrics[f"{metric_key_prefix}_loss_gap"] = loss - loss_top_k
         self.routing = first.summary()
@@ -261,10 +309,18 @@ class ExpertChoiceTrainerMixin:
         output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self.sums.means()
         if means:
-            (output.metrics or {})[f"{metric_key_prefix}_loss"] = means.pop("loss")
+            name = "loss" if self._learns_likelihood() else "nll"
+            (output.metrics or {})[f"{metric_key_prefix}_{name}"] = means.pop("loss")
             for name, mean in means.items():  # TRL logs the means of the batches' means
                 self._metrics["eval"][name] = [mean]
         return output
+
+    def _learns_likelihood(self) -> bool:
+        """Whether the trainer's loss is the negative log-likelihood of the labels, not the user's own or another."""
+        owner = next(base for base in type(self).__mro__ if "compute_loss" in vars(base) and base is not _Mixin)
+        is_own = not owner.__module__.startswith(("transformers.", "trl."))
+        is_other = getattr(self.args, "loss_type", "nll") != "nll" or self.label_smoother is not None
+        return not (is_own or is_other or self.compute_loss_func is not None)
 
     def _close_progress_bar(self) -> None:
         """Of the first pass of an evaluation: the second one has a bar of its own."""
@@ -290,9 +346,10 @@ class ExpertChoiceTrainerMixin:
         """Adds tokens per second and how far the thresholds moved; a loss that is no number ends the run."""
         # Under a gradient scaler a step whose gradient is no number is left out: no weight moves, and the thresholds of
         # its micro-batches count with the next step's, but for those that are no number.
-        for name in ("loss", "eval_loss", *(() if self.args.fp16 else ("grad_norm",))):
-            if name in logs and not math.isfinite(logs[name]):
-                self._stop_at_nan(name, logs[name])
+        for name, value in logs.items():
+            is_loss = name == "loss" or name.endswith("_loss") or (name == "grad_norm" and not self.args.fp16)
+            if is_loss and not math.isfinite(value):
+                self._stop_at_nan(name, value)
         tokens = int(self.accelerator.gather(self._tokens).sum())
         self._tokens.zero_()
         # Trainer counts them otherwise, and TRL's online trainers what they generate.
@@ -357,6 +414,9 @@ class ExpertChoiceTrainerMixin:
             if self.is_world_process_zero() and step_of(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+_Mixin = ExpertChoiceTrainerMixin
 
 
 def _thresholds(model: Any) -> Tensor:

@@ -95,6 +95,12 @@ class Recipe:
             raise ValueError(f"too_long={self.too_long} is unknown; choose refuse, truncate or drop")
         if self.streaming and (self.training.get("max_steps") or 0) <= 0:
             raise ValueError("streaming=true needs max_steps: a stream does not say how long it is")
+        packing = self.training.get("packing") or False
+        if self.training.get("eval_packing") not in (None, packing):
+            raise ValueError(
+                f"eval_packing={self.training['eval_packing']} differs from packing={packing}: held-out rows are read "
+                "as the others are; leave it out"
+            )
         for name in ("router_learning_rate", "experts_learning_rate"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 freezes")
@@ -261,6 +267,21 @@ def _checked(name: str, value: Any) -> Any:
     raise RecipeError(f"{name}={value!r} must be {' or '.join(sorted(kind.__name__ for kind in kinds))}")
 
 
+def learned_of(recipe: Recipe, kind: str) -> str:
+    """What is learned of rows of a kind, as `Encoder` takes it.
+
+    Raises:
+        RecipeError: for a field of SFTConfig that is about rows of another kind.
+    """
+    completion, assistant = (recipe.training.get(f"{what}_only_loss") for what in ("completion", "assistant"))
+    for name, value in (("completion_only_loss", completion), ("assistant_only_loss", assistant and kind == "text")):
+        if value and kind != "prompt":
+            raise RecipeError(f"{name}=True is for other rows than these, which hold {kind}; leave it out")
+    if kind == "messages":
+        return "all" if assistant is False else "the assistant"
+    return "the completion" if completion is not False else "the assistant" if assistant else "all"
+
+
 def training_arguments(recipe: Recipe) -> SFTConfig:
     """The SFTConfig of a recipe. Where it is silent, nothing is reported anywhere, a loss that is no number is not
     replaced by a better one in the log, and products are in the weights' precision (`precision` says otherwise)."""
@@ -270,7 +291,7 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     if recipe.distributed:
         silent["save_only_model"] = True  # the optimiser's shards of a model sharded at load time cannot be saved
     # What is learned is said by the labels, which TRL takes as they are.
-    settled = recipe.training | {"assistant_only_loss": False, "chat_template_path": None}
+    settled = recipe.training | {"assistant_only_loss": False, "chat_template_path": None, "eval_packing": None}
     try:
         return SFTConfig(**(silent | settled), output_dir=recipe.output_dir)
     except (ValueError, TypeError, ImportError, OSError) as error:

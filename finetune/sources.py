@@ -47,7 +47,9 @@ def load_rows(recipe: Recipe) -> tuple[Rows, Rows, str]:
         held_out, other, _ = _entry({"dataset": recipe.validation_dataset}, recipe)
         if other != kind:
             raise RecipeError(f"validation_dataset={recipe.validation_dataset} holds {other} and dataset {kind} rows")
-        splits = [(rows, held_out) for rows, _, _ in parts]
+        # In another order, as where some are held out: a run may use the first ones alone.
+        mixed = [rows.shuffle(seed=SPLIT_SEED) if isinstance(rows, Dataset) else rows for rows, _, _ in parts]
+        splits = [(rows, held_out) for rows in mixed]
     else:
         splits = [_split(rows, recipe, name["dataset"]) for (rows, _, _), name in zip(parts, entries, strict=True)]
     weights = [weight for _, _, weight in parts]
@@ -129,8 +131,11 @@ def _as_kind(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, str]:
     for old, new in found.items():
         rows = rows.rename_column(old, new) if old != new else rows
     options: dict[str, Any] = {} if isinstance(rows, IterableDataset) else {"desc": "Leaving out empty rows"}
-    wanted = list(found.values())
-    return rows.filter(lambda row: all(_is_filled(row[name]) for name in wanted), **options), kind
+    learned = _KINDS[kind][-1]  # a prompt may be empty
+    filled = rows.filter(lambda row: _is_filled(row[learned]), **options)
+    if isinstance(filled, Dataset) and len(filled) < len(rows):
+        say(f"dataset={name}: {len(rows) - len(filled):,} of {len(rows):,} rows are empty and left out")
+    return filled, kind
 
 
 def _field(part: str) -> str:
@@ -204,4 +209,10 @@ def _mix(parts: list[Rows], weights: list[float]) -> Rows:
         return parts[0]
     total = sum(weights)
     shares = [weight / total for weight in weights]
-    return datasets.interleave_datasets(parts, shares, seed=SPLIT_SEED, stopping_strategy="all_exhausted")
+    try:
+        return datasets.interleave_datasets(parts, shares, seed=SPLIT_SEED, stopping_strategy="all_exhausted")
+    except ValueError as error:
+        raise RecipeError(
+            f"dataset mixes rows whose columns hold different things ({' '.join(str(error).split())[:200]}); give all "
+            "parts the same columns"
+        ) from error

@@ -160,6 +160,8 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
         recipe = replace(recipe, output_dir=scratch, training=recipe.training | _ONE_STEP)
         arguments = training_arguments(recipe)
     model, tokenizer = load(recipe)
+    if arguments.max_length is None:
+        arguments.max_length = getattr(model.config, "max_position_embeddings", None)
     vocab_size = model.get_input_embeddings().num_embeddings
     with arguments.main_process_first(desc="preparing the dataset"):  # the other ranks read its cache
         train, held_out, kind = prepare(recipe, arguments, tokenizer, vocab_size, sequences_used)
@@ -169,9 +171,10 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
         set_seed(arguments.seed)  # SFTTrainer does so only when the adapters have been drawn
         model = add_lora(model, recipe.lora)
         train_in_float32(model)
-    # TRL's own packing brings its own collator.
-    is_flat = is_flash(model)
-    collator = None if arguments.packing or arguments.padding_free else Collator(tokenizer.pad_token_id, is_flat)
+    # TRL's own packing, and batches that are one row, have TRL's collator.
+    padding: Any = arguments.pad_to_multiple_of
+    ours = Collator(tokenizer.pad_token_id, is_flash(model), pad_to_multiple_of=padding)
+    collator = None if arguments.packing or arguments.padding_free else ours
     try:
         trainer: Any = EcMoeTrainer(
             model=model,
@@ -217,7 +220,7 @@ def _stop_after_answers(model: Any, tokenizer: Any, is_said: bool) -> None:
 def _refusals_in_one_line(recipe: Recipe) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, ImportError) as error:
         refusal = _refusal(error, recipe)
         if refusal is None:
             raise
@@ -230,6 +233,8 @@ def _refusal(error: Exception, recipe: Recipe) -> RecipeError | None:
     checkpoint = last_whole_checkpoint(output)
     goes_on = f"the same command goes on from {checkpoint}" if checkpoint else "no checkpoint was written yet"
     reason = " ".join(str(error).split())[:200]
+    if isinstance(error, ImportError):
+        return RecipeError(f"the recipe asks for a package that is not installed: {reason}")
     if isinstance(error, torch.OutOfMemoryError):
         size = recipe.training.get("per_device_train_batch_size", "default")
         return RecipeError(

@@ -107,7 +107,7 @@ def test_nothing_to_learn(template: str) -> None:
     """A conversation without the assistant is refused, unless all of it is learned."""
     with pytest.raises(RecipeError, match=r"has no token of the assistant to learn from.*How are you"):
         encoder(template)({"messages": TALKS["one turn"][:1]})
-    ids, labels = encoder(template, learns_all=True)({"messages": TALKS["one turn"][:1]}).values()
+    ids, labels = encoder(template, learned="all")({"messages": TALKS["one turn"][:1]}).values()
     assert ids == labels
 
 

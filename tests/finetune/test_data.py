@@ -19,7 +19,9 @@ from ecmoe.finetune import RecipeError, load_recipe
 from ecmoe.finetune.data import Collator
 from ecmoe.finetune.encode import wrap
 from ecmoe.finetune.losses import IGNORE
+from ecmoe.finetune.recipe import learned_of
 from ecmoe.finetune.sources import load_rows
+from ecmoe.finetune.train import make_trainer
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=12)
 
@@ -220,7 +222,9 @@ def test_the_second_time_nothing_is_tokenized(
     assert len(calls) == 120
 
 
-@pytest.mark.parametrize(("too_long", "fate", "left"), [("drop", "left out", 14), ("truncate", "cut", 20)])
+@pytest.mark.parametrize(
+    ("too_long", "fate", "left"), [("drop", "; 6 are", 14), ("truncate", " and are cut; 0 are", 20)]
+)
 def test_rows_that_are_too_long_are_counted(
     recipe_of: Callable,
     place: Path,
@@ -238,7 +242,7 @@ def test_rows_that_are_too_long_are_counted(
         "".join(json.dumps({"text": f"{n} " + "ab " * (99 if n % 10 < 3 else 2)}) + "\n" for n in range(20))
     )
     fields = {"dataset": rows, "validation_dataset": rows, "packing": False, "too_long": too_long}
-    line = f"6 of 20 training rows are longer than max_length=64 and are {fate}"
+    line = f"6 of 20 training rows are longer than max_length=64{fate} left out, too long or without anything to learn"
     for _ in range(2):
         train, _ = prepared(recipe_of(**fields), tokenizer_of(place), 300)
         assert len(train) == left and set(train.column_names) == {"input_ids", "labels"}
@@ -324,3 +328,68 @@ def test_named_columns_must_be_there(
         return
     load_rows(recipe)
     assert f"dataset={path}: {COLUMNS[fields]}" in capsys.readouterr().out
+
+
+def test_rows_whose_answer_was_cut_away_are_said_and_no_batch_is_empty(
+    recipe_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_end: None
+) -> None:
+    """Nothing is learned of them; as many others are read as the run uses."""
+    rows = [{"prompt": "word " * (40 if n % 10 else 2), "completion": "yes"} for n in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"dataset": tmp_path / "rows.jsonl", "packing": False, "too_long": "truncate", "max_length": 64}
+    trainer = make_trainer(recipe_of(**fields, max_steps=1, per_device_train_batch_size=4))
+    assert len(trainer.train_dataset) == 4
+    assert "training rows are longer than max_length=64 and are cut; 7" in capsys.readouterr().out
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if len(row["prompt"]) > 50))
+    with pytest.raises(RecipeError, match="gives no held-out sequence of max_length=64 tokens with something to learn"):
+        make_trainer(recipe_of(**fields | {"dataset": tmp_path / "long.jsonl"}))
+
+
+def test_a_short_run_reads_all_of_a_sorted_file(recipe_of: Callable, place: Path, tmp_path: Path) -> None:
+    rows = [{"text": name * 20} for name in "ab" for _ in range(100)]
+    (tmp_path / "sorted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"dataset": tmp_path / "sorted.jsonl", "validation_dataset": tmp_path / "sorted.jsonl", "packing": False}
+    train, _ = prepared(recipe_of(**fields), tokenizer_of(place), 300, 20)
+    assert {name[0] for name in names_of(train, place)} == {"a", "b"}
+
+
+def test_an_empty_prompt_is_a_prompt(
+    recipe_of: Callable, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": prompt, "completion": "yes"} for prompt in ("", None, "word") for _ in range(5)]
+    rows += [{"prompt": "word", "completion": ""}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out = prepared(recipe_of(dataset=tmp_path / "rows.jsonl", packing=False), tokenizer_of(place))
+    assert len(train) + len(held_out) == 15
+    assert "3 of 18 rows are empty and left out" in capsys.readouterr().out
+
+
+def test_the_positions_of_the_model_are_a_limit(recipe_of: Callable, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": "word " * 60}) + "\n" for _ in range(9)))
+    with pytest.raises(RecipeError, match="more than max_length=128; raise it"):
+        make_trainer(recipe_of(dataset=tmp_path / "rows.jsonl", packing=False, max_length=None))
+
+
+LEARNED = {
+    ("messages", ""): "the assistant",
+    ("messages", "assistant_only_loss=false"): "all",
+    ("messages", "completion_only_loss=true"): None,
+    ("prompt", ""): "the completion",
+    ("prompt", "completion_only_loss=false"): "all",
+    ("prompt", "completion_only_loss=false assistant_only_loss=true"): "the assistant",
+    ("prompt", "assistant_only_loss=true"): "the completion",
+    ("text", ""): "the completion",
+    ("text", "completion_only_loss=false assistant_only_loss=false"): "all",
+    ("text", "assistant_only_loss=true"): None,
+    ("text", "completion_only_loss=true"): None,
+}
+
+
+@pytest.mark.parametrize(("kind", "fields"), LEARNED)
+def test_what_is_learned(kind: str, fields: str, recipe_of: Callable) -> None:
+    recipe = recipe_of(**{name: value == "true" for name, _, value in (f.partition("=") for f in fields.split())})
+    if LEARNED[kind, fields] is not None:
+        assert learned_of(recipe, kind) == LEARNED[kind, fields]
+        return
+    with pytest.raises(RecipeError, match=f"_only_loss=True is for other rows than these, which hold {kind}"):
+        learned_of(recipe, kind)

@@ -70,6 +70,11 @@ REFUSALS = {
     ),
     "distributed={fsdp_size: zwei}": "distributed={'fsdp_size': 'zwei'} is refused",
     "chat_template_path=none.jinja": "chat_template_path=none.jinja cannot be read",
+    "bf16_full_eval=true": "bf16_full_eval=True casts the weights that are trained and saved; leave it out",
+    "eval_packing=false": "eval_packing=False differs from packing=True: held-out rows are read as the others are",
+    "packing_strategy=bfd_split pad_to_multiple_of=64": "=64 fills batches that are one row with padding",
+    "packing=false padding_free=true max_length= pad_to_multiple_of=64 dataset={short.jsonl}": "pad_to_multiple_of=64",
+    "use_liger_kernel=true": "the recipe asks for a package that is not installed",
     # Datasets.
     "dataset=@x": "is not valid YAML",
     "dataset=/no/such.txt": "dataset=/no/such.txt does not exist",
@@ -93,6 +98,7 @@ REFUSALS = {
     "dataset=[{dataset: text.jsonl, weight: much}]": "weight=much of dataset=text.jsonl must be a number above 0",
     "dataset=[{dataset: {text.jsonl}}, {dataset: {chat.jsonl}}]": "dataset mixes rows of messages and text",
     "dataset={text.jsonl} validation_dataset={chat.jsonl}": "holds messages and dataset text rows",
+    "dataset=[{dataset: {named.jsonl}}, {dataset: {chat.jsonl}}]": "dataset mixes rows whose columns hold different",
     # Conversations and instructions.
     "dataset={chat.jsonl} model={bare}": "the tokenizer has no chat template and the dataset holds conversations",
     "dataset={sharegpt.jsonl}": "to learn from among the roles human, gpt:",
@@ -119,6 +125,7 @@ def files(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         "chat": [{"messages": talk}] * 9,
         "users": [{"messages": talk[:1]}] * 9,
         "sharegpt": [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}] * 9,
+        "named": [{"messages": [{**message, "name": "x"} for message in talk]}] * 9,
         "odd": [{"messages": [{"speaker": "human", "words": "How are you?"}]}] * 9,
         "numbers": [{"prompt": "1 + 1 = ", "completion": 2}] * 9,
         "empty": [],

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import trl.chat_template_utils as of_trl
 from checkpoints import tiny_tokenizer
-from runs import learned
+from runs import ROOT, learned
 from transformers import AutoTokenizer, PythonBackend
 
 from ecmoe.finetune import RecipeError
 from ecmoe.finetune.encode import Encoder
 
+CHATML = (ROOT / "recipes" / "chatml.jinja").read_text(encoding="utf-8")
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": {}}}]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
 TALK = [
@@ -144,3 +145,36 @@ def test_llama_2_writes_a_blank_before_an_answer(stories: Any) -> None:
         encode = encoder(template, tokenizer)
         found = learned(tokenizer, encode({"messages": TALK[:2]})["labels"])
         assert [text.strip() for text in found] == ["Well, thank you. </s>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, PLAIN], ids=["chatml", "marked", "plain"])
+def test_parts_and_nothing_as_content(template: str) -> None:
+    """A template that takes text alone would write the list as Python does, and null as None."""
+    encode = encoder(template + "{% if add_generation_prompt %}[assistant] {% endif %}" * (template == PLAIN))
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in TALK]
+    assert encode({"messages": parts}) == encode({"messages": TALK})
+    nothing = [{"role": "user", "content": None}, *TALK[1:]]
+    assert "None" not in encode.tokenizer.decode(encode({"messages": nothing})["input_ids"])
+    picture = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, *TALK[1:]]
+    with pytest.raises(RecipeError, match=r"takes text alone, and a message has other parts: .*a\.png"):
+        encode({"messages": picture})
+
+
+ROWS = {
+    "the completion": ["Even better."],
+    "the assistant": ["Well, thank you.", "Even better."],
+}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_prompts_and_completions_of_messages(what: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = MARKED
+    row = {"prompt": TALK[:3], "completion": TALK[3:]}
+    encode = Encoder(tokenizer, "prompt", 10**6, learned=what)
+    assert learned(tokenizer, encode(row)["labels"]) == ROWS[what]
+    with pytest.raises(RecipeError, match="text as one of prompt and completion, messages as the other"):
+        encode({"prompt": "Well?", "completion": TALK[3:]})
+    tokenizer.chat_template = None
+    with pytest.raises(RecipeError, match="the tokenizer has no chat template and the dataset holds conversations"):
+        Encoder(tokenizer, "prompt", 10**6)(row)
