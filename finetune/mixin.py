@@ -10,7 +10,6 @@ routes look like, learning rates by part, and runs that stop at a loss that is n
 import math
 import shutil
 import statistics
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,61 +21,22 @@ from transformers import (
     DataCollatorWithFlattening,
     ProgressCallback,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from modeling_ecmoe import record_routing, sparse_blocks, use_inference_routing
+from modeling_ecmoe import record_routing, use_inference_routing
 
 from .adapters import group_of
 from .calibration import Calibration
+from .callbacks import LogBeforeSaving, StepTimer, is_expert_choice, thresholds_of
 from .errors import RecipeError
 from .folder import last_whole_checkpoint, step_of
 from .losses import IGNORE, LossSums, RowLengths, router_losses
 
 
-def is_expert_choice(model: Any) -> bool:
-    """Whether a model of the family, not its token-choice baseline."""
-    config = model.config
-    return str(config.model_type).startswith("ecmoe_") and config.routing != "token_choice"
-
-
 def is_flash(model: Any) -> bool:
     """Whether attention is FlashAttention's, which tells packed documents apart in a batch of one row alone."""
     return "flash" in str(model.config._attn_implementation)
-
-
-class StepTimer(TrainerCallback):
-    """Seconds of each optimiser step, evaluation and logging left out; and the thresholds at the last log."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.thresholds: Tensor | None = None
-        self._begin = 0.0
-
-    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-        # A checkpoint has been loaded by now, and thresholds were logged when it was saved.
-        self.thresholds = _thresholds(model) if is_expert_choice(model) else None
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._begin = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._begin)
-
-
-class LogBeforeSaving(TrainerCallback):
-    """A checkpoint never splits the steps that one line of the log averages: a resumed log has the same lines."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        control.should_log = control.should_log or control.should_save
-        return control
-
-    on_epoch_end = on_step_end
 
 
 class ExpertChoiceTrainerMixin:
@@ -238,7 +198,7 @@ class ExpertChoiceTrainerMixin:
                 raise
             self._stop_at_nan("router scores", math.nan)
         if is_new and self.timer.thresholds is not None:
-            self.timer.thresholds = _thresholds(self.model)  # what the next line of the log compares with
+            self.timer.thresholds = thresholds_of(self.model)  # what the next line of the log compares with
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's; a batch that is one row tells of which rows it was made."""
@@ -372,7 +332,7 @@ class ExpertChoiceTrainerMixin:
         if seconds:
             metrics["train_tokens_per_second"] = tokens / len(seconds) / statistics.median(seconds)
         if self.timer.thresholds is not None:
-            thresholds = _thresholds(self.model)
+            thresholds = thresholds_of(self.model)
             metrics["threshold_change"] = (thresholds - self.timer.thresholds).abs().mean().item()
             self.timer.thresholds = thresholds
         return metrics
@@ -417,12 +377,6 @@ class ExpertChoiceTrainerMixin:
 
 
 _Mixin = ExpertChoiceTrainerMixin
-
-
-def _thresholds(model: Any) -> Tensor:
-    """Of all layers, [L, E] on the CPU."""
-    gates = [block.gate for block in sparse_blocks(model).values()]
-    return torch.stack([gate.threshold.detach().float().cpu() for gate in gates])
 
 
 def _part(group: str | None, rates: dict[str, float | int | None]) -> str:

@@ -22,13 +22,14 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments, set_s
 from modeling_ecmoe import sparse_blocks
 
 from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_parameters
+from .callbacks import is_expert_choice
 from .curves import draw_curves
 from .data import Collator, Endless, prepare
 from .encode import stop_token
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
 from .loading import load, load_config
-from .mixin import is_expert_choice, is_flash
+from .mixin import is_flash
 from .precision import choose
 from .recipe import Recipe, recipe_of, training_arguments
 from .sources import say

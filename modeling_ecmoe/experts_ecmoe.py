@@ -129,11 +129,14 @@ class EcMoeExperts(EcMoeRaggedExperts):
         return is_grouped and not _is_quantized(self.down_proj) and self._suits_grouped_mm(self.down_proj)
 
     def _suits_grouped_mm(self, hidden_states: Tensor) -> bool:
-        """Whether torch's grouped product takes these tensors: no float64, rows on 16-byte borders."""
+        """Whether torch's grouped product takes these tensors: no float64, weights and rows on 16-byte borders, which
+        views into a flat buffer miss (DeepSpeed ZeRO's)."""
         if self.config._experts_implementation != "grouped_mm":
             return True
         into, _, down, _ = self._stacks()
         row_bytes = [weight.shape[-1] * weight.element_size() for weight in (into, down)]
+        if not torch.compiler.is_compiling() and any(weight.data_ptr() % 16 for weight in (into, down)):
+            return False
         return into.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 

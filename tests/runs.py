@@ -36,8 +36,8 @@ def _main(arguments: list[str], environment: dict[str, str], log: str, dies_at_s
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    from ecmoe.finetune.callbacks import StepTimer
     from ecmoe.finetune.cli import main
-    from ecmoe.finetune.mixin import StepTimer
 
     torch.set_num_threads(1)
     for name, value in QUICK_END.items():

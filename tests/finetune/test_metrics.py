@@ -20,6 +20,7 @@ import ecmoe.finetune.curves
 import ecmoe.finetune.train
 from ecmoe.finetune import RecipeError, load_recipe, run
 from ecmoe.finetune.adapters import group_of
+from ecmoe.finetune.callbacks import StepTimer
 from ecmoe.finetune.cli import main
 from ecmoe.finetune.curves import draw_curves
 from ecmoe.finetune.data import Collator
@@ -310,3 +311,30 @@ def test_checkpoints_are_calibrated(
     else:
         assert not torch.equal(*kept)
         assert loads[0] > 0.3 and loads[1] < 0.1
+
+
+def test_steps_of_a_gpu_are_timed_in_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is ahead of it: an event at both ends of a step, read when the seconds are asked for."""
+    clock = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.waited = False
+
+        def record(self) -> None:
+            self.at = next(clock)
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert end.waited
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    timer = StepTimer()
+    for _ in range(2):
+        timer.on_step_begin()
+        timer.on_step_end()
+    assert timer.seconds == timer.seconds == [1.0, 1.0]

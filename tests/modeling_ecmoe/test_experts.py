@@ -1,11 +1,12 @@
 """The experts on equal rows: gradients, what is kept for them, 16 bits, and the way other devices take."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from conftest import build_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import kept_bytes
 from modeling_ecmoe import experts_ecmoe
@@ -190,3 +191,20 @@ def test_frozen_weights_keep_no_rows() -> None:
     first = rows * 1  # what the block gathers is no leaf
     weights = list(experts.parameters())
     assert kept_bytes(lambda: run(experts, first), weights) == E * C * 2 * I * 8
+
+
+@torch.no_grad()
+def test_weights_that_are_views_off_a_border(make_model: Any, make_tokens: Any) -> None:
+    """As DeepSpeed's, into one flat buffer: torch's grouped product takes no such weights."""
+    model = make_model("Llama")
+    model.set_experts_implementation("grouped_mm")
+    experts = model.base_model.layers[0].mlp.experts
+    expected = model(make_tokens(2, 9)).logits
+    assert experts._suits_grouped_mm(experts.down_proj)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name)
+        flat = torch.empty(weight.numel() + 1)[1:]
+        flat.copy_(weight.flatten())
+        setattr(experts, name, nn.Parameter(flat.view_as(weight)))
+    assert not experts._suits_grouped_mm(experts.down_proj)
+    torch.testing.assert_close(model(make_tokens(2, 9)).logits, expected, atol=1e-6, rtol=1e-6)

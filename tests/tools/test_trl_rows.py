@@ -124,3 +124,10 @@ def test_what_a_template_leaves_out_is_not_said(model: Path, tmp_path: Path) -> 
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
     _, found = prepared(tmp_path, model, tokenizer, [{"messages": [talk("")[0], call]}], assistant_only_loss=True)
     assert found == ["<|eot_id|>"]
+
+
+def test_parts_are_written_as_python_prints_them(marked: Any, model: Path, tmp_path: Path) -> None:
+    """By a template that takes text alone."""
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in talk("Yes.")]
+    _, found = prepared(tmp_path, model, marked, [{"messages": parts}], assistant_only_loss=True)
+    assert found == ["[{'text': 'Yes.', 'type': 'text'}]"] or found == ["[{'type': 'text', 'text': 'Yes.'}]"]

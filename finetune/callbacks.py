@@ -1,0 +1,76 @@
+"""What is watched while a trainer trains: how long steps take, and that a checkpoint splits no line of the log."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from modeling_ecmoe import sparse_blocks
+
+
+def is_expert_choice(model: Any) -> bool:
+    """Whether a model of the family, not its token-choice baseline."""
+    config = model.config
+    return str(config.model_type).startswith("ecmoe_") and config.routing != "token_choice"
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimiser step, evaluation and logging left out; and the thresholds at the last log."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._events: list[tuple[Any, Any]] = []  # of steps that a GPU may not have finished yet
+        self.thresholds: Tensor | None = None
+        self._begin: Any = 0.0
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of all steps; waits for the last one of a GPU."""
+        for begin, end in self._events:
+            end.synchronize()
+            self._seconds.append(begin.elapsed_time(end) / 1e3)
+        self._events.clear()
+        return self._seconds
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        # A checkpoint has been loaded by now, and thresholds were logged when it was saved.
+        self.thresholds = thresholds_of(model) if is_expert_choice(model) else None
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._begin = _now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        end = _now()
+        if isinstance(end, float):
+            self._seconds.append(end - self._begin)
+        else:
+            self._events.append((self._begin, end))
+
+
+def _now() -> Any:
+    """Seconds, or on a GPU an event in its stream: the host is ahead of it, and a step is over there before."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class LogBeforeSaving(TrainerCallback):
+    """A checkpoint never splits the steps that one line of the log averages: a resumed log has the same lines."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    on_epoch_end = on_step_end
+
+
+def thresholds_of(model: Any) -> Tensor:
+    """Of all layers, [L, E] on the CPU."""
+    gates = [block.gate for block in sparse_blocks(model).values()]
+    return torch.stack([gate.threshold.detach().float().cpu() for gate in gates])
