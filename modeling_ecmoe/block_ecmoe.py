@@ -131,7 +131,8 @@ class EcMoeBlock(nn.Module):
             return choose_by_threshold(scores_PNE, config.capacity_factor, self.gate.threshold, is_warm, clamp, mask_PN)
         if config.bounds_experts_per_token:
             bounds = config.min_experts_per_token, config.max_experts_per_token
-            return choose_tokens_within_bounds(scores_PNE, config.capacity_factor, *bounds, mask_PN)
+            in_graph = config.experts_kernels and scores_PNE.is_cuda and not torch.compiler.is_compiling()
+            return choose_tokens_within_bounds(scores_PNE, config.capacity_factor, *bounds, mask_PN, in_graph)
         return choose_tokens(scores_PNE, config.capacity_factor, mask_PN)
 
     def record(self, threshold_E: Tensor, num_tokens: Tensor | int) -> None:

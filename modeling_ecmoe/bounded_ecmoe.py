@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .graphs_ecmoe import replay
 from .routing_ecmoe import (
     ExpertChoice,
     as_choice,
@@ -41,20 +42,33 @@ def choose_tokens_within_bounds(
     min_experts: int,
     max_experts: int | None,
     token_mask_PN: Tensor | None = None,
+    in_graph: bool = False,
 ) -> ExpertChoice:
     """As `routing_ecmoe.choose_tokens`, with at least `min_experts` and at most `max_experts` for every real token.
 
     The threshold of the choice is the expert's price in the programme, which the bounded rule at inference ranks by.
     An expert's tokens come in the order of the text.
+
+    in_graph: whether a GPU launches the hundreds of operations as one CUDA graph.
     """
     most = scores_PNE.shape[2] if max_experts is None else max_experts
-    shares = expert_shares(scores_PNE, capacity_factor, most, token_mask_PN)
-    ranking_PEN = scores_PNE.detach().transpose(1, 2).contiguous()
+    options = capacity_factor, min_experts, most
+    tensors = scores_PNE.detach(), token_mask_PN
+    places = replay(chosen_places, tensors, *options) if in_graph else chosen_places(*tensors, *options)
+    return as_choice(scores_PNE, *places)
+
+
+def chosen_places(
+    scores_PNE: Tensor, token_mask_PN: Tensor | None, capacity_factor: float, min_experts: int, max_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens of each expert's slots [P, E, C], which slots are used, and the experts' thresholds [E]."""
+    shares = expert_shares(scores_PNE, capacity_factor, max_experts, token_mask_PN)
+    ranking_PEN = scores_PNE.transpose(1, 2).contiguous()
     if token_mask_PN is not None:  # whatever stands at padding
         ranking_PEN = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], 0)
-    prices = Prices(capacity_factor, min_experts, most, shares, token_mask_PN)
+    prices = Prices(capacity_factor, min_experts, max_experts, shares, token_mask_PN)
     price_PE = prices.of(ranking_PEN)
-    chosen_PEN = assign(ranking_PEN - price_PE[..., None], shares, min_experts, most, token_mask_PN)
+    chosen_PEN = assign(ranking_PEN - price_PE[..., None], shares, min_experts, max_experts, token_mask_PN)
     index_PEC = _places_of(chosen_PEN, shares.num_slots)
     is_chosen_PEC = torch.arange(shares.num_slots, device=index_PEC.device) < shares.share_PE[..., None]
     # Unused slots point at the expert's first token; of an expert without a share at its best real one.
@@ -62,7 +76,7 @@ def choose_tokens_within_bounds(
         best_PE1 = ranking_PEN.masked_fill(~token_mask_PN[:, None, :], -_FAR).argmax(2, keepdim=True)
         index_PEC = torch.where(is_chosen_PEC[..., :1], index_PEC, best_PE1)
     threshold_PE = prices.thresholds(ranking_PEN, price_PE)
-    return as_choice(scores_PNE, index_PEC, is_chosen_PEC, mean_over_pools(threshold_PE, shares.num_real_P))
+    return index_PEC, is_chosen_PEC, mean_over_pools(threshold_PE, shares.num_real_P)
 
 
 class Shares(NamedTuple):

@@ -67,7 +67,8 @@ class EcMoeConfigMixin:
         needs no balance loss and refuses one.
     output_router_logits: return the router logits of each sparse layer, [B * S, E].
     experts_kernels: on a GPU with Triton, dispatch, activation and combine are one pass over memory each, summed in
-        float32 and repeatable to the bit (kernels_ecmoe.py); plain torch elsewhere, and where False.
+        float32 and repeatable to the bit (kernels_ecmoe.py), and the bounded choice is launched as one CUDA graph;
+        plain torch elsewhere, and where False.
     """
 
     dense_ffn = DenseFFN()

@@ -116,6 +116,10 @@ def choice(tiny: bool, keep: Keep) -> None:
             "plain": lambda s=scores, c=active: choose_tokens(s, c),
             "at least one": lambda s=scores, c=active: choose_tokens_within_bounds(s, c, 1, None),
         }
+        if device() == "cuda":
+            ways["at least one, in a graph"] = lambda s=scores, c=active: choose_tokens_within_bounds(
+                s, c, 1, None, in_graph=True
+            )
         figures[f"E {experts}, c {active}"] = summarize(interleaved(ways, 2 if tiny else 10), "plain")
         keep(figures)
 

@@ -20,6 +20,7 @@ SHARED_FILES = {
     "auto_ecmoe.py",
     "context_ecmoe.py",
     "global_pool_ecmoe.py",
+    "graphs_ecmoe.py",
     "kernels_ecmoe.py",
     "pairs_ecmoe.py",
     "precision_ecmoe.py",
