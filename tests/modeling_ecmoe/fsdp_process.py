@@ -1,10 +1,12 @@
 """Run by torchrun: one optimiser step of a model sharded by FSDP2, against the same step of the whole model.
 
-Prints a JSON object on rank 0: the largest threshold difference, the dtypes and the number of updates.
+An argument is the number of experts. Prints a JSON object on rank 0: the largest differences of thresholds and of
+gradients, the dtypes and the number of updates.
 """
 
 import copy
 import json
+import sys
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
-    whole = build_model("Llama").train()
+    experts = int(sys.argv[1])
+    whole = build_model("Llama", num_experts=experts, capacity_factor=min(experts, 1.5)).train()
     sharded = copy.deepcopy(whole)
     mesh = init_device_mesh("cpu", (ranks,))
     for layer in sharded.model.layers:
@@ -41,15 +44,22 @@ def main() -> None:
     fully_shard(sharded, mesh=mesh)
     ids = random_tokens(ranks, 24)[rank : rank + 1]  # each rank its own pool
     gradients = ddp_gradient_difference(whole, ids)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (whole, sharded)]
     for model in (whole, sharded):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         model(ids, labels=ids).loss.backward()
+    of_shards = 0.0
+    for mine, theirs in zip(whole.parameters(), sharded.parameters(), strict=True):
+        mean = mine.grad.clone()
+        dist.all_reduce(mean)
+        of_shards = max(of_shards, (mean / ranks - theirs.grad.full_tensor()).abs().max().item())
+    for optimizer in optimizers:
         optimizer.step()
     pairs = list(zip(sparse_blocks(whole).values(), sparse_blocks(sharded).values(), strict=True))
     worst = max((a.gate.threshold - b.gate.threshold).abs().max().item() for a, b in pairs)
     state = sharded.state_dict()
     found = {
         "gradients": gradients,
+        "gradients of shards": of_shards,
         "difference": worst,
         "updates": [int(b.gate.threshold_updates) for _, b in pairs],
         "dtypes": sorted({str(tensor.dtype) for name, tensor in state.items() if name.endswith("gate.threshold")}),

@@ -13,14 +13,14 @@ TESTS = Path(__file__).parents[1]
 POOLS = ["plain", "bounded", "balanced, normalised", "sigmoid, complement"]  # as ddp_process.py has them
 
 
-def on_two_ranks(script: str) -> dict:
+def on_two_ranks(script: str, *arguments: str) -> dict:
     """What a script of this folder prints on rank 0 of two."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("needs the gloo back-end of torch.distributed")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name(script))],
+        [*command, str(Path(__file__).with_name(script)), *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -36,13 +36,16 @@ def errors() -> dict:
     return on_two_ranks("ddp_process.py")
 
 
-def test_a_sharded_model_keeps_its_thresholds() -> None:
-    """FSDP2: the same float32 thresholds, averaged over the ranks, in the model and in its state dict.
+@pytest.mark.parametrize("experts", [4, 3, 1])
+def test_a_sharded_model_keeps_its_thresholds(experts: int) -> None:
+    """FSDP2: the same float32 thresholds, averaged over the ranks, in the model and in its state dict; also of stacks
+    that the ranks do not divide, and of fewer experts than ranks, where one holds none.
 
     And under DDP each rank's own pool gives the gradients that it gives without, averaged.
     """
-    found = on_two_ranks("fsdp_process.py")
+    found = on_two_ranks("fsdp_process.py", str(experts))
     assert found["sharded"] and found["moved"] > 0
+    assert found["gradients of shards"] < 1e-6
     assert found["updates"] == [1, 1]
     assert found["dtypes"] == ["torch.float32"]
     assert found["difference"] < 1e-6
