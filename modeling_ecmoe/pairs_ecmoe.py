@@ -44,8 +44,8 @@ def pairs_of_choice(choice: ExpertChoice, num_tokens: int, normalize: bool) -> P
     num_experts, rows_per_expert = choice.token_index.shape
     token_R = choice.token_index.flatten()
     weight_R = choice.scores.masked_fill(~choice.is_chosen, 0).flatten()
-    weight_R, sum_T = combine_weights(weight_R, token_R, num_tokens, normalize)
     expert_R = torch.arange(num_experts, device=token_R.device).repeat_interleave(rows_per_expert)
+    weight_R, sum_T = combine_weights(weight_R, token_R, num_tokens, normalize, expert_R, num_experts)
     return Pairs(token_R, expert_R, weight_R, sum_T, rows_per_expert)
 
 
@@ -55,7 +55,7 @@ def pairs_of_routes(routes_TE: Tensor, scores_TE: Tensor, normalize: bool) -> Pa
     if len(token_R) == 0:  # one pair of weight 0: back-ends want a row, and every parameter its gradient
         token_R = expert_R = torch.zeros(1, dtype=torch.long, device=scores_TE.device)
     weight_R = (scores_TE * routes_TE)[token_R, expert_R]
-    weight_R, sum_T = combine_weights(weight_R, token_R, len(scores_TE), normalize)
+    weight_R, sum_T = combine_weights(weight_R, token_R, len(scores_TE), normalize, expert_R, scores_TE.shape[1])
     return Pairs(token_R, expert_R, weight_R, sum_T)
 
 
@@ -66,7 +66,8 @@ def static_pairs_of_routes(routes_TE: Tensor, scores_TE: Tensor, normalize: bool
     token_R = torch.arange(num_tokens, device=routes_TE.device).repeat(num_experts)
     expert_R = torch.arange(num_experts, device=routes_TE.device).repeat_interleave(num_tokens)
     routes_R = routes_TE.T.flatten()
-    weight_R, sum_T = combine_weights((scores_TE * routes_TE).T.flatten(), token_R, num_tokens, normalize)
+    weight_R = (scores_TE * routes_TE).T.flatten()
+    weight_R, sum_T = combine_weights(weight_R, token_R, num_tokens, normalize, expert_R, num_experts)
     return Pairs(token_R, expert_R.masked_fill(~routes_R, num_experts), weight_R, sum_T, is_meeting=routes_R)
 
 

@@ -239,7 +239,14 @@ def _best_experts(margin_TE: Tensor, num_best: int) -> Tensor:
     return torch.zeros_like(margin_TE, dtype=torch.bool).scatter(-1, best_TK, True)
 
 
-def combine_weights(scores: Tensor, token_index: Tensor, num_tokens: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def combine_weights(
+    scores: Tensor,
+    token_index: Tensor,
+    num_tokens: int,
+    normalize: bool,
+    expert_index: Tensor | None = None,
+    num_experts: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Combine weights of the chosen pairs and what each token's weights add up to.
 
     Args:
@@ -247,11 +254,16 @@ def combine_weights(scores: Tensor, token_index: Tensor, num_tokens: int, normal
         token_index: [R] long, the token of each pair.
         num_tokens: T.
         normalize: divide by the token's sum, so that its weights add up to one.
+        expert_index: [R] long, the expert of each pair, one of num_experts; with it a GPU adds up in the same order
+            every time.
 
     Returns:
         weights [R] and their sum per token [T]; a token nobody chose has sum 0.
     """
-    total_T = scores.new_zeros(num_tokens).index_add(0, token_index, scores)
+    if scores.is_cuda and expert_index is not None:
+        total_T = totals_of_experts(scores, token_index, num_tokens, expert_index, num_experts)
+    else:
+        total_T = scores.new_zeros(num_tokens).index_add(0, token_index, scores)
     if not normalize:
         return scores, total_T
     # where, not clamp: a masked slot of an otherwise unchosen token must give 0 / 1 and no gradient. Nor do scores so
@@ -260,3 +272,14 @@ def combine_weights(scores: Tensor, token_index: Tensor, num_tokens: int, normal
     scores = torch.where(is_tiny_T[token_index], scores.detach(), scores)
     divisor_T = torch.where(is_tiny_T, torch.where(total_T > 0, total_T, 1).detach(), total_T)
     return scores / divisor_T[token_index], (total_T > 0).to(scores.dtype)
+
+
+def totals_of_experts(
+    scores: Tensor, token_index: Tensor, num_tokens: int, expert_index: Tensor, num_experts: int
+) -> Tensor:
+    """[T] each token's sum of its pairs' scores, expert by expert.
+
+    Where a GPU adds atomically, here every place gets at most one number that is not 0, and the order is no matter.
+    """
+    places = scores.new_zeros(num_tokens * num_experts)
+    return places.index_add(0, token_index * num_experts + expert_index, scores).view(num_tokens, num_experts).sum(-1)

@@ -16,6 +16,7 @@ from modeling_ecmoe.routing_ecmoe import (
     expert_capacity,
     router_scores,
     routes_by_threshold,
+    totals_of_experts,
 )
 
 
@@ -324,3 +325,18 @@ def test_normalised_weights_of_vanishing_scores_have_finite_gradients(gap: float
     assert weights.tolist() == total.tolist() == [float(scores[0] > 0), 1.0]
     (weights * torch.tensor([65536.0, 3.0])).sum().backward()  # the first is a usual scale of a float16 loss
     assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+def test_totals_that_no_order_can_change() -> None:
+    """As a GPU adds them up: each place has one number and zeros, of masked slots, which repeat a pair."""
+    scores_TE = torch.rand(7, 5, dtype=torch.float64)
+    expert, token = (scores_TE.T > 0.4).nonzero(as_tuple=True)
+    scores = scores_TE[token, expert]
+    expected = torch.zeros(7, dtype=torch.float64).index_add(0, token, scores)
+    repeated = [torch.cat([x, x[:3]]) for x in (token, expert)]
+    masked = torch.cat([scores, torch.zeros(3, dtype=torch.float64)])
+    found = totals_of_experts(masked, repeated[0], 7, repeated[1], 5)
+    torch.testing.assert_close(found, expected, atol=1e-15, rtol=1e-15)
+    order = torch.randperm(len(masked))
+    again = totals_of_experts(masked[order], repeated[0][order], 7, repeated[1][order], 5)
+    assert torch.equal(found, again)
