@@ -188,7 +188,7 @@ class ExpertChoiceTrainerMixin:
         which only Trainer itself is sure to do."""
         if _internal_call or self.args.world_size == 1:
             self._calibrate()
-        super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call=_internal_call)
 
     def _calibrate(self) -> None:
         try:
