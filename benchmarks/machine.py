@@ -46,7 +46,10 @@ def _processor() -> str:
 def commit() -> str:
     """The commit that was measured, with a mark where files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:  # an image without git
+        return "unknown"
 
 
 def save(name: str, measured: dict[str, Any]) -> Path:

@@ -84,7 +84,8 @@ def gated(product_NW: Tensor, activation: str) -> Tensor:
     width = product_NW.shape[-1] // 2
     hidden = product_NW.new_empty(*product_NW.shape[:-1], width)
     grid = (hidden.numel() // width, triton.cdiv(width, _BLOCK))
-    _gated_kernel[grid](product_NW, hidden, width, ACTIVATIONS[activation], _BLOCK)
+    with torch.cuda.device_of(product_NW):  # Triton launches on the current device
+        _gated_kernel[grid](product_NW, hidden, width, ACTIVATIONS[activation], _BLOCK)
     return hidden
 
 
@@ -93,7 +94,8 @@ def gated_backward(product_NW: Tensor, grad_NI: Tensor, activation: str) -> tupl
     width = grad_NI.shape[-1]
     hidden, grad_product = torch.empty_like(grad_NI), torch.empty_like(product_NW)
     grid = (grad_NI.numel() // width, triton.cdiv(width, _BLOCK))
-    _gated_backward_kernel[grid](product_NW, grad_NI, hidden, grad_product, width, ACTIVATIONS[activation], _BLOCK)
+    with torch.cuda.device_of(product_NW):
+        _gated_backward_kernel[grid](product_NW, grad_NI, hidden, grad_product, width, ACTIVATIONS[activation], _BLOCK)
     return hidden, grad_product
 
 
@@ -131,7 +133,7 @@ class _Combine(torch.autograd.Function):
         rows_RD, weight_R, token_R = ctx.saved_tensors
         grad_rows, grad_weight = torch.empty_like(rows_RD), torch.empty_like(weight_R)
         width = rows_RD.shape[1]
-        if len(rows_RD):
+        with torch.cuda.device_of(rows_RD):
             _combine_backward_kernel[(len(rows_RD),)](
                 grad_TD.contiguous(), rows_RD, weight_R, token_R, grad_rows, grad_weight, width, _BLOCK
             )
@@ -143,7 +145,8 @@ def _sum_up(rows_RD: Tensor, weight_R: Tensor | None, order_R: Tensor, first: Te
     output = rows_RD.new_empty(num_tokens, width, dtype=dtype)
     weights = rows_RD if weight_R is None else weight_R
     grid = (num_tokens, triton.cdiv(width, _BLOCK))
-    _sum_up_kernel[grid](rows_RD, weights, order_R, first, output, width, weight_R is not None, _BLOCK)
+    with torch.cuda.device_of(rows_RD):
+        _sum_up_kernel[grid](rows_RD, weights, order_R, first, output, width, weight_R is not None, _BLOCK)
     return output
 
 

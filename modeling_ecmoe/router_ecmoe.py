@@ -50,7 +50,7 @@ class FullProduct(torch.autograd.Function):
 
 
 # `torch.mm` of 16-bit matrices into float32 came with torch 2.8, on CUDA alone.
-_has_float32_products = hasattr(torch.ops.aten.mm, "dtype")
+_has_float32_products = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
 
 
 class EcMoeRouter(nn.Module):

@@ -48,9 +48,11 @@ FEW_PLACES = 4096  # T * E, of a step of decoding; the rows of more would cost m
 
 def wants_places(experts: Any, routes_TE: Tensor) -> bool:
     """Whether inference gives every token and expert a place: on a GPU, where to count the routes of a layer the host
-    would wait in every step of decoding, and with the back-end that leaves the other places out."""
+    would wait in every step of decoding, and with the back-end that leaves the other places out. Not where gradients
+    are wanted: those of a place that is left out are undefined."""
     return (
-        routes_TE.device.type in _WAITING
+        not torch.is_grad_enabled()
+        and routes_TE.device.type in _WAITING
         and routes_TE.numel() <= FEW_PLACES
         and isinstance(experts, EcMoeExperts)
         and experts.leaves_rows_out()

@@ -1,5 +1,6 @@
 """A function as one CUDA graph: what is kept, what is copied, and on a GPU the same choice."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Graphs that call their function again, on the tensors that they were captured with."""
     made: list[Any] = []
 
-    def capture(function: Any, tensors: Any, options: Any) -> Any:
+    def capture(function: Any, tensors: Any, options: Any, stream: Any) -> Any:
         inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
         outputs = function(*inputs, *options)
 
@@ -61,11 +62,32 @@ def test_other_shapes_and_bounds_are_other_graphs_and_not_without_end(
     assert len(captures) == 3
 
 
+def test_threads_get_their_own_choice(captures: list[Any]) -> None:
+    """The inputs and outputs of a graph are everybody's: one at a time."""
+    inputs = [scores_of(40, seed) for seed in range(24)]
+    expected = [choose_tokens_within_bounds(scores, 1.5, 1, 3).token_index for scores in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda scores: choose_tokens_within_bounds(scores, 1.5, 1, 3, in_graph=True), inputs))
+    assert all(torch.equal(one.token_index, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_within_somebody_s_capture_it_is_no_graph(captures: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_ecmoe, "is_capturing", lambda: True)
+    choose_tokens_within_bounds(scores_of(30, 0), 1.5, 1, 3, in_graph=True)
+    assert not captures
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_same_choice_on_a_gpu() -> None:
+@pytest.mark.parametrize("tokens", [4096, 777])
+def test_the_same_choice_on_a_gpu(tokens: int) -> None:
+    """Captured in inference mode, used in training; on the last device there is."""
+    place = torch.device("cuda", torch.cuda.device_count() - 1)
+    mask = torch.arange(tokens, device=place)[None] < tokens - 100
     for seed in range(4):
-        scores = torch.rand(1, 4096, 16, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
-        found = choose_tokens_within_bounds(scores, 2, 1, None, in_graph=True)
-        expected = choose_tokens_within_bounds(scores, 2, 1, None)
-        assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+        scores = torch.rand(1, tokens, 16, device=place, generator=torch.Generator(place).manual_seed(seed))
+        for each in (None, mask):
+            with torch.inference_mode(seed == 0):
+                found = choose_tokens_within_bounds(scores, 2, 1, None, each, in_graph=True)
+            expected = choose_tokens_within_bounds(scores, 2, 1, None, each)
+            assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))

@@ -157,6 +157,21 @@ def test_decoding_reads_nothing_back(fields: dict[str, Any], make_routed_model: 
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_places_without_a_pair_have_no_gradient(make_routed_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A back-end leaves the gradients of rows that it leaves out as memory was: in eval mode they are not taken."""
+    model = make_routed_model("Llama")
+    model.set_experts_implementation("grouped_mm")
+    ids = torch.randint(3, model.vocab_size, (2, 9))
+    grads = []
+    for waiting in ((), ("cpu",)):
+        monkeypatch.setattr("modeling_ecmoe.serving_ecmoe._WAITING", set(waiting))
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, found in zip(*grads, strict=True):
+        torch.testing.assert_close(found, plain, atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", CASES)
