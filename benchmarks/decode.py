@@ -51,28 +51,38 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(sizes: Sizes, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of every candidate at every batch size, and their ratios to Mixtral's default."""
+    compared = compared_models(sizes, options)
+    figures: dict[str, Any] = {"sizes": sizes.json(), **vars(options), "experts per token": {}, "rows": {}}
+    for batch in options.batches:
+        figures["experts per token"][batch], figures["rows"][batch] = of_batch(compared, sizes, options, batch)
+    return figures
+
+
+def compared_models(sizes: Sizes, options: argparse.Namespace) -> dict[str, PreTrainedModel]:
+    """In eval mode, ours calibrated."""
     torch.manual_seed(0)
     compared = models(sizes, getattr(torch, options.dtype), device())
     for model in compared.values():
         model.eval()
-    ours = compared["expert choice"]
     length = options.prompt + options.new_tokens
-    calibrate_thresholds(
-        ours, [{"input_ids": torch.randint(sizes.vocabulary, (64, length), device=device())} for _ in range(2)]
-    )
-    figures: dict[str, Any] = {"sizes": sizes.json(), **vars(options), "experts per token": {}, "rows": {}}
-    for batch in options.batches:
-        tokens = torch.randint(sizes.vocabulary, (batch, length), device=device())
-        with record_routing(ours) as record:
-            decoder(ours, tokens, options.prompt, "eager")()
-        figures["experts per token"][batch] = record.experts_per_token()
-        torch._dynamo.reset()  # the compiler gives up on a function after eight shapes
-        candidates: dict[str, Callable[[], object]] = {}
-        for name, model in compared.items():
-            candidates |= decoders(name, model, tokens, options.prompt, options.static)
-        seconds = interleaved(candidates, options.rounds)
-        figures["rows"][batch] = summary(seconds, batch * options.new_tokens)
-    return figures
+    ids = [torch.randint(sizes.vocabulary, (64, length), device=device()) for _ in range(2)]
+    calibrate_thresholds(compared["expert choice"], [{"input_ids": one} for one in ids])
+    return compared
+
+
+def of_batch(
+    compared: Mapping[str, PreTrainedModel], sizes: Sizes, options: argparse.Namespace, batch: int
+) -> tuple[float, dict[str, dict[str, float]]]:
+    """Experts per token of ours, and the candidates' figures."""
+    tokens = torch.randint(sizes.vocabulary, (batch, options.prompt + options.new_tokens), device=device())
+    ours = compared["expert choice"]
+    with record_routing(ours) as record:
+        decoder(ours, tokens, options.prompt, "eager")()
+    torch._dynamo.reset()  # the compiler gives up on a function after eight shapes
+    candidates: dict[str, Callable[[], object]] = {}
+    for name, model in compared.items():
+        candidates |= decoders(name, model, tokens, options.prompt, options.static)
+    return record.experts_per_token(), summary(interleaved(candidates, options.rounds), batch * options.new_tokens)
 
 
 def decoders(

@@ -6,7 +6,11 @@ sizes that show nothing but that it runs, on a CPU too.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
         path = options.output / f"{options.in_process}.json"
         PARTS[options.in_process].run(options.tiny, lambda found: write(path, found))
         return
-    write(options.output / "machine.json", {"commit": commit(), **machine()})
+    tools = {name: shutil.which(name) is not None for name in ("git", "cc", "nvidia-smi")}  # Triton wants a compiler
+    write(options.output / "machine.json", {"commit": commit(), **machine(), "tools": tools})
     end = time.monotonic() + 60 * options.minutes
     print(f"{len(options.parts)} parts in {options.minutes:g} minutes at most; figures in {options.output}", flush=True)
     for name in options.parts:
@@ -45,12 +50,15 @@ def run(name: str, options: argparse.Namespace, seconds: float) -> None:
     command = [sys.executable, "-m", "benchmarks", "gpu", "--in-process", name, "--output", str(options.output)]
     begin = time.monotonic()
     with (options.output / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(command + ["--tiny"] * options.tiny, stdout=log, stderr=log, start_new_session=True)
         try:
-            ended = subprocess.run(
-                command + ["--tiny"] * options.tiny, stdout=log, stderr=log, timeout=seconds, check=False
-            ).returncode
+            ended: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             ended = None
+        finally:  # and what it has started: nothing else may use the card while the next part is timed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     took = f"{time.monotonic() - begin:.0f} s"
     fate = {0: "done", None: f"cut after {seconds:.0f} s"}.get(ended, f"failed, see {name}.log")
     print(f"{name}: {fate} ({took})", flush=True)

@@ -145,6 +145,8 @@ def test_decoding_reads_nothing_back(fields: dict[str, Any], make_routed_model: 
     model = make_routed_model("Llama", **fields)
     model.set_experts_implementation("grouped_mm")
     block = model.base_model.layers[0].mlp
+    if not hasattr(block.experts, "_is_expert_parallel"):
+        pytest.skip("the grouped product of this Transformers leaves no rows out")
     hidden = torch.randn(3, 1, block.gate.hidden_size)
     for change in (0.0, 9.0):  # as calibrated, and where no token exceeds a threshold
         block.gate.threshold += change
