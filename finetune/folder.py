@@ -65,14 +65,22 @@ def resume_point(recipe: Recipe) -> Path | None:
         return _wanted_checkpoint(recipe, output, wanted)
     if not output.exists() or all(path.name.endswith(UNFINISHED) for path in output.iterdir()):
         return None
-    if (output / RECIPE_NAME).is_file() and (output / RECIPE_NAME).read_text(encoding="utf-8") == as_yaml(recipe):
-        if (output / RESULTS_NAME).exists():
+    recorded, is_finished = output / RECIPE_NAME, (output / RESULTS_NAME).exists()
+    checkpoint = last_whole_checkpoint(output)
+    if recorded.is_file() and recorded.read_text(encoding="utf-8") == as_yaml(recipe):
+        if is_finished:
             raise RecipeError(f"output_dir={output} holds this run, and it is finished; name a new folder to repeat it")
-        return last_whole_checkpoint(output)
-    raise RecipeError(
-        f"output_dir={output} is not empty and holds another run; name a new folder, or go on there with "
-        "resume_from_checkpoint=true"
-    )
+        return checkpoint
+    if recorded.is_file() and not is_finished and checkpoint is None:
+        return None  # a run that had written nothing yet
+    if recorded.is_file():
+        changes = changed_since(recipe, output / PREFIX_CHECKPOINT_DIR)
+        goes_on = ", or go on there with resume_from_checkpoint=true" if checkpoint and not is_finished else ""
+        raise RecipeError(
+            f"output_dir={output} is not empty and holds another run ({', '.join(changes)}); name a new folder{goes_on}"
+        )
+    what = "a model" if (output / "config.json").is_file() else "other files"
+    raise RecipeError(f"output_dir={output} is not empty and holds {what}; name a new folder")
 
 
 def _wanted_checkpoint(recipe: Recipe, output: Path, wanted: object) -> Path:

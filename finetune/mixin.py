@@ -288,6 +288,12 @@ class ExpertChoiceTrainerMixin:
             if isinstance(callback, ProgressCallback):
                 callback.on_evaluate(self.args, self.state, self.control)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As Trainer's, which is alarmed by a head that is tied to the embedding and so in no checkpoint."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Trainer takes one step too many when it resumes from a checkpoint of the last step."""
         if self.state.global_step >= self.state.max_steps:

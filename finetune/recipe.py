@@ -122,6 +122,26 @@ _OWN = {item.name for item in fields(Recipe)} - {"training", "routing_fields"}
 _TRAINING = {item.name for item in fields(SFTConfig) if item.init} - {"output_dir", "dataset_kwargs", "pad_token"}
 # Fields of before, by TRL's names.
 _RENAMED = {"sequence_length": "max_length", "text_column": "dataset_text_field", "chat_template": "chat_template_path"}
+# What people write for a field, TRL's command line among them.
+_ALIASES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "grad_accum": "gradient_accumulation_steps",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "dataset_train_split": "dataset_split",
+    "dataset_streaming": "streaming",
+    "peft_config": "lora",
+}
 OLDEST_TRANSFORMERS = "5.23"  # whose Trainer it is tested with; family and converter take older ones
 _HINTS = typing.get_type_hints(SFTConfig)
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -241,6 +261,7 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             )
         else:
             nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING | _ROUTING, n=1, cutoff=0.5)
+            nearest = [_ALIASES[name]] if name in _ALIASES else nearest
             hint = f"did you mean {nearest[0]}?" if nearest else "see ecmoe.finetune.Recipe and trl.SFTConfig"
             raise RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
     missing = [name for name in ("model", "output_dir", "dataset") if own.get(name) is None]

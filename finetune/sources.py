@@ -23,6 +23,9 @@ _LEARNED = {
     "prompt": "prompt and completion from {}; the completion is learned",
     "text": "text from {}; all of it is learned",
 }
+# What columns of instructions and answers are called.
+_PROMPTS = ("prompt", "question", "instruction", "query", "input", "problem")
+_ANSWERS = ("completion", "answer", "response", "output", "solution", "chosen")
 _BESIDE = ("tools", "chat_template_kwargs")  # what a row may hold for its template
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -166,6 +169,9 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[s
         missing, [column for column in columns if column not in wanted], n=1, cutoff=0.0
     )
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    pair = [next((name for name in words if name in columns), None) for words in (_PROMPTS, _ANSWERS)]
+    if not named and all(pair):
+        hint = f"; set prompt_column={pair[0]} completion_column={pair[1]}"
     others = (
         " Conversations are read from messages_column=messages, instructions from prompt_column=prompt with "
         "completion_column=completion"

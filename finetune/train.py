@@ -32,7 +32,7 @@ from .loading import load, load_config
 from .mixin import is_flash
 from .precision import choose
 from .recipe import Recipe, recipe_of, training_arguments
-from .sources import say
+from .sources import load_rows, say
 from .trainer import EcMoeTrainer
 
 _ONE_STEP: dict[str, Any] = {
@@ -62,7 +62,7 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields:
     """
     recipe = recipe_of(recipe, **fields)
     output = Path(recipe.output_dir).expanduser()
-    resume = resume_point(recipe)
+    resume = _resume(recipe)
     with _refusals_in_one_line(recipe):
         trainer = make_trainer(recipe, resume=resume)
         # No rank looks at the folder any more when it is marked, and nearly all that can be refused was.
@@ -78,6 +78,23 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields:
             draw_curves(trainer.state.log_history, output / "curves.png")
             write_whole(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _resume(recipe: Recipe) -> Path | None:
+    """The checkpoint that a run goes on from, said aloud.
+
+    Raises:
+        RecipeError: when the folder is somebody else's, and first for a wrong model or wrong data.
+    """
+    try:
+        resume = resume_point(recipe)
+    except RecipeError:
+        load_config(recipe)
+        load_rows(recipe)
+        raise
+    if resume is not None:
+        say(f"goes on from {resume}")
+    return resume
 
 
 class Mark(TrainerCallback):
@@ -128,7 +145,7 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fie
         (`Precision`), with what each choice needs and what is free.
     """
     recipe = recipe_of(recipe, **fields)
-    resume_point(recipe)
+    _resume(recipe)
     precision = choose(recipe, load_config(recipe))
     with tempfile.TemporaryDirectory() as scratch, _refusals_in_one_line(recipe):
         trainer = make_trainer(recipe, scratch)

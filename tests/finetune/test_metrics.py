@@ -236,7 +236,7 @@ def test_dry_run_on_the_command_line(
     (out / "other.txt").write_text("of another run")
     with pytest.raises(SystemExit) as stop:
         main(command)
-    assert stop.value.code == 2 and "is not empty and holds another run" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is not empty and holds other files" in capsys.readouterr().err
     assert contents(out) == {"other.txt": b"of another run"}
 
 

@@ -23,6 +23,10 @@ pytestmark = pytest.mark.usefixtures("quick_end")
 REFUSALS = {
     "learning_rte=1": "learning_rte=1 is no field of a recipe; did you mean learning_rate?",
     "max_lenght=3": "did you mean max_length?",
+    "lr=3": "did you mean learning_rate?",
+    "batch_size=3": "did you mean per_device_train_batch_size?",
+    "model_name_or_path=x": "did you mean model?",
+    "dataset={answers.jsonl}": "; set prompt_column=prompt completion_column=answer",
     "treshold_decay=0.5": "did you mean threshold_decay?",
     "num_experts=3": "num_experts=3 is no field of a recipe: the number of experts is fixed at conversion; leave",
     "max_length=many": "max_length='many' must be int",
@@ -125,6 +129,7 @@ def files(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         "chat": [{"messages": talk}] * 9,
         "users": [{"messages": talk[:1]}] * 9,
         "sharegpt": [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}] * 9,
+        "answers": [{"prompt": "1 + 1?", "answer": "2"}] * 9,
         "named": [{"messages": [{**message, "name": "x"} for message in talk]}] * 9,
         "odd": [{"messages": [{"speaker": "human", "words": "How are you?"}]}] * 9,
         "numbers": [{"prompt": "1 + 1 = ", "completion": 2}] * 9,

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from ecmoe.finetune import Recipe, RecipeError, load_recipe, run
 from ecmoe.finetune.cli import main
-from ecmoe.finetune.folder import as_yaml, last_whole_checkpoint
+from ecmoe.finetune.folder import as_yaml, begin, last_whole_checkpoint, resume_point
 from ecmoe.finetune.train import make_trainer
 
 pytestmark = pytest.mark.usefixtures("quick_end")
@@ -172,14 +173,19 @@ def test_the_state_is_written_last(recipe_of: Callable, monkeypatch: pytest.Monk
 
 def test_folders(recipe_of: Callable, tmp_path: Path) -> None:
     """Another recipe's folder and a stranger's are refused; one that was stopped before its first mark is not."""
-    out = tmp_path / "out"
+    out, words = tmp_path / "out", tmp_path / "words.jsonl"
+    words.write_text('{"text": "a word"}\n' * 9)
     first = recipe_of(max_steps=2, save_strategy="steps", save_steps=1)
     out.mkdir()
     (out / "finetune_recipe.yaml.unfinished").write_text("model:")
     run(first)
     (out / "finetune_results.json").unlink()  # stopped just before the end
-    with pytest.raises(RecipeError, match="holds another run"):
+    with pytest.raises(
+        RecipeError, match=r"holds another run \(max_steps=3 \(was 2\)\); .* go on there with resume_from"
+    ):
         run(recipe_of(max_steps=3, save_strategy="steps", save_steps=1))
+    with pytest.raises(RecipeError, match="dataset_text_field=story is not in"):  # not hidden behind the folder
+        run(recipe_of(max_steps=3, dataset_text_field="story", dataset=words))
     results = run(recipe_of(max_steps=3, save_strategy="steps", save_steps=1, resume_from_checkpoint=True))
     assert results["steps"] == 3
     with pytest.raises(RecipeError, match="max_steps=3 was reached already"):
@@ -189,9 +195,35 @@ def test_folders(recipe_of: Callable, tmp_path: Path) -> None:
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "file").touch()
-    with pytest.raises(RecipeError, match="holds another run"):
+    with pytest.raises(RecipeError, match=r"is not empty and holds other files; name a new folder$"):
+        run(recipe_of(output_dir=stranger))
+    (stranger / "config.json").touch()
+    with pytest.raises(RecipeError, match=r"is not empty and holds a model; name a new folder$"):
         run(recipe_of(output_dir=stranger))
     assert (stranger / "file").exists()
+
+
+def test_a_run_that_wrote_no_checkpoint_begins_again(recipe_of: Callable, tmp_path: Path) -> None:
+    """Also with another recipe: nothing of it is worth going on from."""
+    first = recipe_of(max_steps=2)
+    begin(first, None)
+    assert resume_point(first) is None
+    assert run(recipe_of(max_steps=1))["steps"] == 1
+
+
+def test_what_is_said_of_going_on(
+    recipe_of: Callable, whole: Callable, tmp_path: Path, capsys: Any, caplog: Any, monkeypatch: Any
+) -> None:
+    """From which checkpoint; and nothing of a head that is tied to the embedding."""
+    recipe = recipe_of(**fields_of("plain"))
+    stopped_after([whole("plain") / "checkpoint-8"], recipe)
+    run(recipe)
+    assert f"goes on from {Path(recipe.output_dir) / 'checkpoint-8'}" in capsys.readouterr().out.splitlines()
+    trainer = make_trainer(recipe_of(output_dir=tmp_path / "tied"))
+    trainer.model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    missing = SimpleNamespace(missing_keys=["lm_head.weight"], unexpected_keys=[])
+    trainer._issue_warnings_after_load(missing)
+    assert missing.missing_keys == [] and "missing keys" not in caplog.text
 
 
 # Changes of the plain way that its checkpoints do not survive, and what the line says of each.
