@@ -27,8 +27,9 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime
 	$(BIN)/python -m examples.demo --output $(OUTPUT) $(if $(SOURCE),--source $(SOURCE))
 
+## Without tests/tools, which `make test-tools` runs.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not families"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not families" --ignore tests/tools
 
 ## What every family must pass, for those that `make test` leaves out.
 test-families: $(VENV)/.dev

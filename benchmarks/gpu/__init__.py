@@ -20,6 +20,8 @@ from typing import Any
 from ..machine import commit, machine
 from .parts import PARTS
 
+LEAST = 5  # seconds, in which a process has hardly begun
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks gpu", description=__doc__.splitlines()[0])
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(name: str, options: argparse.Namespace, seconds: float) -> None:
     """One part; what it had written when its time was over stays."""
-    if seconds < 5:
+    if seconds < LEAST:
         print(f"{name}: no time left", flush=True)
         return
     command = [sys.executable, "-m", "benchmarks", "gpu", "--in-process", name, "--output", str(options.output)]

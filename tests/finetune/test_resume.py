@@ -112,7 +112,9 @@ def wait_for(folder: Path, has_ended: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow) if way == "a part of an epoch" else way for way in WAYS]
+)
 def test_from_any_checkpoint(recipe_of: Callable, whole: Callable, tmp_path: Path, way: str) -> None:
     """In a folder with the recipe and a checkpoint the run ends as if it had not been stopped.
 

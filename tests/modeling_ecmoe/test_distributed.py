@@ -36,7 +36,7 @@ def errors() -> dict:
     return on_two_ranks("ddp_process.py")
 
 
-@pytest.mark.parametrize("experts", [4, 3, 1])
+@pytest.mark.parametrize("experts", [4, pytest.param(3, marks=pytest.mark.slow), 1])
 def test_a_sharded_model_keeps_its_thresholds(experts: int) -> None:
     """FSDP2: the same float32 thresholds, averaged over the ranks, in the model and in its state dict; also of stacks
     that the ranks do not divide, and of fewer experts than ranks, where one holds none.
