@@ -64,7 +64,7 @@ def prepare(
 
     A sequence has input_ids and labels, and seq_lengths where documents were put into one row.
 
-    TRL's own packing, and cutting rows that are too long, are left to its trainer, in `arguments`.
+    TRL's own packing is left to its trainer, in `arguments`; what is done here is taken out of them.
 
     wanted: training sequences that the run will use, when that is known; the rest of the text is not tokenized.
 
@@ -119,8 +119,8 @@ class _Reader:
             found = self._tokenized(rows, part, wanted)
         if not len(found):
             raise RecipeError(
-                f"dataset={self.recipe.dataset} gives no {part} sequence of max_length={self.length} tokens with "
-                "something to learn; give more text, another max_length, or another validation_fraction"
+                f"dataset={self.recipe.dataset} gives no {part} sequence of max_length={self.arguments.max_length} "
+                "tokens with something to learn; give more text, another max_length, or another validation_fraction"
             )
         return found if wanted is None or self.is_packed_later else found.select(range(min(len(found), wanted)))
 

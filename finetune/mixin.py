@@ -277,7 +277,9 @@ class ExpertChoiceTrainerMixin:
 
     def _learns_likelihood(self) -> bool:
         """Whether the trainer's loss is the negative log-likelihood of the labels, not the user's own or another."""
-        owner = next(base for base in type(self).__mro__ if "compute_loss" in vars(base) and base is not _Mixin)
+        owner = next(
+            base for base in type(self).__mro__ if "compute_loss" in vars(base) and base is not ExpertChoiceTrainerMixin
+        )
         is_own = not owner.__module__.startswith(("transformers.", "trl."))
         is_other = getattr(self.args, "loss_type", "nll") != "nll" or self.label_smoother is not None
         return not (is_own or is_other or self.compute_loss_func is not None)
@@ -380,9 +382,6 @@ class ExpertChoiceTrainerMixin:
             if self.is_world_process_zero() and step_of(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-_Mixin = ExpertChoiceTrainerMixin
 
 
 def _part(group: str | None, rates: dict[str, float | int | None]) -> str:

@@ -65,10 +65,11 @@ def _quantile_thresholds(
     # The last chosen and the best refused score, so that `score > threshold` takes exactly C tokens and neither of
     # the two sits on the border, where a rounding error would decide.
     sides = [_Side(blocks, high, is_refused) for is_refused in (0, 1)]
-    high.clear()  # of 128 experts and 48 layers, 0.8 GB
-    for name in blocks:  # mostly both scores lie in the same coarse bins, and are counted once
-        if torch.equal(sides[0].bin[name], sides[1].bin[name]):
-            sides[1].low[name] = sides[0].low[name]
+    for name in blocks:  # in the memory of the coarse ones, which of 128 experts and 48 layers is 0.8 GB
+        low = high.pop(name).zero_()
+        # Mostly both scores lie in the same coarse bins, and are counted once.
+        is_shared = torch.equal(sides[0].bin[name], sides[1].bin[name])
+        sides[0].low[name], sides[1].low[name] = low, low if is_shared else torch.zeros_like(low)
 
     def count_low(name: str, scores_TE: Tensor) -> None:
         bits_TE = _bits(scores_TE)
@@ -87,7 +88,7 @@ class _Side:
     """One side of the threshold: the coarse bin of its score, and the fine histogram inside that bin."""
 
     def __init__(self, blocks: dict[str, EcMoeBlock], high: dict[str, Tensor], is_refused: int) -> None:
-        self.low = {name: torch.zeros_like(histogram) for name, histogram in high.items()}
+        self.low: dict[str, Tensor] = {}
         self.bin: dict[str, Tensor] = {}
         self.rank: dict[str, Tensor] = {}
         for name, block in blocks.items():

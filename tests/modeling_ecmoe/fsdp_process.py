@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import build_model, random_tokens
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from modeling_ecmoe import sparse_blocks
 
@@ -31,13 +31,35 @@ def ddp_gradient_difference(model: torch.nn.Module, ids: torch.Tensor) -> float:
     return worst
 
 
+def mixed(model: torch.nn.Module, mesh: object, ids: torch.Tensor) -> dict:
+    """The dtypes of a step whose weights arrive in bfloat16, and how far scores are from those of rounded weights."""
+    weight = model.model.layers[0].mlp.gate.weight.detach().bfloat16()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    seen: list[torch.Tensor] = []
+
+    def see(_: object, args: tuple, output: tuple) -> None:
+        expected = torch.nn.functional.linear(args[0].float(), weight.float())
+        seen.append((output[0] - expected).abs().max())
+        seen.append(output[1])
+
+    model.model.layers[0].mlp.gate.register_forward_hook(see)
+    model(ids, labels=ids).loss.backward()
+    gate = sparse_blocks(model)["model.layers.0.mlp"].gate
+    return {
+        "mixed": [str(seen[1].dtype), str(gate.threshold.dtype), str(gate.weight.grad.dtype)],
+        "mixed error": seen[0].item(),
+    }
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     experts = int(sys.argv[1])
     whole = build_model("Llama", num_experts=experts, capacity_factor=min(experts, 1.5)).train()
-    sharded = copy.deepcopy(whole)
+    sharded, untrained = copy.deepcopy(whole), copy.deepcopy(whole)
     mesh = init_device_mesh("cpu", (ranks,))
     for layer in sharded.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -66,6 +88,7 @@ def main() -> None:
         "sharded": all(hasattr(b.experts.gate_up_proj, "full_tensor") for _, b in pairs),
         "moved": min(b.gate.threshold.abs().min().item() for _, b in pairs),
     }
+    found |= mixed(untrained, mesh, ids)
     if rank == 0:
         print(json.dumps(found))
     dist.destroy_process_group()

@@ -46,6 +46,8 @@ def test_a_sharded_model_keeps_its_thresholds(experts: int) -> None:
     found = on_two_ranks("fsdp_process.py", str(experts))
     assert found["sharded"] and found["moved"] > 0
     assert found["gradients of shards"] < 1e-6
+    # Weights that arrive in bfloat16: scores, thresholds and gradients are float32, scores those of rounded weights.
+    assert found["mixed"] == ["torch.float32"] * 3 and found["mixed error"] < 1e-5
     assert found["updates"] == [1, 1]
     assert found["dtypes"] == ["torch.float32"]
     assert found["difference"] < 1e-6

@@ -1,5 +1,6 @@
 """A function as one CUDA graph: what is kept, what is copied, and on a GPU the same choice."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -64,10 +65,15 @@ def test_other_shapes_and_bounds_are_other_graphs_and_not_without_end(
 
 def test_threads_get_their_own_choice(captures: list[Any]) -> None:
     """The inputs and outputs of a graph are everybody's: one at a time."""
-    inputs = [scores_of(40, seed) for seed in range(24)]
+    inputs = [scores_of(40, seed) for seed in range(120)]
     expected = [choose_tokens_within_bounds(scores, 1.5, 1, 3).token_index for scores in inputs]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda scores: choose_tokens_within_bounds(scores, 1.5, 1, 3, in_graph=True), inputs))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # without the lock some of these are another thread's
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda scores: choose_tokens_within_bounds(scores, 1.5, 1, 3, in_graph=True), inputs))
+    finally:
+        sys.setswitchinterval(interval)
     assert all(torch.equal(one.token_index, two) for one, two in zip(found, expected, strict=True))
 
 

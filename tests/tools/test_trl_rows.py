@@ -131,3 +131,28 @@ def test_parts_are_written_as_python_prints_them(marked: Any, model: Path, tmp_p
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in talk("Yes.")]
     _, found = prepared(tmp_path, model, marked, [{"messages": parts}], assistant_only_loss=True)
     assert found == ["[{'text': 'Yes.', 'type': 'text'}]"] or found == ["[{'type': 'text', 'text': 'Yes.'}]"]
+
+
+def test_an_evaluation_is_a_mean_of_means(tmp_path: Path) -> None:
+    """Case 2: another loss for another batch size, of the same rows and weights. -s shows both."""
+    if not STORIES_MODEL.is_dir():
+        pytest.skip("stories260K is not beside the repository (ECMOE_TEST_DATA)")
+    from trl import SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES_MODEL)
+    tokenizer.chat_template = None
+    rows = Dataset.from_list([{"prompt": "Say cat.", "completion": " cat" * n} for n in (1, 40)])
+    found = []
+    for size in (1, 2):
+        options: dict[str, Any] = {"per_device_eval_batch_size": size, "report_to": "none", "use_cpu": True}
+        arguments = SFTConfig(output_dir=str(tmp_path), bf16=False, activation_checkpointing=False, **options)
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(STORIES_MODEL),
+            arguments,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=tokenizer,
+        )
+        found.append(trainer.evaluate()["eval_loss"])
+    print(found)
+    assert abs(found[0] - found[1]) > 1
