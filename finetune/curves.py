@@ -18,7 +18,12 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     panels: list[tuple[str, dict[str, str]]] = [
         (
             "loss, nats per token",
-            {"loss": "training", "eval_loss": "held out, causal", "eval_loss_top_k": "held out, top-k (not causal)"},
+            {
+                "loss": "training",
+                "eval_loss": "held out, causal",
+                "eval_nll": "held out, likelihood",
+                "eval_loss_top_k": "held out, top-k (not causal)",
+            },
         ),
         ("learning rate", {"learning_rate": "learning rate"}),
         ("expert load, 1 = its share", {"eval_load_max": "most", "eval_load_min": "least"}),

@@ -52,6 +52,10 @@ class Collator(DataCollatorForLanguageModeling):
         self.return_position_ids = is_packed
         batch: dict[str, Any] = super().torch_call(examples)
         if is_packed and not self.padding_free:
+            if not batch["attention_mask"].all():
+                raise RecipeError(
+                    "packed rows of unlike length cannot stand side by side; leave pad_to_multiple_of out"
+                )
             del batch["attention_mask"]  # beside it Transformers does not read documents off the positions
             batch["labels"][batch["position_ids"] == 0] = IGNORE
         return batch
@@ -76,6 +80,12 @@ def prepare(
     if "packing_strategy" not in recipe.training:
         arguments.packing_strategy = "wrapped" if kind == "text" else "bfd"
     read = _Reader(encoder, recipe, arguments)
+    multiple: Any = arguments.pad_to_multiple_of
+    if read.wraps and multiple and read.length % multiple:
+        raise RecipeError(
+            f"pad_to_multiple_of={multiple} fills packed rows of max_length={read.length} with padding that nothing "
+            "marks, and the experts would choose it; leave it out, or set max_length to a multiple"
+        )
     held_out = read.sequences(held_out_rows, "held-out", recipe.max_eval_sequences)
     if isinstance(train_rows, IterableDataset):
         read.sequences(train_rows, "training", 1)  # an endless stream must hold something
@@ -109,7 +119,14 @@ class _Reader:
     def stream(self, rows: IterableDataset) -> IterableDataset:
         """Sequences, one after the other, as they are read."""
         found = rows.map(self.encoder, remove_columns=list(rows.column_names or []), features=_features())
-        return found if self.finish is None else found.map(self.finish, batched=True, features=self.features)
+        if self.finish is None:
+            return found
+        size = self._batch([len(row["input_ids"]) for row in found.take(100)]) if self.wraps else 1000
+        return found.map(self.finish, batched=True, batch_size=size, features=self.features)
+
+    def _batch(self, sizes: Any) -> int:
+        """Documents that are packed together: some 64 rows of them, whose last one may stay unfilled."""
+        return max(1000, 64 * self.length * len(sizes) // max(1, int(sum(sizes))))
 
     def sequences(self, rows: Rows, part: str, wanted: int | None) -> Dataset:
         """As many sequences as are wanted, where the rows give as many; before TRL's packing at least as many."""
@@ -136,7 +153,8 @@ class _Reader:
             )
             sizes = pc.list_value_length(found.with_format("arrow")[:]["input_ids"]).to_numpy()
             if self.finish is not None:
-                found = found.map(self.finish, batched=True, features=self.features, desc=f"Fitting ({part})")
+                options = {"batch_size": self._batch(sizes) if self.wraps else 1000, "desc": f"Fitting ({part})"}
+                found = found.map(self.finish, batched=True, features=self.features, **options)
             parts.append(found)
             if not self.wraps:
                 too_long += int((sizes > self.length).sum()) if self.finish is not None else 0

@@ -5,6 +5,7 @@ templates are used, which mark the assistant's words in the chat templates of th
 """
 
 import json
+from itertools import accumulate
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
@@ -300,7 +301,8 @@ def fit(batch: dict[str, list[list[int]]], length: int, too_long: str, keeps_end
 
 
 def wrap(documents: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
-    """A batch of documents end to end, cut into rows of `length` tokens; what does not fill the last one is left out.
+    """A batch of documents end to end, cut into rows of `length` tokens; what does not fill the last one is left out,
+    and so are rows of which nothing is learned.
 
     TRL's "wrapped" packing with the lengths of the documents of each row, so that none sees another, and without a
     short last row: every row, and so the experts' pool, has one size.
@@ -316,7 +318,13 @@ def wrap(documents: dict[str, list[list[int]]], length: int) -> dict[str, list[l
             row["seq_lengths"].append(end - start)
             start = end
             if len(row["input_ids"]) == length:
-                for name, values in row.items():
+                for name, values in row.items() if is_learned_from(row) else ():
                     packed[name].append(values)
                 row = {name: [] for name in packed}
     return packed
+
+
+def is_learned_from(row: dict[str, list[int]]) -> bool:
+    """Whether a packed row holds a token that is learned; the first of a document is not, for nothing predicts it."""
+    starts = {0, *accumulate(row["seq_lengths"])}
+    return any(label != IGNORE and place not in starts for place, label in enumerate(row["labels"]))

@@ -71,8 +71,10 @@ def resume_point(recipe: Recipe) -> Path | None:
         if is_finished:
             raise RecipeError(f"output_dir={output} holds this run, and it is finished; name a new folder to repeat it")
         return checkpoint
-    if recorded.is_file() and not is_finished and checkpoint is None:
-        return None  # a run that had written nothing yet
+    states = [step_of(path) for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    has_written = any(state is not None for state in states) or any(output.glob("*.safetensors"))
+    if recorded.is_file() and not is_finished and not has_written:
+        return None
     if recorded.is_file():
         changes = changed_since(recipe, output / PREFIX_CHECKPOINT_DIR)
         goes_on = ", or go on there with resume_from_checkpoint=true" if checkpoint and not is_finished else ""

@@ -268,6 +268,8 @@ class ExpertChoiceTrainerMixin:
         self.sums.reset()
         output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self.sums.means()
+        if self.sums.totals and not means:
+            raise RecipeError("the held-out rows hold no token that is learned; give others, or a larger max_length")
         if means:
             name = "loss" if self._learns_likelihood() else "nll"
             (output.metrics or {})[f"{metric_key_prefix}_{name}"] = means.pop("loss")

@@ -309,6 +309,8 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     # TRL turns recomputation on under a name that Transformers has given up.
     silent: dict[str, Any] = {"report_to": "none", "logging_nan_inf_filter": False, "bf16": False}
     silent["activation_checkpointing"] = recipe.training.get("gradient_checkpointing", True)
+    if recipe.training.get("loss_type", "nll") != "nll" or recipe.training.get("label_smoothing_factor"):
+        silent |= {"metric_for_best_model": "nll", "greater_is_better": False}  # what runs are compared by
     if recipe.distributed:
         silent["save_only_model"] = True  # the optimiser's shards of a model sharded at load time cannot be saved
     # What is learned is said by the labels, which TRL takes as they are.

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import PartialState
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_p
 from .callbacks import is_expert_choice
 from .curves import draw_curves
 from .data import Collator, Endless, prepare
-from .encode import stop_token
+from .encode import is_learned_from, stop_token
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
 from .loading import load, load_config
@@ -208,6 +208,19 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"SFTTrainer refuses the recipe: {' '.join(str(error).split())}") from error
+    if arguments.packing:  # TRL's, whose rows may hold pieces of prompts alone
+        learns = {"eval_dataset": trainer.eval_dataset.filter(is_learned_from)}
+        learns["train_dataset"] = trainer.train_dataset.filter(is_learned_from)
+        for name, rows in learns.items():
+            if isinstance(rows, Dataset) and not len(rows):
+                raise RecipeError(f"{name.replace('_dataset', '')} rows hold nothing to learn once they are packed")
+            setattr(trainer, name, rows)
+    if trainer.padding_free and not is_flash(model):
+        say(
+            f"a batch is one row, whose attention costs the square of its tokens with "
+            f"attn_implementation={model.config._attn_implementation}; flash_attention_2 knows its rows, "
+            "packing_strategy=wrapped and packing=false keep them"
+        )
     evaluated = min(len(trainer.eval_dataset), recipe.max_eval_sequences)
     trainer.eval_dataset = trainer.eval_dataset.select(range(evaluated))
     if isinstance(trainer.train_dataset, IterableDataset):
@@ -313,7 +326,7 @@ def _progress(trainer: EcMoeTrainer) -> dict[str, Any]:
         (row for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row), {}
     )
     return {
-        "loss_before": first.get("eval_loss"),  # not in the log of a checkpoint from elsewhere
+        "loss_before": first.get("eval_nll", first.get("eval_loss")),  # not in the log of a checkpoint from elsewhere
         "steps": steps,
         "tokens": tokens,
         "tokens_per_second": tokens / steps / statistics.median(seconds) if seconds else None,
@@ -326,7 +339,8 @@ def _evaluate(trainer: EcMoeTrainer) -> dict[str, Any]:
     if is_expert_choice(trainer.model):
         trainer.calibration.run()
     found = trainer.evaluate()
-    results: dict[str, Any] = {"loss_after": found["eval_loss"]}
+    # The likelihood, also where the loss that is learned is another.
+    results: dict[str, Any] = {"loss_after": found.get("eval_nll", found["eval_loss"])}
     if "eval_loss_top_k" in found:
         results |= {"loss_after_top_k": found["eval_loss_top_k"], "loss_gap": found["eval_loss_gap"]}
         results["routing"] = trainer.routing

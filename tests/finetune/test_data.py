@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from runs import prepared
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ecmoe.finetune import RecipeError, load_recipe
+from ecmoe.finetune import RecipeError, load_recipe, run
 from ecmoe.finetune.data import Collator
 from ecmoe.finetune.encode import wrap
 from ecmoe.finetune.losses import IGNORE
-from ecmoe.finetune.recipe import learned_of
+from ecmoe.finetune.recipe import learned_of, training_arguments
 from ecmoe.finetune.sources import load_rows
 from ecmoe.finetune.train import make_trainer
 
@@ -33,8 +33,11 @@ def test_packing_loses_nothing_but_the_tail(documents: list[list[int]], length: 
     tokens = [token for ids in documents for token in ids]
     flat = {name: [value for row in rows for value in row] for name, rows in packed.items()}
     assert {len(row) for row in packed["input_ids"]} | {sum(row) for row in packed["seq_lengths"]} <= {length}
-    assert flat["input_ids"] == tokens[: len(tokens) // length * length]
     starts = {sum(map(len, documents[:number])) for number in range(len(documents))}
+    # A row of beginnings alone has nothing that anything predicts.
+    full = [range(first, first + length) for first in range(0, len(tokens) - length + 1, length)]
+    kept = [place for row in full if not starts.issuperset(row[1:]) for place in row]
+    assert flat["input_ids"] == [tokens[place] for place in kept]
     rows = [dict(zip(packed, values, strict=True)) for values in zip(*packed.values(), strict=True)]
     if not rows:
         return
@@ -42,10 +45,11 @@ def test_packing_loses_nothing_but_the_tail(documents: list[list[int]], length: 
         batch = Collator(0, padding_free)(rows)
         assert batch["input_ids"].shape == ((1, len(rows) * length) if padding_free else (len(rows), length))
         positions, position = batch["position_ids"].flatten().tolist(), 0
-        for place, (token, label) in enumerate(zip(flat["input_ids"], batch["labels"].flatten(), strict=True)):
+        labels = batch["labels"].flatten()
+        for number, (place, token, label) in enumerate(zip(kept, flat["input_ids"], labels, strict=True)):
             begins = place in starts or place % length == 0
             position = 0 if begins else position + 1
-            assert positions[place] == position
+            assert positions[number] == position
             assert label == (IGNORE if begins else token)
 
 
@@ -393,3 +397,54 @@ def test_what_is_learned(kind: str, fields: str, recipe_of: Callable) -> None:
         return
     with pytest.raises(RecipeError, match=f"_only_loss=True is for other rows than these, which hold {kind}"):
         learned_of(recipe, kind)
+
+
+PROMPTS = [{"prompt": "word " * 60, "completion": "yes"} for _ in range(40)]
+
+
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd_split"])
+def test_packed_rows_of_prompts_alone_are_left_out(
+    strategy: str, recipe_of: Callable, tmp_path: Path, quick_end: None
+) -> None:
+    """Every row that is left has something to learn; nowhere is a loss of nothing."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    fields = {"dataset": tmp_path / "rows.jsonl", "packing_strategy": strategy, "max_length": 24, "max_steps": 3}
+    trainer = make_trainer(recipe_of(**fields, per_device_train_batch_size=1, logging_steps=1))
+    trainer.train()
+    assert all(row["loss"] > 0.5 for row in trainer.state.log_history if "loss" in row)
+    found = trainer.evaluate()
+    assert found["eval_loss"] > 0.5 and found["eval_loss_top_k"] > 0.5
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        assert all(any(label != IGNORE for label in row["labels"]) for row in rows)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_short_documents_fill_long_rows(
+    recipe_of: Callable, place: Path, tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the last row all of them, however many documents a row takes."""
+    rows = write_rows(tmp_path / "rows.jsonl", "n", 3000)
+    fields = {"dataset": rows, "validation_dataset": rows, "max_length": 100_000 // 2, "append_eos": False}
+    train, held_out = prepared(recipe_of(**fields, streaming=streaming), tokenizer_of(place))
+    tokens = sum(len(ids) for ids in tokenizer_of(place)(list(load_rows(recipe_of(**fields))[0]["text"]))["input_ids"])
+    assert len(held_out) == min(16, tokens // 50_000) >= 1
+    assert len(list(islice(train, 1))) == 1
+
+
+def test_padding_that_nothing_marks_is_refused(recipe_of: Callable) -> None:
+    with pytest.raises(RecipeError, match="pad_to_multiple_of=48 fills packed rows of max_length=64 with padding"):
+        make_trainer(recipe_of(pad_to_multiple_of=48))
+    make_trainer(recipe_of(pad_to_multiple_of=32))
+    ragged = [{"input_ids": [1] * n, "labels": [1] * n, "seq_lengths": [n]} for n in (3, 5)]
+    with pytest.raises(RecipeError, match="packed rows of unlike length cannot stand side by side"):
+        Collator(0)(ragged)
+
+
+@pytest.mark.parametrize("way", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.5}])
+def test_results_are_of_the_likelihood(way: dict, recipe_of: Callable, place: Path, quick_end: None) -> None:
+    """Before, after, top-k and gap are of one kind, and the best checkpoint is chosen by it."""
+    recipe = recipe_of(**way, max_steps=2)
+    found = run(recipe)
+    assert found["loss_before"] > 4  # of 300 tokens that are drawn
+    assert found["loss_gap"] == pytest.approx(found["loss_after"] - found["loss_after_top_k"], abs=1e-6)
+    assert training_arguments(recipe).metric_for_best_model == "nll"

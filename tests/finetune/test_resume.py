@@ -213,6 +213,21 @@ def test_a_run_that_wrote_no_checkpoint_begins_again(recipe_of: Callable, tmp_pa
     assert run(recipe_of(max_steps=1))["steps"] == 1
 
 
+def test_checkpoints_of_the_model_alone_are_not_written_over(recipe_of: Callable) -> None:
+    """Nothing can go on from them, and they are another run's all the same."""
+    fields = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    run(recipe_of(**fields, max_steps=2))
+    out = Path(recipe_of().output_dir)
+    (out / "finetune_results.json").unlink()  # stopped just before the end
+    for path in ("model.safetensors", None):
+        before = sorted(each.name for each in out.iterdir())
+        with pytest.raises(RecipeError, match="is not empty and holds another run"):
+            run(recipe_of(**fields, max_steps=1))
+        assert sorted(each.name for each in out.iterdir()) == before
+        if path:
+            (out / path).unlink()
+
+
 def test_what_is_said_of_going_on(
     recipe_of: Callable, whole: Callable, tmp_path: Path, capsys: Any, caplog: Any, monkeypatch: Any
 ) -> None:
