@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ecmoe.progress import progress_bar
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks, training_routes
 
 from .errors import AnalysisError
@@ -99,7 +99,7 @@ def compare(
     dtype = "float32" if steps else "auto"
     passes = steps + 2 * len(text.held_out)
     measured = []
-    with tqdm(total=passes * len(variants), desc="Comparing", unit="pass", disable=None) as bar:
+    with progress_bar(total=passes * len(variants), desc="Comparing", unit="pass") as bar:
         for variant in variants:
             bar.set_description(f"{variant.name}, {variant.num_choices} per token")
             gc.collect()
@@ -293,7 +293,7 @@ def _step_times(model: Any, variants: list[Variant], batch: Batch) -> list[list[
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     model.train()
     total = (1 + ROUNDS) * len(variants)
-    with tqdm(total=total, desc="Timing steps", unit="step", disable=None) as bar:
+    with progress_bar(total=total, desc="Timing steps", unit="step") as bar:
         for is_warm in (False, *[True] * ROUNDS):
             order = list(range(len(variants)))
             random.shuffle(order)

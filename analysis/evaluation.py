@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ecmoe.progress import progress_bar
 from modeling_ecmoe import RoutingRecord, record_routing, use_inference_routing
 
 from .errors import AnalysisError
@@ -80,7 +80,7 @@ def _losses(model: Any, stream: Iterator[dict[str, Tensor]], data: str) -> dict[
     causal = top_k = seconds = 0.0
     predicted = tokens = 0
     routes: RoutingRecord | None = None
-    for batch in tqdm(stream, desc="Evaluating", unit="batch", disable=None):
+    for batch in progress_bar(stream, desc="Evaluating", unit="batch"):
         begin = time.perf_counter()
         with record_routing(model) if has_routes else contextlib.nullcontext() as record:
             causal += -log_likelihoods(model, batch).sum().item()  # .item() waits for the device
@@ -123,7 +123,7 @@ def _pairs(model: Any, tokenizer: Any, names: list[str]) -> dict[str, Any]:
     """For each file the share of pairs whose good sentence has the higher likelihood."""
     accuracy: dict[str, float] = {}
     right = total = 0
-    for path in tqdm(_pair_files(names), desc="Minimal pairs", unit="file", disable=None):
+    for path in progress_bar(_pair_files(names), desc="Minimal pairs", unit="file"):
         correct = []
         for chunk in _chunks(_read_pairs(path), 32):
             rows = [tokenizer(text, verbose=False)["input_ids"] for pair in chunk for text in pair]

@@ -6,8 +6,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
+
+from ecmoe.progress import progress_bar
 
 from .errors import ConversionError
 
@@ -61,7 +62,7 @@ def side_by_side(models: dict[str, Any], windows: Tensor, batch_size: int) -> di
     nats per token, on windows [W, L]. The keys hold the models' names."""
     (first_name, first), (second_name, second) = models.items()
     totals = torch.zeros(3, dtype=torch.float64)
-    for batch in tqdm(windows.split(batch_size), desc="Verifying", unit="batch", disable=None):
+    for batch in progress_bar(windows.split(batch_size), desc="Verifying", unit="batch"):
         totals += _losses(first, second, batch) * len(batch)
     loss_first, loss_second, divergence = (totals / len(windows)).tolist()
     return {

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ecmoe.progress import progress_bar
+
 from ..errors import ConversionError
 from .folder import INDEX_NAME, WEIGHTS_NAME
 
@@ -64,7 +66,7 @@ def write_shards(folder: Path, tensors: list[PlannedTensor], num_layers: int, ma
     shards = _shards(tensors, max_shard_size)
     total_size = sum(tensor.nbytes for tensor in tensors)
     weight_map: dict[str, str] = {}
-    with tqdm(total=total_size, desc="Writing", unit="B", unit_scale=True, disable=None) as progress:
+    with progress_bar(total=total_size, desc="Writing", unit="B", unit_scale=True) as progress:
         for number, shard in enumerate(shards, start=1):
             file_name = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= {tensor.name: file_name for tensor in shard}

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ecmoe.progress import progress_bar
 from modeling_ecmoe import use_inference_routing
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
@@ -68,7 +68,7 @@ def _run(
     routing = "token_choice" if model.config.routing == "token_choice" else "threshold"
     try:
         with use_inference_routing(model, routing):
-            for batch in tqdm(batches, desc=title, unit="batch", disable=None):
+            for batch in progress_bar(batches, desc=title, unit="batch"):
                 model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
     finally:
         for handle in handles:

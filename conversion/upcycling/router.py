@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ecmoe.progress import progress_bar
 from modeling_ecmoe.calibration_ecmoe import thresholds_of_scores
 from modeling_ecmoe.routing_ecmoe import router_scores
 
@@ -63,7 +63,7 @@ def ffn_inputs(model: Any, batches: list[Tensor], layers: list[int]) -> dict[int
     decoder = model.get_decoder()
     handles = [decoder.layers[layer].mlp.register_forward_hook(hook_of(layer)) for layer in layers]
     try:
-        for batch in tqdm(batches, desc="FFN inputs", unit="batch", disable=None):
+        for batch in progress_bar(batches, desc="FFN inputs", unit="batch"):
             decoder(input_ids=batch.to(model.device), use_cache=False)
     finally:
         for handle in handles:
