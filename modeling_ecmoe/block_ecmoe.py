@@ -46,7 +46,7 @@ class EcMoeBlock(nn.Module):
         self.config = config
         self.gate = EcMoeRouter(config)
         self.experts = EcMoeExperts(config)
-        self.shared_expert = None
+        self.shared_expert = self.shared_expert_gate = None
         dropout = config.dense_ffn.dropout
         if config.shared_expert_intermediate_size:
             shared_config = copy.copy(config)
@@ -54,6 +54,8 @@ class EcMoeBlock(nn.Module):
             if dropout is not None:
                 setattr(shared_config, dropout, 0.0)  # below, once for the whole block
             self.shared_expert = dense_mlp_class(shared_config)
+            if config.shared_expert_weighting == "gate":
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.dropout = nn.Dropout(0.0 if dropout is None else getattr(config, dropout))
         # Set around a call (context_ecmoe.py): the real tokens by the model, another routing by its caller.
         self.token_mask: Tensor | None = None
@@ -88,6 +90,8 @@ class EcMoeBlock(nn.Module):
             shared_TD = self.shared_expert(tokens_TD)
             if self.config.shared_expert_weighting == "complement":
                 shared_TD = (1 - chosen.weight_sum)[:, None] * shared_TD
+            elif self.shared_expert_gate is not None:
+                shared_TD = self.shared_expert_gate(tokens_TD).sigmoid() * shared_TD
             output_TD = output_TD + shared_TD
         return self.dropout(output_TD.to(hidden_states.dtype).view_as(hidden_states))
 

@@ -52,7 +52,8 @@ class EcMoeConfigMixin:
         Training solves the assignment with both bounds; inference ranks by score - threshold and takes those above
         0, at least a, at most b.
     shared_expert_intermediate_size: width of a dense FFN that every token passes through; 0 is none.
-    shared_expert_weighting: "one", or "complement" for 1 - the sum of the token's combine weights.
+    shared_expert_weighting: "one", "complement" for 1 - the sum of the token's combine weights, or "gate" for the
+        sigmoid of a learned score of the token (Qwen2-MoE).
     threshold_decay: how much of the threshold average one optimiser step keeps. Pre-training keeps 0.99 to 0.999
         (arXiv 2603.11535); fine-tuning moves a router in fewer steps than such an average follows.
     threshold_after_steps: threshold training begins when `gate.threshold_updates` has come this far (a calibration
@@ -85,7 +86,7 @@ class EcMoeConfigMixin:
     min_experts_per_token: int = 0
     max_experts_per_token: int | None = None
     shared_expert_intermediate_size: int = 0
-    shared_expert_weighting: Literal["one", "complement"] = "one"
+    shared_expert_weighting: Literal["one", "complement", "gate"] = "one"
     threshold_decay: float | int = 0.9
     threshold_after_steps: int = 0
     threshold_capacity_clamp: float | int = 0.5
@@ -137,9 +138,9 @@ class EcMoeConfigMixin:
         for field, lowest in (("moe_intermediate_size", 1), ("shared_expert_intermediate_size", 0)):
             if getattr(self, field) < lowest:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least {lowest}")
-        if self.shared_expert_weighting == "complement" and not self.shared_expert_intermediate_size:
+        if self.shared_expert_weighting != "one" and not self.shared_expert_intermediate_size:
             raise ValueError(
-                "shared_expert_weighting='complement' weights a shared expert, and "
+                f"shared_expert_weighting={self.shared_expert_weighting!r} weights a shared expert, and "
                 "shared_expert_intermediate_size=0 says there is none: set its width"
             )
         if len(self.mlp_layer_types) != self.num_hidden_layers or not set(self.mlp_layer_types) <= {"sparse", "dense"}:

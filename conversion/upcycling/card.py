@@ -7,13 +7,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints.provenance import licence, licence_note, short_name
-from .initialisations import INITIALISATIONS
 from .plan import Plan
 
 
 def render_card(plan: Plan, record: dict[str, Any]) -> str:
     """The card's markdown; it does not depend on the name of the output folder."""
-    initialisation = INITIALISATIONS[record["init"]]
+    initialisation = plan.settings.initialisation
     terms = licence(plan.sources[0])
     hub_ids = [source.source.partition("@")[0] for source in plan.sources if source.commit]
     card_data = ModelCardData(

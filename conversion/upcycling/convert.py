@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def convert(
     destination: str,
     num_experts: int | None = None,
     capacity_factor: float | None = None,
-    init: str = "shared",
+    init: str | None = None,
     ratio: float | None = None,
     granularity: int | None = None,
     layers: str | list[int] = "all",
@@ -48,6 +48,9 @@ def convert(
     mix_with: list[Any] | None = None,
     mix_attention: str = "average",
     seed: int = 0,
+    routing: str | None = None,
+    min_experts_per_token: int | None = None,
+    max_experts_per_token: int | None = None,
     max_shard_size: str = "5GB",
     text: str | None = None,
     revision: str | None = None,
@@ -58,7 +61,8 @@ def convert(
     num_gpus: int = 8,
     tokenizer: Any = None,
 ) -> dict[str, Any]:
-    """Converts a dense checkpoint into an expert-choice one and returns what was measured on the way.
+    """Converts a dense checkpoint, or a mixture whose tokens choose, into an expert-choice one and returns what was
+    measured on the way.
 
     Killed at any moment, the same call goes on where it stopped, and the folder has the same bytes in the end.
 
@@ -68,7 +72,7 @@ def convert(
         destination: folder to make; it must not exist or be empty. It appears when complete, or not at all.
         num_experts: experts in each layer; None is 8, and with init="mix" one for each checkpoint.
         capacity_factor: mean experts per token; None is 1, and with init="granular" the shards of one FFN.
-        init: how experts come from the dense FFN, a key of `initialisations.INITIALISATIONS`.
+        init: how experts come from the dense FFN, a key of `initialisations.INITIALISATIONS`; None is "shared".
         ratio: of the initialisations noise, drop and split; None is their default.
         granularity: shards per dense FFN of the initialisation granular; None is 2.
         layers: "all", "every-second", "last-half", or a list such as "1,3,5"; the others stay dense.
@@ -77,6 +81,10 @@ def convert(
         mix_with: the other checkpoints, or models, of init="mix".
         mix_attention: what is not an FFN in init="mix": the "average" of all checkpoints or that of the "first".
         seed: of the router weights, of drawn expert weights and of the order of the sample text.
+        routing: of a source that is a mixture of experts already: "expert_choice" when None, "threshold", or
+            "token_choice", which computes exactly what the source computes.
+        min_experts_per_token, max_experts_per_token: of such a source under expert choice, the bounds on the experts
+            of a token; None is 1, or 0 where a shared expert covers every token, and no upper bound.
         max_shard_size: such as "5GB".
         text: UTF-8 text file to calibrate the thresholds on; a little English of Python's own when None.
         revision: of a Hub id.
@@ -93,6 +101,8 @@ def convert(
         ConversionError: for anything the user can put right, and when an exact initialisation is not exact.
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
+    bounds = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
+    settings = replace(settings, routing=routing, **bounds)
     target = free_place(destination)
     shard_size = parse_size(max_shard_size)
     if num_gpus < 1:
@@ -204,7 +214,7 @@ def _fill(
             overwrite_tensors(folder, thresholds)
         with plan.sources[0].running(plan.dtype, device) as dense:
             verification = compare(dense, converted, texts.tokenizer, texts.verification, VERIFICATION_BATCH)
-        check(verification, plan.settings.initialisation.exact, plan.dtype)
+        check(verification, plan.is_exact, plan.dtype)
         record["verification"] = verification | {"loss_tolerance": TOLERANCE[plan.dtype]}
     record["sources"] = [
         {"source": source.source, "revision": source.commit, "sha256": sha256}

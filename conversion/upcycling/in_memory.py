@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 def upcycle(
     model: PreTrainedModel,
     num_experts: int | None = None,
-    init: str = "shared",
+    init: str | None = None,
     capacity_factor: float | None = None,
     layers: str | list[int] = "all",
     seed: int = 0,

@@ -210,6 +210,14 @@ INITIALISATIONS = {
     ),
 }
 
+# Of a source that is a mixture already; it makes nothing, so it is none of those that can be chosen.
+KEPT = Initialisation(
+    summary="experts and routers of the source as they are; who chooses whom is what changes",
+    source="the router's rule alone is replaced, as arXiv 2604.01622 does for diffusion models",
+    exact=False,
+    step_0="",
+)
+
 
 def config_fields(initialisation: Initialisation, width: int, ratio: float | None, granularity: int) -> dict[str, Any]:
     """The expert-choice config fields of an initialisation for a dense FFN of that width."""

@@ -25,6 +25,9 @@ from ..errors import ConversionError
 from ..models import tied_tensors
 from .dense import Part, ffn_parts, parts_of_stack, why_not
 from .initialisations import ExpertMatrix, config_fields, normal, num_shared_neurons
+from .mixtures import KEPT, MIXTURES, MixtureMaker
+from .mixtures import complete as complete_mixture
+from .mixtures import config_fields as mixture_fields
 from .settings import Settings
 
 # What may differ between the configs of checkpoints that are mixed.
@@ -36,7 +39,8 @@ _EXPERT_CHOICE_FIELDS = [field.name for field in dataclasses.fields(EcMoeConfigM
 @dataclass(frozen=True)
 class Plan:
     """model: on the meta device, for names, shapes and code. router_rows: measured ones by tensor name; the tensors
-    not in it are drawn. Filled before anything is written."""
+    not in it are drawn. Filled before anything is written. mixture: the source's model_type where it is a mixture of
+    experts already; None of a dense one."""
 
     settings: Settings
     config: PreTrainedConfig
@@ -45,6 +49,14 @@ class Plan:
     sources: list[Source]
     tensors: list[PlannedTensor]
     router_rows: dict[str, Tensor]
+    mixture: str | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the converted model computes what its source computes."""
+        if self.mixture is not None:
+            return self.settings.routing == "token_choice"
+        return self.settings.initialisation.exact
 
     @property
     def tied(self) -> dict[str, str]:
@@ -67,7 +79,14 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
         _check_same_architecture(sources[0], dense_configs[0], source, config)
     for source in sources:
         _check_dtypes(source)
-    settings = settings.complete(dense_configs[0], len(sources))
+    model_type = dense_configs[0].model_type
+    mixture = model_type if model_type in MIXTURES else None
+    if mixture is None:
+        settings = settings.complete(dense_configs[0], len(sources))
+    elif len(sources) > 1:
+        raise ConversionError(f"mix_with takes dense checkpoints, and the source is a {mixture}; leave it out")
+    else:
+        settings = complete_mixture(settings, dense_configs[0])
     config = _config(dense_configs[0], sources[0].dtype, settings)
     try:
         with torch.device("meta"):
@@ -77,8 +96,10 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
         raise ConversionError(
             f"{sources[0].config_place} describes no model that can be built: {last_line(error)}"
         ) from error
-    plan = Plan(settings, config, sources[0].dtype, model, sources, [], {})
-    maker = _Maker(plan, {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()})
+    plan = Plan(settings, config, sources[0].dtype, model, sources, [], {}, mixture)
+    maker: Any = MixtureMaker(model_type, sources[0])
+    if mixture is None:
+        maker = _Maker(plan, {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()})
     plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
     for source in sources:
         _check_tensors(plan, source)
@@ -91,11 +112,11 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
-    if not isinstance(model_type, str) or model_type not in modeling_ecmoe.families():
+    if not isinstance(model_type, str) or model_type not in {*modeling_ecmoe.families(), *MIXTURES}:
         reason = why_not(fields)
         raise ConversionError(
             f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
-            f"{', '.join(modeling_ecmoe.families())}"
+            f"{', '.join(modeling_ecmoe.families())}, and of mixtures {', '.join(MIXTURES)}"
         )
     if fields.get("use_bidirectional_attention"):
         raise ConversionError(
@@ -122,13 +143,21 @@ def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> 
     # Some dense files carry a mixture's fields, which their own class passes over.
     for name in ("model_type", "architectures", "auto_map", "transformers_version", *_EXPERT_CHOICE_FIELDS):
         fields.pop(name, None)
-    fields |= config_fields(settings.initialisation, dense.intermediate_size, settings.ratio, settings.num_shards) | {
-        "num_experts": settings.num_experts,
-        "capacity_factor": settings.capacity_factor,
-        "mlp_layer_types": settings.mlp_layer_types(dense.num_hidden_layers),
-    }
+    family = dense.model_type
+    if settings.init == KEPT:
+        family = MIXTURES[dense.model_type].family
+        for name in MIXTURES[dense.model_type].own_fields:
+            fields.pop(name, None)
+        fields |= mixture_fields(dense, settings)
+    else:
+        fields |= config_fields(settings.initialisation, dense.intermediate_size, settings.ratio, settings.num_shards)
+        fields |= {
+            "num_experts": settings.num_experts,
+            "capacity_factor": settings.capacity_factor,
+            "mlp_layer_types": settings.mlp_layer_types(dense.num_hidden_layers),
+        }
     try:
-        config = modeling_ecmoe.config_class(dense.model_type)(**fields)
+        config = modeling_ecmoe.config_class(family)(**fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ConversionError(last_line(error).removeprefix("ValueError: ")) from error
     config.dtype = dtype

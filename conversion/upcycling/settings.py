@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConversionError
-from .initialisations import INITIALISATIONS, Initialisation
+from .initialisations import INITIALISATIONS, KEPT, Initialisation
 
 ROUTERS = {
     "normal": "N(0, initializer_range)",
@@ -16,7 +16,7 @@ NAMED_LAYERS = ("all", "every-second", "last-half")
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
-    "init": (str,),
+    "init": (str, type(None)),
     "num_experts": (int, type(None)),
     "capacity_factor": (int, float, type(None)),
     "ratio": (int, float, type(None)),
@@ -25,14 +25,20 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "router": (str,),
     "mix_attention": (str,),
     "seed": (int,),
+    "routing": (str, type(None)),
+    "min_experts_per_token": (int, type(None)),
+    "max_experts_per_token": (int, type(None)),
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights. `complete` fills what is None with the initialisation's defaults."""
+    """What decides the weights. `complete` fills what is None with the initialisation's defaults.
 
-    init: str = "shared"
+    routing, min_experts_per_token, max_experts_per_token: of a source that is a mixture already (mixtures.py).
+    """
+
+    init: str | None = None
     num_experts: int | None = None
     capacity_factor: float | None = None
     ratio: float | None = None
@@ -41,10 +47,13 @@ class Settings:
     router: str = "normal"
     mix_attention: str = "average"
     seed: int = 0
+    routing: str | None = None
+    min_experts_per_token: int | None = None
+    max_experts_per_token: int | None = None
 
     @property
     def initialisation(self) -> Initialisation:
-        return INITIALISATIONS[self.init]
+        return KEPT if self.init == "kept" else INITIALISATIONS[self.init or "shared"]
 
     @property
     def num_shards(self) -> int:
@@ -58,6 +67,14 @@ class Settings:
             ConversionError: naming the option, its value and the remedy.
         """
         self._check_types()
+        for field in ("routing", "min_experts_per_token", "max_experts_per_token"):
+            if getattr(self, field) is not None:
+                raise ConversionError(
+                    f"{field}={getattr(self, field)} is of a source that is a mixture of experts already; of a "
+                    "dense one the initialisation decides, leave it out"
+                )
+        if self.init is None:
+            return replace(self, init="shared").complete(dense_config, num_sources)
         for field, known in (("init", INITIALISATIONS), ("router", ROUTERS)):
             if getattr(self, field) not in known:
                 raise ConversionError(f"{field}={getattr(self, field)} is unknown; choose one of {', '.join(known)}")
