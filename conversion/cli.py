@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     ratios = "; ".join(f"{n}: {i.ratio}, {i.default_ratio}" for n, i in INITIALISATIONS.items() if i.ratio)
     parser = argparse.ArgumentParser(
         prog="ecmoe-convert",
-        description="Convert a dense checkpoint into an expert-choice mixture of experts.",
+        description="Convert a dense checkpoint, or a mixture whose tokens choose, into an expert-choice one.",
         epilog=f"initialisations:\n{inits}\n\nrouters:\n{routers}\n\n{_DESTINATIONS_HELP}\n\n"
         "Killed or interrupted, the same command goes on.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mix-with", nargs="+", metavar="SOURCE", help="the other checkpoints of mix")
     parser.add_argument("--mix-attention", help="average or first (default: average)")
     parser.add_argument("--seed", type=int, help="of everything that is drawn (default: 0)")
+    parser.add_argument("--routing", help="of a mixture: expert_choice (default), threshold, or token_choice, its own")
+    parser.add_argument("--min-experts-per-token", type=int, help="of a mixture (default: 1; 0 beside a shared expert)")
+    parser.add_argument("--max-experts-per-token", type=int, help="of a mixture (default: no bound)")
     parser.add_argument("--max-shard-size", help="of the output's files (default: 5GB)")
     parser.add_argument("--text", help="UTF-8 text file to calibrate on (default: a little English of Python's own)")
     parser.add_argument("--revision", help="of a Hub id")

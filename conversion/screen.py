@@ -23,16 +23,43 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
         load = f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share"
         table.add_row("causal loss", f"{verification['loss_dense']:.6f}", f"{verification['loss_converted']:.6f}")
         table.add_row("divergence, nats per token", "", f"{verification['kl_divergence']:.1e}")
-        table.add_row("largest error of a layer", "", f"{max(verification['layer_errors'].values()):.1e}")
+        if verification["layer_errors"]:
+            table.add_row("largest error of a layer", "", f"{max(verification['layer_errors'].values()):.1e}")
         table.add_row("experts per token", "", f"{verification['experts_per_token']:.2f}")
         table.add_row("expert load", "", load)
         table.add_row("chosen by no expert", "", f"{verification['uncovered']:.1%}")
         console.print(table)
+        if "bounds" in verification:
+            console.print(_regimes(verification))
         same = "the same" if verification["greedy_same"] else "different"
         change = f"The loss changed by {verification['loss_change']:+.1e}."
         console.print(f"Greedy text: {same}. {change}", highlight=False)
         console.print(f"Calibrated and measured on {_text_of(record)}.", soft_wrap=True, highlight=False)
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
+
+
+def _regimes(verification: dict[str, Any]) -> Table:
+    """The source's own rule and every bound on the experts of a token, side by side."""
+    table = Table(title="Who chooses whom: the source's rule, and expert choice within bounds")
+    table.add_column("experts of a token")
+    for column in ("causal loss", "change", "mean", "load of an expert", "varies by", "without any"):
+        table.add_column(column, justify="right")
+    source = verification["source"]
+    rows = [("the source's rule", source)]
+    rows += [(f"from {bound['least']} to {bound['most']}", bound) for bound in verification["bounds"]]
+    for title, figures in rows:
+        table.add_row(
+            title,
+            f"{figures['loss']:.4f}",
+            "" if figures is source else f"{figures['loss'] - source['loss']:+.4f}",
+            f"{figures['experts_per_token']:.2f}",
+            f"{figures['load_min']:.2f} to {figures['load_max']:.2f}",
+            f"{figures['load_cv']:.0%}",
+            f"{figures['uncovered']:.1%}",
+        )
+    dropped = " and ".join(f"{share:.1%} at {capacity}" for capacity, share in source["dropped"].items())
+    table.caption = f"Of the source's choices a capacity would drop {dropped}."
+    return table
 
 
 def _text_of(record: dict[str, Any]) -> str:

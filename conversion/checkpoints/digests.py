@@ -2,10 +2,16 @@
 
 import hashlib
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .source import Source
+
+ROUTER_ROWS = ".mlp.gate.weight"
 
 
 class Digests(threading.Thread):
@@ -38,6 +44,14 @@ def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         while piece := file.read(1 << 24):
             digest.update(piece)
+    return digest.hexdigest()
+
+
+def router_digest(rows: Iterable[Tensor]) -> str:
+    """The sha256 of the router rows of every layer, in the layers' order."""
+    digest = hashlib.sha256()
+    for tensor in rows:
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

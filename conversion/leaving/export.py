@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from modeling_ecmoe import use_inference_routing
 
-from ..checkpoints.digests import Digests, fingerprints
+from ..checkpoints.digests import ROUTER_ROWS, Digests, fingerprints, router_digest
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.hub import check_hub
+from ..checkpoints.locate import read_json
 from ..checkpoints.provenance import RECORD_NAME, VERSIONS
 from ..checkpoints.tokenizer import keep_tokenizer
 from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
@@ -74,7 +75,7 @@ def export(
     target = free_place(destination)
     shard_size = parse_size(max_shard_size)
     held = Checkpoint(source, revision, dry_run)
-    plan = plan_plain(held, to, num_experts_per_tok)
+    plan = plan_plain(held, to, num_experts_per_tok, _has_router_of_a_mixture(held))
     record = _record(plan, source, to, text, seed)
     if dry_run:
         return record | {"output_bytes": plan.nbytes}
@@ -93,6 +94,20 @@ def export(
     purpose = record | options | {"files": fingerprints([held], text)}
     produce(target, purpose, lambda work: _fill(plan, work, shard_size, texts, device, record), push_to_hub)
     return record
+
+
+def _has_router_of_a_mixture(held: Checkpoint) -> bool:
+    """Whether the router is, to the bit, that of the token-choice checkpoint which this one was converted from: then
+    it leaves as it came."""
+    path = held.folder / RECORD_NAME
+    recorded = read_json(path).get("router_sha256") if path.is_file() else None
+    if recorded is None:
+        return False
+    names = sorted(
+        (name for name in held.headers if name.endswith(ROUTER_ROWS)),
+        key=lambda name: int(name.partition(".layers.")[2].partition(".")[0]),
+    )
+    return recorded == router_digest(piece for name in names for piece in held.pieces(name))
 
 
 def _record(plan: PlainPlan, source: str, to: str, text: str | None, seed: int) -> dict[str, Any]:

@@ -85,8 +85,10 @@ class PlainPlan:
         return {"source": source, "total": total, "active": total - routed + routed * self.form.top_k // num_experts}
 
 
-def form_of(config: Any, target: Target, top_k: int | None) -> Form:
+def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool = False) -> Form:
     """The form that keeps most of a source of this config in that class.
+
+    keeps_router: whether the router's rows stay as they are, whatever the thresholds.
 
     Raises:
         ConversionError: when `top_k` is not possible.
@@ -112,21 +114,21 @@ def form_of(config: Any, target: Target, top_k: int | None) -> Form:
         num_idle=0,
         is_joined=is_joined,
         is_scaled=not keeps_weights,
-        is_shifted=not token_choice,
+        is_shifted=not token_choice and not keeps_router,
         is_exact=token_choice and keeps_weights,
         normalised=not keeps_raw,
     )
 
 
-def plan_plain(source: Checkpoint, to: str, top_k: int | None) -> PlainPlan:
-    """Plans the checkpoint that `to` names.
+def plan_plain(source: Checkpoint, to: str, top_k: int | None, keeps_router: bool = False) -> PlainPlan:
+    """Plans the checkpoint that `to` names; `keeps_router` as of `form_of`.
 
     Raises:
         ConversionError: for a source that is no whole expert-choice checkpoint, or one that no plain class can hold.
     """
     source_config = read_expert_choice_config(source)
     target = target_of(source_config, to)
-    form = form_of(source_config, target, top_k)
+    form = form_of(source_config, target, top_k, keeps_router)
     names, tied = _expected(source, source_config)
     width, shared_width = source_config.moe_intermediate_size, source_config.shared_expert_intermediate_size
     if form.is_joined:
@@ -205,10 +207,10 @@ class _Maker:
         """What is written when the source's tensor of that name has its turn."""
         prefix, _, part = name.partition(".mlp.")
         block = f"{prefix}.{self.target.block}"
-        if name.endswith(_BUFFERS) or part.startswith("shared_expert."):
+        if name.endswith(_BUFFERS) or part.startswith("shared_expert"):
             return  # thresholds stay behind; the shared expert is written with its layer's experts
         if part == "gate.weight":
-            yield from self._router(name, f"{block}.gate")
+            yield from self._router(name, f"{block}.{self.target.router}")
         elif part == "experts.gate_up_proj":
             yield from self._experts(prefix, block)
         elif part != "experts.down_proj":
@@ -243,15 +245,25 @@ class _Maker:
 
     def _experts(self, prefix: str, block: str) -> Iterator[PlannedTensor]:
         """Every expert of a layer, and the shared one where the class has one."""
-        for expert in range(self.config.num_experts + self.form.num_idle):
-            yield from self._ffn(f"{block}.experts.{expert}", prefix, self.width, partial(self._parts, prefix, expert))
+        ffns = [partial(self._parts, prefix, e) for e in range(self.config.num_experts + self.form.num_idle)]
+        if self.target.is_stacked:
+            yield from self._ffn(block, prefix, self.width, ffns)
+        else:
+            for expert, parts in enumerate(ffns):
+                yield from self._ffn(f"{block}.experts.{expert}", prefix, self.width, [parts])
         if self.target.shared_expert:
-            shared = f"{block}.{self.target.shared_expert}"
-            yield from self._ffn(shared, prefix, self.shared_width, partial(self._shared_parts, prefix))
-            if not self.target.by_score:
-                shape, dtype = (1, self.config.hidden_size), self._dtype(prefix)
-                gate = f"{block}.{self.target.shared_expert}_gate.weight"
-                yield PlannedTensor(gate, shape, dtype, lambda: iter([torch.zeros(shape, dtype=dtype)]))
+            shared = f"{prefix}.{self.target.shared_expert}"
+            yield from self._ffn(shared, prefix, self.shared_width, [partial(self._shared_parts, prefix)])
+            if self.target.has_gated_shared:
+                yield self._shared_gate(prefix, f"{shared}_gate.weight")
+
+    def _shared_gate(self, prefix: str, written: str) -> PlannedTensor:
+        """The source's own, or a row of zeros, whose sigmoid is one half."""
+        shape, dtype = (1, self.config.hidden_size), self._dtype(prefix)
+        own = f"{prefix}.mlp.shared_expert_gate.weight"
+        if own in self.source.headers:
+            return PlannedTensor(written, shape, dtype, lambda: self.source.pieces(own))
+        return PlannedTensor(written, shape, dtype, lambda: iter([torch.zeros(shape, dtype=dtype)]))
 
     def _parts(self, prefix: str, expert: int) -> list[tuple[str, int | None, float]]:
         if expert >= self.config.num_experts:
@@ -270,24 +282,29 @@ class _Maker:
         has_shared = self.config.shared_expert_intermediate_size > 0
         if not has_shared or (self.form.is_joined and not self.target.by_score):
             return []
-        # Qwen2-MoE weights it by a sigmoid, of a row of zeros one half.
-        return [(f"{prefix}.mlp.shared_expert", None, 1.0 if self.target.by_score else 2.0)]
+        # A gate that is all zeros halves it.
+        is_halved = self.target.has_gated_shared and self.config.shared_expert_weighting != "gate"
+        return [(f"{prefix}.mlp.shared_expert", None, 2.0 if is_halved else 1.0)]
 
-    def _ffn(self, written: str, prefix: str, width: int, parts: Any) -> Iterator[PlannedTensor]:
-        """The three matrices of one FFN; `parts` is called when they are written, since its factors are measured."""
+    def _ffn(self, written: str, prefix: str, width: int, ffns: list[Any]) -> Iterator[PlannedTensor]:
+        """The matrices of one FFN, or of all experts where they are stacked. The parts of an FFN are asked for when it
+        is written, since their factors are measured."""
         hidden, dtype = self.config.hidden_size, self._dtype(prefix)
-        names = self.target.matrices if ".experts." in written else _MATRICES
-        for matrix, name in zip(_MATRICES, names, strict=True):
-            shape = (hidden, width) if matrix == "down_proj" else (width, hidden)
+        names = self.target.matrices if self.target.is_stacked or ".experts." in written else _MATRICES
+        for name, matrices in zip(names, _tensors_of(len(names)), strict=True):
+            is_down = matrices == ("down_proj",)
+            shape = (hidden, width) if is_down else (len(matrices) * width, hidden)
 
-            def pieces(matrix: str = matrix, shape: tuple[int, int] = shape) -> Iterator[Tensor]:
-                blocks = [self._block(matrix, *part) for part in parts()]
-                axis = 1 if matrix == "down_proj" else 0
-                missing = width - sum(block.shape[axis] for block in blocks)
-                zeros = torch.zeros((hidden, missing) if axis else (missing, hidden), dtype=dtype)
-                yield torch.cat([*blocks, zeros], dim=axis)
+            def pieces(matrices: tuple[str, ...] = matrices, is_down: bool = is_down) -> Iterator[Tensor]:
+                for parts in ffns:
+                    for matrix in matrices:
+                        blocks = [self._block(matrix, *part) for part in parts()]
+                        missing = width - sum(block.shape[int(is_down)] for block in blocks)
+                        zeros = torch.zeros((hidden, missing) if is_down else (missing, hidden), dtype=dtype)
+                        yield torch.cat([*blocks, zeros], dim=int(is_down))
 
-            yield PlannedTensor(f"{written}.{name}.weight", shape, dtype, pieces)
+            is_stack = self.target.is_stacked and written.endswith(self.target.block)
+            yield PlannedTensor(f"{written}.{name}.weight", (len(ffns), *shape) if is_stack else shape, dtype, pieces)
 
     def _block(self, matrix: str, ffn: str, expert: int | None, factor: float) -> Tensor:
         """One matrix of one FFN of the source; the factor of its output is that of its down_proj."""
@@ -302,6 +319,11 @@ class _Maker:
 
     def _dtype(self, prefix: str) -> torch.dtype:
         return DTYPES[self.source.headers[f"{prefix}.mlp.experts.gate_up_proj"].dtype]
+
+
+def _tensors_of(count: int) -> list[tuple[str, ...]]:
+    """The matrices that each tensor of an FFN holds: one each, or gate_proj and up_proj in one."""
+    return [(matrix,) for matrix in _MATRICES] if count == len(_MATRICES) else [_MATRICES[:2], _MATRICES[2:]]
 
 
 def _layer_of(name: str) -> str:

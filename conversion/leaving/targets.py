@@ -4,11 +4,19 @@ All route by top-k: Mixtral, Qwen2-MoE and Qwen3-MoE weight the k experts of the
 GLM-4-MoE takes the k highest sigmoid scores plus a bias and weights by the scores.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import Glm4MoeConfig, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    Glm4MoeConfig,
+    GraniteMoeConfig,
+    GraniteMoeSharedConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from ..errors import ConversionError
 
@@ -20,6 +28,7 @@ _COMMON = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 _COMMON += ["num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"]
 _COMMON += ["tie_word_embeddings", "rope_parameters", "attention_dropout"]
 _COMMON += ["pad_token_id", "bos_token_id", "eos_token_id"]
+_GRANITE = ["attention_bias", "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,12 @@ class Target:
     """A plain class, and the names that its checkpoints have on disk, which are not those in memory.
 
     block: the module of a layer that holds router and experts.
-    matrices: the names of an expert's gate_proj, up_proj and down_proj.
-    shared_expert: the name of its shared expert in the block, "" where it has none.
+    router: the router in the block.
+    matrices: the names of an expert's gate_proj, up_proj and down_proj; where there are two, all experts are stacked,
+        gate_proj before up_proj.
+    shared_expert: the name of its shared expert in the layer, "" where it has none; its matrices are as the experts'
+        where these are stacked.
+    has_gated_shared: whether the shared expert is weighted by the sigmoid of a learned score.
     any_weights: whether the softmax weights of the k experts may stay as they are, not divided by their sum.
     by_score: whether it routes by biased sigmoid scores, which can express thresholds.
     """
@@ -36,20 +49,38 @@ class Target:
     title: str
     config_class: type[PreTrainedConfig]
     block: str = "mlp"
-    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    router: str = "gate"
+    matrices: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     shared_expert: str = ""
+    has_gated_shared: bool = False
     any_weights: bool = True
     by_score: bool = False
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether all experts of a layer are one tensor."""
+        return len(self.matrices) == 2
 
     @property
     def architecture(self) -> str:
         return self.config_class.__name__.removesuffix("Config") + "ForCausalLM"
 
 
-MIXTRAL = Target("Mixtral", MixtralConfig, "block_sparse_moe", ("w1", "w3", "w2"), any_weights=False)
-QWEN2_MOE = Target("Qwen2-MoE", Qwen2MoeConfig, shared_expert="shared_expert")
+MIXTRAL = Target("Mixtral", MixtralConfig, "block_sparse_moe", matrices=("w1", "w3", "w2"), any_weights=False)
+QWEN2_MOE = Target("Qwen2-MoE", Qwen2MoeConfig, shared_expert="mlp.shared_expert", has_gated_shared=True)
 QWEN3_MOE = Target("Qwen3-MoE", Qwen3MoeConfig)
-GLM4_MOE = Target("GLM-4-MoE", Glm4MoeConfig, shared_expert="shared_experts", by_score=True)
+GLM4_MOE = Target("GLM-4-MoE", Glm4MoeConfig, shared_expert="mlp.shared_experts", by_score=True)
+GRANITE_MOE = Target(
+    "GraniteMoE",
+    GraniteMoeConfig,
+    "block_sparse_moe",
+    "router.layer",
+    matrices=("input_linear", "output_linear"),
+    any_weights=False,
+)
+GRANITE_MOE_SHARED = replace(
+    GRANITE_MOE, title="GraniteMoE-Shared", config_class=GraniteMoeSharedConfig, shared_expert="shared_mlp"
+)
 
 # --to -> the class for each family whose attention and norms it computes.
 DESTINATIONS = {
@@ -58,6 +89,7 @@ DESTINATIONS = {
         "ecmoe_mistral": MIXTRAL,
         "ecmoe_qwen2": QWEN2_MOE,
         "ecmoe_qwen3": QWEN3_MOE,
+        "ecmoe_granite": GRANITE_MOE,
     },
     "glm4-moe": dict.fromkeys(("ecmoe_llama", "ecmoe_mistral", "ecmoe_qwen2", "ecmoe_qwen3"), GLM4_MOE),
 }
@@ -77,6 +109,8 @@ def target_of(config: Any, to: str) -> Target:
             f"model_type={config.model_type}: no plain class that --to {to} writes computes its attention, norms and "
             f"FFNs; {', '.join(DESTINATIONS[to])} can leave, keep this one as it is"
         )
+    if target is GRANITE_MOE and config.shared_expert_intermediate_size:
+        target = GRANITE_MOE_SHARED
     for reason in _obstacles(config, target):
         raise ConversionError(f"{reason}; keep this checkpoint as it is")
     return target
@@ -86,13 +120,18 @@ def _obstacles(config: Any, target: Target) -> list[str]:
     """Why a class cannot hold what this config asks for."""
     found = []
     kind = config.model_type
-    if getattr(config, "attention_bias", False) and target is not QWEN3_MOE:
+    is_granite = target in (GRANITE_MOE, GRANITE_MOE_SHARED)
+    if getattr(config, "attention_bias", False) and target is not QWEN3_MOE and not is_granite:
         found.append(f"attention_bias=True: {target.title} has no bias in the attention's output projection")
     if config.ffn_has_bias:
         found.append(f"the FFNs have biases, and experts of {target.title} have none")
     dense = _dense_layers(config)
-    if dense and target is MIXTRAL:
-        found.append(f"mlp_layer_types has dense layers ({_listed(dense)}), and every layer of Mixtral has experts")
+    if config.shared_expert_weighting == "gate" and not target.has_gated_shared:
+        found.append(f"shared_expert_weighting=gate: {target.title} has no gate on a shared expert")
+    if dense and (target is MIXTRAL or is_granite):
+        found.append(
+            f"mlp_layer_types has dense layers ({_listed(dense)}), and every layer of {target.title} has experts"
+        )
     if dense and target is GLM4_MOE and dense != list(range(len(dense))):
         found.append(f"mlp_layer_types has dense layers ({_listed(dense)}), and those of GLM-4-MoE come first")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -153,6 +192,11 @@ def plain_config(
     if target is MIXTRAL:
         fields |= {"num_local_experts": num_experts, "intermediate_size": width}
         fields |= {"head_dim": head_dim, "sliding_window": _window(source)}
+    elif target in (GRANITE_MOE, GRANITE_MOE_SHARED):
+        fields |= {"num_local_experts": num_experts, "intermediate_size": width}
+        fields |= {name: getattr(source, name) for name in _GRANITE}
+        if target is GRANITE_MOE_SHARED:
+            fields["shared_intermediate_size"] = shared_width
     elif target is GLM4_MOE:
         fields.pop("router_aux_loss_coef")
         fields |= {"n_routed_experts": num_experts, "moe_intermediate_size": width, "n_shared_experts": 1}

@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
-from ..checkpoints.digests import Digests, fingerprints
+from ..checkpoints.digests import ROUTER_ROWS, Digests, fingerprints, router_digest
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.hub import check_hub
 from ..checkpoints.memory import ModelInMemory
@@ -29,6 +29,7 @@ from .card import render_card
 from .estimate import estimate, parameters
 from .measure import estimated_thresholds, measured_router, one_per_replica
 from .plan import Plan, plan_conversion
+from .regimes import measure_regimes
 from .router import read_prompts
 from .settings import Settings
 from .verify import check, compare
@@ -199,7 +200,7 @@ def _fill(
     custom_object_save(plan.model, folder)
 
     thresholds = work.recall("thresholds")
-    if thresholds is None and not verify:
+    if thresholds is None and not verify and config.routing != "token_choice":
         thresholds = estimated_thresholds(plan, measured)
         work.keep("thresholds", thresholds)
     if thresholds is not None:
@@ -208,7 +209,7 @@ def _fill(
     if verify:
         assert texts is not None
         converted = load_model(type(plan.model), folder, plan.dtype, device, config)
-        if thresholds is None:
+        if thresholds is None and config.routing != "token_choice":
             thresholds = _calibrate(converted, texts.calibration, plan.settings.num_shards)
             work.keep("thresholds", thresholds)
             overwrite_tensors(folder, thresholds)
@@ -216,6 +217,11 @@ def _fill(
             verification = compare(dense, converted, texts.tokenizer, texts.verification, VERIFICATION_BATCH)
         check(verification, plan.is_exact, plan.dtype)
         record["verification"] = verification | {"loss_tolerance": TOLERANCE[plan.dtype]}
+        if plan.mixture is not None and not plan.is_exact:
+            record["verification"] |= measure_regimes(converted, texts.calibration, texts.verification)
+    if plan.mixture is not None:  # with it `export` knows whether the router is still the source's
+        rows = (t for t in plan.tensors if t.name.endswith(ROUTER_ROWS))
+        record["router_sha256"] = router_digest(piece for tensor in rows for piece in tensor.pieces())
     record["sources"] = [
         {"source": source.source, "revision": source.commit, "sha256": sha256}
         for source, sha256 in zip(plan.sources, digests.result(), strict=True)

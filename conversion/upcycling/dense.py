@@ -58,6 +58,7 @@ _REASONS = {
     "bloom": "its FFN adds the residual itself",
     "gemma3": "it reads images too; convert a text model (gemma3_text)",
     "gemma3n": "its layers run on several streams at once, with an FFN sparse by itself",
+    "gpt_oss": "its experts have biases and clamped activations, and its attention has sinks",
     "mamba": "it has no FFN",
     "mamba2": "it has no FFN",
     "rwkv": "its FFN looks at the token before",
@@ -71,7 +72,7 @@ def why_not(config: dict[str, Any]) -> str | None:
     if reason:
         return reason
     if any(isinstance(config.get(field), int) and config[field] > 1 for field in _EXPERT_FIELDS):
-        return "it is a mixture of experts already"
+        return "a mixture of experts that no family here computes the rest of"
     if config.get("is_encoder_decoder"):
         return "it is an encoder and a decoder; only decoders can be converted"
     if "vision_config" in config or "audio_config" in config:

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import accelerate
@@ -38,6 +39,9 @@ def upcycle(
     granularity: int | None = None,
     mix_with: list[PreTrainedModel] | None = None,
     mix_attention: str = "average",
+    routing: str | None = None,
+    min_experts_per_token: int | None = None,
+    max_experts_per_token: int | None = None,
 ) -> PreTrainedModel:
     """Makes the expert-choice model of a dense one in memory, as `convert` does from folder to folder.
 
@@ -47,9 +51,9 @@ def upcycle(
     writes. A model on the meta device gives shapes alone.
 
     Args:
-        model: a causal language model of a family in `modeling_ecmoe.families()`; left as it is.
+        model: a causal language model of a family in `modeling_ecmoe.families()`, or a mixture; left as it is.
         num_experts: experts in each layer; None is 8, and with init="mix" one for each model.
-        init: how experts come from the dense FFN, a key of `initialisations.INITIALISATIONS`.
+        init: how experts come from the dense FFN, a key of `initialisations.INITIALISATIONS`; None is "shared".
         capacity_factor: mean experts per token; None is 1, and with init="granular" the shards of one FFN.
         layers: "all", "every-second", "last-half", or a list such as [1, 3, 5]; the others stay dense.
         seed: of the router weights and of drawn expert weights.
@@ -61,6 +65,7 @@ def upcycle(
         granularity: shards per dense FFN of the initialisation granular; None is 2.
         mix_with: the other models of init="mix".
         mix_attention: what is not an FFN in init="mix": the "average" of all models or that of the "first".
+        routing, min_experts_per_token, max_experts_per_token: of a model that is a mixture already, as in `convert`.
 
     Returns:
         The expert-choice model, in the mode of the dense one.
@@ -69,6 +74,8 @@ def upcycle(
         ConversionError: for anything the user can put right.
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, "normal", mix_attention, seed)
+    bounds = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
+    settings = replace(settings, routing=routing, **bounds)
     if tokenizer is not None and calibrate_on is None:
         raise ConversionError("tokenizer is for the texts of calibrate_on, and there are none; leave it out")
     if isinstance(model, str | os.PathLike):
@@ -96,7 +103,7 @@ def upcycle(
     if len(set(places.values())) > 1:
         converted = accelerate.dispatch_model(converted, places)
     converted.train(model.training)
-    if not dense.is_on_meta:
+    if not dense.is_on_meta and converted.config.routing != "token_choice":
         _set_thresholds(plan, converted, calibrate_on, tokenizer)
     return converted
 

@@ -97,9 +97,11 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
             f"{sources[0].config_place} describes no model that can be built: {last_line(error)}"
         ) from error
     plan = Plan(settings, config, sources[0].dtype, model, sources, [], {}, mixture)
-    maker: Any = MixtureMaker(model_type, sources[0])
+    maker: Any
     if mixture is None:
         maker = _Maker(plan, {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()})
+    else:
+        maker = MixtureMaker(mixture, sources[0])
     plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
     for source in sources:
         _check_tensors(plan, source)

@@ -26,7 +26,8 @@ def compare(dense: Any, converted: Any, tokenizer: Any, windows: Tensor, batch_s
 def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[str, float]:
     """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN on a batch.
 
-    The keys are the layers' numbers as text, as in the JSON record.
+    The keys are the layers' numbers as text, as in the JSON record; none where the source has no module `mlp` whose
+    output is the whole FFN's.
     """
     errors: dict[str, float] = {}
     blocks = {
@@ -40,7 +41,8 @@ def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[str, float]:
 
         return hook
 
-    handles = [dense.get_decoder().layers[i].mlp.register_forward_hook(hook_of(i)) for i in blocks]
+    ffns = {i: getattr(dense.get_decoder().layers[i], "mlp", None) for i in blocks}
+    handles = [ffn.register_forward_hook(hook_of(i)) for i, ffn in ffns.items() if ffn is not None]
     try:
         dense(input_ids=batch.to(dense.device), use_cache=False)
     finally:

@@ -114,8 +114,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "model_type=gpt2 is not supported: its FFN is no pair of linear layers but of Conv1D, stored transposed; ",
     ),
     "experts already": (
-        lambda folder: edit_config(folder, model_type="mixtral", num_local_experts=8),
-        "model_type=mixtral is not supported: it is a mixture of experts already; supported are cohere2, ",
+        lambda folder: edit_config(folder, model_type="gpt_oss", num_local_experts=8),
+        "model_type=gpt_oss is not supported: its experts have biases and clamped activations, and its attention ",
     ),
     "activation": (
         lambda folder: edit_config(folder, hidden_act="xielu"),
