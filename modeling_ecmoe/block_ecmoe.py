@@ -74,6 +74,8 @@ class EcMoeBlock(nn.Module):
         _, scores_TE, threshold_E = self.gate(tokens_TD, jitter=learning)
         # Choice.
         chosen = self._choose(scores_TE, threshold_E, hidden_states.shape[:-1], learning)
+        if self.config.routed_scaling_factor != 1:
+            chosen = chosen._replace(weight=chosen.weight * self.config.routed_scaling_factor)
         # Dispatch, experts, combine; of slots a back-end does all three.
         if isinstance(chosen, Slots):
             output_TD = self.experts(tokens_TD, chosen.expert, chosen.weight).to(chosen.weight.dtype)
@@ -100,7 +102,7 @@ class EcMoeBlock(nn.Module):
         config = self.config
         routing = self.routing_override or (config.routing if self.training else config.inference_routing)
         if routing == "token_choice":
-            return self._tokens_choose(scores_TE, learning)
+            return self._tokens_choose(scores_TE, threshold_E, learning)
         if routing == "expert_choice" or learning:
             return self._experts_choose(scores_TE, batch_shape, learning)
         routes_TE = self.routes(scores_TE, threshold_E)
@@ -149,19 +151,25 @@ class EcMoeBlock(nn.Module):
         if torch.is_grad_enabled():
             self.gate.record_threshold(threshold_E, num_tokens)
 
-    def _tokens_choose(self, scores_TE: Tensor, learning: bool) -> Slots:
+    def _tokens_choose(self, scores_TE: Tensor, threshold_E: Tensor, learning: bool) -> Slots:
         """Token choice, the baseline: each token takes its k best experts. Nothing is dropped outside training, where
         padding takes nothing away either: no mask is read, so that threads may share a model."""
         capacity_factor = self.config.token_choice_capacity_factor if learning else None
         mask_T = self.token_mask.flatten() if learning and self.token_mask is not None else None
-        expert_TK, is_kept_TK = choose_experts(scores_TE, int(self.config.capacity_factor), capacity_factor, mask_T)
+        has_bias = self.config.token_choice_bias_update_rate is not None
+        num_choices, bias_E = int(self.config.capacity_factor), threshold_E if has_bias else None
+        expert_TK, is_kept_TK = choose_experts(scores_TE, num_choices, capacity_factor, mask_T, bias_E)
+        if learning and has_bias and torch.is_grad_enabled():
+            self.gate.record_load(expert_TK, mask_T)
         weight_TK = scores_TE.gather(-1, expert_TK) * is_kept_TK
         return weighted_slots(expert_TK, weight_TK, self.config.normalize_combine_weights)
 
     def routes(self, scores_TE: Tensor, threshold_E: Tensor | None = None) -> Tensor:
         """[T, E] bool, the routes that inference takes: by threshold, or the k best of a token-choice model."""
         if self.config.inference_routing == "token_choice":
-            expert_TK, _ = choose_experts(scores_TE, int(self.config.capacity_factor), None, None)
+            has_bias = self.config.token_choice_bias_update_rate is not None
+            bias_E = (self.gate.threshold if threshold_E is None else threshold_E) if has_bias else None
+            expert_TK, _ = choose_experts(scores_TE, int(self.config.capacity_factor), None, None, bias_E)
             return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, expert_TK, True)
         self.gate.warn_uncalibrated()
         threshold_E = self.gate.threshold if threshold_E is None else threshold_E

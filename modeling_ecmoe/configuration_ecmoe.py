@@ -61,6 +61,10 @@ class EcMoeConfigMixin:
     threshold_capacity_clamp: in threshold training an expert takes at least (1 - g) C and at most (1 + g) C tokens.
     token_choice_capacity_factor: in token-choice training an expert drops what exceeds this factor times its equal
         share; None drops nothing.
+    token_choice_bias_update_rate: token choice ranks the experts of a token by score - threshold, and each optimiser
+        step nudges the thresholds by this much towards equal loads: the correction bias with its sign turned round
+        (arXiv 2408.15664). 0 keeps them; None has none.
+    routed_scaling_factor: multiplies the combine weights (DeepSeek-V3, GLM-4-MoE).
     router_jitter_noise: noise on the router's input in training, uniform in [1 - x, 1 + x].
     router_z_loss_coef, router_aux_loss_coef: weights of the z-loss and of token choice's balance loss, which a causal
         language model adds to its loss in training; the balance loss is that of each layer (Switch Transformer, arXiv
@@ -91,6 +95,8 @@ class EcMoeConfigMixin:
     threshold_after_steps: int = 0
     threshold_capacity_clamp: float | int = 0.5
     token_choice_capacity_factor: float | int | None = None
+    token_choice_bias_update_rate: float | int | None = None
+    routed_scaling_factor: float | int = 1.0
     router_jitter_noise: float | int = 0.0
     router_z_loss_coef: float | int = 0.0
     router_aux_loss_coef: float | int = 0.0
@@ -178,6 +184,19 @@ class EcMoeConfigMixin:
         if self.token_choice_capacity_factor is not None and self.token_choice_capacity_factor <= 0:
             raise ValueError(
                 f"token_choice_capacity_factor={self.token_choice_capacity_factor} must be above 0 or None"
+            )
+        rate = self.token_choice_bias_update_rate
+        if rate is not None and (not token_choice or rate < 0):
+            raise ValueError(
+                f"token_choice_bias_update_rate={rate} is of routing=token_choice and not negative; routing="
+                f"{self.routing}: set it to None"
+            )
+        if self.routed_scaling_factor <= 0 or (
+            self.routed_scaling_factor != 1 and self.shared_expert_weighting == "complement"
+        ):
+            raise ValueError(
+                f"routed_scaling_factor={self.routed_scaling_factor} must be above 0, and 1 beside "
+                "shared_expert_weighting='complement', whose weights add up to one"
             )
         if self.router_aux_loss_coef and not token_choice:
             raise ValueError(

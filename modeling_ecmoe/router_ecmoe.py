@@ -71,6 +71,7 @@ class EcMoeRouter(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        self.config = config
         self.score_function = config.router_score_function
         self.threshold_decay = config.threshold_decay
         self.jitter = config.router_jitter_noise
@@ -165,7 +166,39 @@ class EcMoeRouter(nn.Module):
             self.has_pending = True
 
     @torch.no_grad()
+    def record_load(self, expert_TK: Tensor, mask_T: Tensor | None) -> None:
+        """Adds how many of a micro-batch's real tokens chose each expert, for the thresholds that token choice nudges.
+
+        expert_TK: [T, K] long, each token's experts. mask_T: [T] bool, True for real tokens; None when all are.
+        """
+        pending = self._allocate_pending(expert_TK.device)
+        is_real_TK = torch.ones_like(expert_TK) if mask_T is None else mask_T[:, None].expand_as(expert_TK)
+        pending[:-1].scatter_add_(0, expert_TK.flatten(), is_real_TK.flatten().to(pending.dtype))
+        pending[-1] += is_real_TK[:, 0].sum()
+        if not torch.compiler.is_compiling():
+            self.has_pending = True
+
+    @torch.no_grad()
     def update_threshold(self) -> None:
+        """Brings the threshold up to date after an optimiser step: nudged where tokens choose, averaged elsewhere."""
+        if self.config.routing == "token_choice":
+            self._nudge_threshold()
+        else:
+            self._average_threshold()
+
+    def _nudge_threshold(self) -> None:
+        """A little up where an expert was chosen more often than the mean, a little down where less (arXiv 2408.15664,
+        algorithm 1, with b = -threshold)."""
+        rate, pending = self.config.token_choice_bias_update_rate, self._allocate_pending(self.threshold.device)
+        if self.threshold.dtype != torch.float32:
+            self.threshold.data = self.threshold.float()
+        if rate:
+            self.threshold.add_((pending[:-1] - pending[:-1].mean()).sign(), alpha=rate)
+        self.threshold_updates.add_(pending[-1] > 0)
+        pending.zero_()
+        self.has_pending = False
+
+    def _average_threshold(self) -> None:
         """Folds the pending mean into the threshold: a bias-corrected moving average, as in Adam.
 
         With m_n = decay * m_(n-1) + (1 - decay) * x_n and threshold_n = m_n / (1 - decay^n), m need not be kept.

@@ -125,16 +125,23 @@ def choose_by_threshold(
 
 
 def choose_experts(
-    scores_TE: Tensor, num_choices: int, capacity_factor: float | None, token_mask_T: Tensor | None
+    scores_TE: Tensor,
+    num_choices: int,
+    capacity_factor: float | None,
+    token_mask_T: Tensor | None,
+    threshold_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token choice: the k best experts [T, K] of each token, and which of these choices an expert had room for.
+
+    With thresholds the best are those furthest above theirs (a correction bias, arXiv 2408.15664, is minus that).
 
     With a capacity an expert keeps the first ceil(capacity_factor * k * T / E) tokens in the order of the batch and
     drops the rest (GShard, arXiv 2006.16668, section 2.2); first choices come before second ones. Padding is never
     kept and takes no room.
     """
     num_tokens, num_experts = scores_TE.shape
-    expert_TK = scores_TE.detach().topk(num_choices, dim=-1).indices
+    ranking_TE = scores_TE.detach() if threshold_E is None else scores_TE.detach() - threshold_E
+    expert_TK = ranking_TE.topk(num_choices, dim=-1).indices
     is_real_T = torch.ones_like(scores_TE[:, 0], dtype=torch.bool) if token_mask_T is None else token_mask_T
     is_kept_TK = is_real_T[:, None].expand_as(expert_TK)
     if capacity_factor is None:

@@ -28,7 +28,7 @@ from ..models import TOLERANCE, check_memory, greedy_texts, load_model, side_by_
 from ..texts import OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
 from .card import render_plain_card
 from .fit import fit
-from .plain import PlainPlan, plan_plain
+from .plain import PlainPlan, layer_of, plan_plain
 from .targets import fields_for_older_tools
 
 
@@ -75,7 +75,7 @@ def export(
     target = free_place(destination)
     shard_size = parse_size(max_shard_size)
     held = Checkpoint(source, revision, dry_run)
-    plan = plan_plain(held, to, num_experts_per_tok, _has_router_of_a_mixture(held))
+    plan = plan_plain(held, to, num_experts_per_tok, _router_of_a_mixture(held))
     record = _record(plan, source, to, text, seed)
     if dry_run:
         return record | {"output_bytes": plan.nbytes}
@@ -96,18 +96,18 @@ def export(
     return record
 
 
-def _has_router_of_a_mixture(held: Checkpoint) -> bool:
-    """Whether the router is, to the bit, that of the token-choice checkpoint which this one was converted from: then
-    it leaves as it came."""
+def _router_of_a_mixture(held: Checkpoint) -> dict[str, list[float]] | None:
+    """Where the router is, to the bit, that of the token-choice checkpoint which this one was converted from: the
+    biases that one adds to its scores, by layer. Then it leaves as it came. None elsewhere."""
     path = held.folder / RECORD_NAME
-    recorded = read_json(path).get("router_sha256") if path.is_file() else None
-    if recorded is None:
-        return False
-    names = sorted(
-        (name for name in held.headers if name.endswith(ROUTER_ROWS)),
-        key=lambda name: int(name.partition(".layers.")[2].partition(".")[0]),
-    )
-    return recorded == router_digest(piece for name in names for piece in held.pieces(name))
+    record = read_json(path) if path.is_file() else {}
+    if "router_sha256" not in record:
+        return None
+    names = sorted((name for name in held.headers if name.endswith(ROUTER_ROWS)), key=lambda name: int(layer_of(name)))
+    if record["router_sha256"] != router_digest(piece for name in names for piece in held.pieces(name)):
+        return None
+    biases: dict[str, list[float]] = record.get("router_biases", {})
+    return biases
 
 
 def _record(plan: PlainPlan, source: str, to: str, text: str | None, seed: int) -> dict[str, Any]:

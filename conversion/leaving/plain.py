@@ -12,7 +12,7 @@ the scores, and idle experts, which add nothing, take the places of a token that
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..checkpoints.source import DTYPES
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
-from .targets import EMPTY_WIDTH, Target, plain_config, target_of
+from .targets import EMPTY_WIDTH, OWN_CLASS, Target, plain_config, target_of
 
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 _BUFFERS = (".mlp.gate.threshold", ".mlp.gate.threshold_updates")
@@ -59,7 +59,7 @@ class Form:
 @dataclass(frozen=True)
 class PlainPlan:
     """tied: tensors of the source that are another one, and which. measured: by layer, e.g. "0.rows" [E, D] and
-    "0.scales" [E]; filled before anything is written."""
+    "0.scales" [E]; filled before anything is written. biases: [E] by layer where they are not minus the thresholds."""
 
     source: Checkpoint
     target: Target
@@ -69,6 +69,7 @@ class PlainPlan:
     tied: dict[str, str]
     tensors: list[PlannedTensor]
     measured: dict[str, Tensor]
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +101,9 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
             "source has routing=token_choice"
         )
     complement = config.shared_expert_weighting == "complement"
+    if target.by_score and (token_choice or keeps_router):
+        normalised = config.normalize_combine_weights
+        return Form(int(config.capacity_factor), 0, False, False, False, is_exact=token_choice, normalised=normalised)
     if target.by_score:
         most = config.max_experts_per_token or num_experts
         top_k = min(most, top_k or int(_ROOM_BY_SCORE * config.capacity_factor + 0.5) or 1)
@@ -120,20 +124,29 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
     )
 
 
-def plan_plain(source: Checkpoint, to: str, top_k: int | None, keeps_router: bool = False) -> PlainPlan:
-    """Plans the checkpoint that `to` names; `keeps_router` as of `form_of`.
+def plan_plain(source: Checkpoint, to: str, top_k: int | None, kept: dict[str, list[float]] | None = None) -> PlainPlan:
+    """Plans the checkpoint that `to` names.
+
+    kept: where the router is still that of the mixture which the source was converted from, the biases [E] that this
+        mixture adds to its scores, by layer; empty where it has none.
 
     Raises:
         ConversionError: for a source that is no whole expert-choice checkpoint, or one that no plain class can hold.
     """
     source_config = read_expert_choice_config(source)
     target = target_of(source_config, to)
-    form = form_of(source_config, target, top_k, keeps_router)
+    form = form_of(source_config, target, top_k, kept is not None)
     names, tied = _expected(source, source_config)
     width, shared_width = source_config.moe_intermediate_size, source_config.shared_expert_intermediate_size
     if form.is_joined:
         width += shared_width
-    if target.by_score:  # its shared expert is as wide as the others
+    if target.by_score and source_config.model_type in OWN_CLASS:
+        if shared_width % width or not shared_width:
+            raise ConversionError(
+                f"shared_expert_intermediate_size={shared_width}: shared experts of {target.title} are as wide as the "
+                f"others, {width}"
+            )
+    elif target.by_score:  # its shared expert is as wide as the others
         width = shared_width = max(width, shared_width)
     elif form.is_joined or not shared_width:
         shared_width = EMPTY_WIDTH
@@ -141,7 +154,8 @@ def plan_plain(source: Checkpoint, to: str, top_k: int | None, keeps_router: boo
     config = plain_config(
         source_config, target, source.dtype, num_experts, form.top_k, width, shared_width, form.normalised
     )
-    plan = PlainPlan(source, target, form, source_config, config, tied, [], {})
+    biases = {layer: torch.tensor(values) for layer, values in (kept or {}).items()}
+    plan = PlainPlan(source, target, form, source_config, config, tied, [], {}, biases)
     maker = _Maker(plan, width, shared_width)
     for name in names:
         plan.tensors.extend(maker.tensors(name))
@@ -228,7 +242,7 @@ class _Maker:
         header = self.source.headers[name]
         num_experts, hidden = header.shape
         dtype, idle = DTYPES[header.dtype], self.form.num_idle
-        layer = _layer_of(name)
+        layer = layer_of(name)
 
         def rows() -> Iterator[Tensor]:
             measured = self.plan.measured.get(f"{layer}.rows")
@@ -236,7 +250,8 @@ class _Maker:
             yield torch.zeros(idle, hidden, dtype=dtype)
 
         def bias() -> Iterator[Tensor]:
-            yield -self.source.read(name.replace("gate.weight", "gate.threshold"))
+            kept = self.plan.biases.get(layer)
+            yield -self.source.read(name.replace("gate.weight", "gate.threshold")) if kept is None else kept
             yield torch.full((idle,), -0.5)
 
         yield PlannedTensor(f"{written}.weight", (num_experts + idle, hidden), dtype, rows)
@@ -268,7 +283,7 @@ class _Maker:
     def _parts(self, prefix: str, expert: int) -> list[tuple[str, int | None, float]]:
         if expert >= self.config.num_experts:
             return []  # idle
-        scales = self.plan.measured.get(f"{_layer_of(prefix)}.scales")
+        scales = self.plan.measured.get(f"{layer_of(prefix)}.scales")
         scale = 1.0 if scales is None else scales[expert].item()
         parts: list[tuple[str, int | None, float]] = [(f"{prefix}.mlp.experts", expert, scale)]
         if self.form.is_joined:
@@ -326,6 +341,6 @@ def _tensors_of(count: int) -> list[tuple[str, ...]]:
     return [(matrix,) for matrix in _MATRICES] if count == len(_MATRICES) else [_MATRICES[:2], _MATRICES[2:]]
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
     """The number in a name such as model.layers.3.mlp.gate.weight."""
     return name.partition(".layers.")[2].partition(".")[0]

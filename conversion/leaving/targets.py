@@ -4,15 +4,18 @@ All route by top-k: Mixtral, Qwen2-MoE and Qwen3-MoE weight the k experts of the
 GLM-4-MoE takes the k highest sigmoid scores plus a bias and weights by the scores.
 """
 
+import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
     Glm4MoeConfig,
     GraniteMoeConfig,
     GraniteMoeSharedConfig,
     MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -70,6 +73,8 @@ MIXTRAL = Target("Mixtral", MixtralConfig, "block_sparse_moe", matrices=("w1", "
 QWEN2_MOE = Target("Qwen2-MoE", Qwen2MoeConfig, shared_expert="mlp.shared_expert", has_gated_shared=True)
 QWEN3_MOE = Target("Qwen3-MoE", Qwen3MoeConfig)
 GLM4_MOE = Target("GLM-4-MoE", Glm4MoeConfig, shared_expert="mlp.shared_experts", by_score=True)
+DEEPSEEK_V3 = replace(GLM4_MOE, title="DeepSeek-V3", config_class=DeepseekV3Config)
+OLMOE = Target("OLMoE", OlmoeConfig)
 GRANITE_MOE = Target(
     "GraniteMoE",
     GraniteMoeConfig,
@@ -90,9 +95,16 @@ DESTINATIONS = {
         "ecmoe_qwen2": QWEN2_MOE,
         "ecmoe_qwen3": QWEN3_MOE,
         "ecmoe_granite": GRANITE_MOE,
+        "ecmoe_olmoe": OLMOE,
+        "ecmoe_glm4_moe": GLM4_MOE,
+        "ecmoe_deepseek_v3": DEEPSEEK_V3,
     },
     "glm4-moe": dict.fromkeys(("ecmoe_llama", "ecmoe_mistral", "ecmoe_qwen2", "ecmoe_qwen3"), GLM4_MOE),
 }
+
+
+# The families whose dense class is a mixture itself: they leave as that class.
+OWN_CLASS = {"ecmoe_olmoe", "ecmoe_glm4_moe", "ecmoe_deepseek_v3"}
 
 
 def target_of(config: Any, to: str) -> Target:
@@ -121,23 +133,26 @@ def _obstacles(config: Any, target: Target) -> list[str]:
     found = []
     kind = config.model_type
     is_granite = target in (GRANITE_MOE, GRANITE_MOE_SHARED)
-    if getattr(config, "attention_bias", False) and target is not QWEN3_MOE and not is_granite:
+    is_own = kind in OWN_CLASS
+    if getattr(config, "attention_bias", False) and target is not QWEN3_MOE and not is_granite and not is_own:
         found.append(f"attention_bias=True: {target.title} has no bias in the attention's output projection")
     if config.ffn_has_bias:
         found.append(f"the FFNs have biases, and experts of {target.title} have none")
     dense = _dense_layers(config)
+    if config.routed_scaling_factor != 1 and not target.by_score:
+        found.append(f"routed_scaling_factor={config.routed_scaling_factor}: {target.title} has none")
     if config.shared_expert_weighting == "gate" and not target.has_gated_shared:
         found.append(f"shared_expert_weighting=gate: {target.title} has no gate on a shared expert")
     if dense and (target is MIXTRAL or is_granite):
         found.append(
             f"mlp_layer_types has dense layers ({_listed(dense)}), and every layer of {target.title} has experts"
         )
-    if dense and target is GLM4_MOE and dense != list(range(len(dense))):
-        found.append(f"mlp_layer_types has dense layers ({_listed(dense)}), and those of GLM-4-MoE come first")
+    if dense and target.by_score and dense != list(range(len(dense))):
+        found.append(f"mlp_layer_types has dense layers ({_listed(dense)}), and those of {target.title} come first")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = _window(config)
-    if target is GLM4_MOE and (len(layer_types) > 1 or (window and window < config.max_position_embeddings)):
-        found.append(f"sliding_window={config.sliding_window}: GLM-4-MoE attends to everything")
+    if target.by_score and (len(layer_types) > 1 or (window and window < config.max_position_embeddings)):
+        found.append(f"sliding_window={config.sliding_window}: {target.title} attends to everything")
     if target is QWEN3_MOE and len(layer_types) > 1:
         found.append("layer_types has full and sliding attention, and all layers of Qwen3-MoE have the same")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -147,9 +162,9 @@ def _obstacles(config: Any, target: Target) -> list[str]:
         found.append(
             f"router_score_function={config.router_score_function} of {kind}: {target.title} scores by sigmoid"
         )
-    if target.by_score and config.routing == "token_choice":
+    if target.by_score and config.routing == "token_choice" and config.token_choice_bias_update_rate is None:
         found.append("routing=token_choice has no thresholds to carry over")
-    if target.by_score and config.normalize_combine_weights:
+    if target.by_score and config.normalize_combine_weights and not is_own and config.routing != "token_choice":
         found.append(f"normalize_combine_weights=True: idle experts of {target.title} would count among the weights")
     return found
 
@@ -186,6 +201,9 @@ def plain_config(
     normalised: whether the weights of a token's experts are divided by their sum.
     """
     fields = {name: getattr(source, name) for name in _COMMON}
+    if source.model_type in OWN_CLASS:
+        known = {field.name for field in dataclasses.fields(target.config_class)}
+        fields |= {name: value for name, value in source.to_dict().items() if name in known}
     fields |= {"num_experts_per_tok": top_k, "router_aux_loss_coef": source.router_aux_loss_coef}
     dense = _dense_layers(source)
     head_dim = getattr(source, "head_dim", None)
@@ -197,10 +215,16 @@ def plain_config(
         fields |= {name: getattr(source, name) for name in _GRANITE}
         if target is GRANITE_MOE_SHARED:
             fields["shared_intermediate_size"] = shared_width
-    elif target is GLM4_MOE:
+    elif target is OLMOE:
+        fields |= {"num_experts": num_experts, "intermediate_size": width, "norm_topk_prob": normalised}
+    elif target.by_score:
         fields.pop("router_aux_loss_coef")
-        fields |= {"n_routed_experts": num_experts, "moe_intermediate_size": width, "n_shared_experts": 1}
+        fields |= {"n_routed_experts": num_experts, "moe_intermediate_size": width}
+        fields |= {"n_shared_experts": max(1, shared_width // width), "n_group": 1, "topk_group": 1}
         fields |= {"norm_topk_prob": normalised, "first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
+        fields["routed_scaling_factor"] = source.routed_scaling_factor
+        if source.model_type in OWN_CLASS:
+            return _finished(target, fields, dtype)
         fields |= {"attention_bias": source.model_type == "ecmoe_qwen2", "head_dim": head_dim}
         fields |= {"use_qk_norm": source.model_type == "ecmoe_qwen3", "partial_rotary_factor": 1.0}
         fields["head_dim"] = head_dim or source.hidden_size // source.num_attention_heads
@@ -214,6 +238,10 @@ def plain_config(
         else:
             fields |= {"qkv_bias": True, "shared_expert_intermediate_size": shared_width}
             fields |= {"layer_types": source.layer_types, "max_window_layers": source.max_window_layers}
+    return _finished(target, fields, dtype)
+
+
+def _finished(target: Target, fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedConfig:
     config = target.config_class(**fields)
     config.dtype = dtype
     config.architectures = [target.architecture]

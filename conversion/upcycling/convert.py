@@ -218,10 +218,15 @@ def _fill(
         check(verification, plan.is_exact, plan.dtype)
         record["verification"] = verification | {"loss_tolerance": TOLERANCE[plan.dtype]}
         if plan.mixture is not None and not plan.is_exact:
-            record["verification"] |= measure_regimes(converted, texts.calibration, texts.verification)
+            measured_on = texts.calibration, texts.verification
+            record["verification"] |= measure_regimes(converted, *measured_on, _biases(plan))
     if plan.mixture is not None:  # with it `export` knows whether the router is still the source's
         rows = (t for t in plan.tensors if t.name.endswith(ROUTER_ROWS))
         record["router_sha256"] = router_digest(piece for tensor in rows for piece in tensor.pieces())
+        record["router_biases"] = {
+            name.partition(".layers.")[2].partition(".")[0]: (-threshold).tolist()
+            for name, threshold in _biases(plan).items()
+        }
     record["sources"] = [
         {"source": source.source, "revision": source.commit, "sha256": sha256}
         for source, sha256 in zip(plan.sources, digests.result(), strict=True)
@@ -231,6 +236,12 @@ def _fill(
     with tempfile.TemporaryDirectory() as scratch:  # with config.json a folder loads, so it comes last and at once
         plan.config.save_pretrained(scratch)
         write_whole(folder / "config.json", (Path(scratch) / "config.json").read_text(encoding="utf-8"))
+
+
+def _biases(plan: Plan) -> dict[str, Tensor]:
+    """By threshold's name what stands for the biases of a mixture whose tokens choose by biased scores; [E] each."""
+    held = (tensor for tensor in plan.tensors if tensor.sources and ".mlp.gate.threshold" in tensor.name)
+    return {tensor.name: piece for tensor in held for piece in tensor.pieces()}
 
 
 def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> Texts | None:

@@ -28,6 +28,7 @@ class Mixture:
     router: the router's weight in the block, in files and in memory.
     matrices: the names of an expert's gate_proj, up_proj and down_proj where each has a tensor of its own.
     stacks: the names of gate_up_proj and down_proj of all experts where they are stacked.
+    bias: the buffer in the block that is added to the scores when a token chooses; "" where the class has none.
     shared_expert: the module of the shared expert below the layer; "" where the class has none.
     shared_is_fused: whether its gate_proj and up_proj are one tensor, input_linear.
     own_fields: fields of its config that say something of experts, which this family has fields of its own for.
@@ -38,6 +39,7 @@ class Mixture:
     routers: tuple[str, ...] = ("gate.weight",)
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     stacks: tuple[tuple[str, str], ...] = (("experts.gate_up_proj", "experts.down_proj"),)
+    bias: str = ""
     shared_expert: str = ""
     shared_is_fused: bool = False
     own_fields: tuple[str, ...] = ()
@@ -52,6 +54,23 @@ _GRANITE = Mixture(
         ("experts.gate_up_proj", "experts.down_proj"),
     ),
     own_fields=("num_local_experts", "router_aux_loss_coef", "shared_intermediate_size"),
+)
+
+_BY_SIGMOID = Mixture(
+    "glm4_moe",
+    bias="gate.e_score_correction_bias",
+    shared_expert="mlp.shared_experts",
+    own_fields=(
+        "first_k_dense_replace",
+        "n_group",
+        "n_routed_experts",
+        "n_shared_experts",
+        "norm_topk_prob",
+        "num_local_experts",
+        "num_mtp_layers",
+        "num_nextn_predict_layers",
+        "topk_group",
+    ),
 )
 
 MIXTURES: dict[str, Mixture] = {
@@ -76,6 +95,9 @@ MIXTURES: dict[str, Mixture] = {
             "router_aux_loss_coef",
         ),
     ),
+    "olmoe": Mixture("olmoe", own_fields=("norm_topk_prob", "num_local_experts", "router_aux_loss_coef")),
+    "glm4_moe": _BY_SIGMOID,
+    "deepseek_v3": replace(_BY_SIGMOID, family="deepseek_v3"),
     "granitemoe": _GRANITE,
     "granitemoeshared": replace(_GRANITE, shared_expert="shared_mlp", shared_is_fused=True),
 }
@@ -137,8 +159,8 @@ def config_fields(source: Any, settings: Settings) -> dict[str, Any]:
         ConversionError: where the family cannot say what the source says.
     """
     token_choice = settings.routing == "token_choice"
-    kind = source.model_type
-    width = source.moe_intermediate_size if kind in ("qwen2_moe", "qwen3_moe") else source.intermediate_size
+    kind, mixture = source.model_type, MIXTURES[source.model_type]
+    width = getattr(source, "moe_intermediate_size", None) or source.intermediate_size
     fields: dict[str, Any] = {
         "num_experts": settings.num_experts,
         "moe_intermediate_size": width,
@@ -147,15 +169,22 @@ def config_fields(source: Any, settings: Settings) -> dict[str, Any]:
         "inference_routing": "token_choice" if token_choice else "threshold",
         "min_experts_per_token": settings.min_experts_per_token,
         "max_experts_per_token": settings.max_experts_per_token,
-        "router_score_function": "softmax",
+        "router_score_function": "sigmoid" if mixture.bias else "softmax",
+        "routed_scaling_factor": getattr(source, "routed_scaling_factor", 1.0),
+        "token_choice_bias_update_rate": 0.0 if token_choice and mixture.bias else None,
         # Mixtral divides the k weights by their sum; Granite's softmax over the k logits is the same.
         "normalize_combine_weights": getattr(source, "norm_topk_prob", True),
         "shared_expert_intermediate_size": _shared_width(source),
         "shared_expert_weighting": "gate" if kind == "qwen2_moe" else "one",
         "mlp_layer_types": _layer_types(source),
         "router_jitter_noise": getattr(source, "router_jitter_noise", 0.0),
-        "router_aux_loss_coef": source.router_aux_loss_coef if token_choice else 0.0,
+        "router_aux_loss_coef": getattr(source, "router_aux_loss_coef", 0.0) if token_choice else 0.0,
     }
+    if (getattr(source, "n_group", None) or 1) > 1:
+        raise ConversionError(
+            f"n_group={source.n_group}, topk_group={source.topk_group}: a token of this source chooses among its best "
+            "groups of experts alone, which this family cannot say; only n_group=1 can be converted"
+        )
     if kind == "qwen2_moe" and not source.qkv_bias:
         raise ConversionError("qkv_bias=False: the attention of Qwen2, which this source's becomes, has biases")
     if kind == "qwen3_moe" and source.sliding_window is not None:  # of all layers
@@ -169,12 +198,15 @@ def _num_experts(source: Any) -> int:
 
 def _shared_width(source: Any) -> int:
     """Of the shared expert; 0 where there is none."""
+    if getattr(source, "n_shared_experts", None):  # side by side they are one FFN
+        return int(source.n_shared_experts * source.moe_intermediate_size)
     width = getattr(source, "shared_expert_intermediate_size", 0) or getattr(source, "shared_intermediate_size", 0)
     return int(width or 0)
 
 
 def _layer_types(source: Any) -> list[str]:
     step, dense = getattr(source, "decoder_sparse_step", 1), getattr(source, "mlp_only_layers", None) or []
+    dense = [*dense, *range(getattr(source, "first_k_dense_replace", None) or 0)]
     return [
         "sparse" if layer not in dense and (layer + 1) % step == 0 else "dense"
         for layer in range(source.num_hidden_layers)
@@ -191,6 +223,12 @@ class MixtureMaker:
     def plan(self, name: str, like: Tensor) -> PlannedTensor:
         """Where the tensor of that name comes from."""
         layer, _, part = name.partition(".mlp.")
+        if part == "gate.threshold" and self.mixture.bias:
+            read = f"{layer}.{self.mixture.blocks[0]}.{self.mixture.bias}"
+            source = {read: tuple(like.shape)}
+            return PlannedTensor(
+                name, tuple(like.shape), like.dtype, lambda: iter([-self.source.read(read).float()]), source
+            )
         if part.startswith("gate.threshold"):
             return PlannedTensor(
                 name, tuple(like.shape), like.dtype, lambda: iter([torch.zeros(like.shape, dtype=like.dtype)])
@@ -202,6 +240,9 @@ class MixtureMaker:
             return self._experts(name, like, layer, is_down=part == "experts.down_proj")
         if part.startswith("shared_expert.") and self.mixture.shared_is_fused:
             return self._shared(name, like, f"{layer}.{self.mixture.shared_expert}", part.split(".")[1])
+        if part.startswith("shared_expert."):
+            read = f"{layer}.{self.mixture.shared_expert}.{part.removeprefix('shared_expert.')}"
+            return self._verbatim(name, like, read)
         return self._verbatim(name, like, name)
 
     def _places(self, names: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:

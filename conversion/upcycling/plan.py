@@ -287,6 +287,12 @@ def _check_dtypes(source: Source) -> None:
             )
 
 
+def _is_beyond(name: str, config: Any) -> bool:
+    """Whether a tensor is of a layer that the config does not count."""
+    number = name.partition(".layers.")[2].partition(".")[0]
+    return number.isdigit() and int(number) >= config.num_hidden_layers
+
+
 def _check_tensors(plan: Plan, source: Source) -> None:
     """Every tensor that the plan reads is there, in the size and dtype that it counts on, and there is no other."""
     expected = {name: shape for tensor in plan.tensors for name, shape in tensor.sources.items()}
@@ -303,6 +309,8 @@ def _check_tensors(plan: Plan, source: Source) -> None:
         if len(dtypes) > 1:
             raise ConversionError(f"{' and '.join(tensor.sources)} have dtypes {' and '.join(sorted(dtypes))}; use one")
     unused = sorted(n for n in source.headers.keys() - expected.keys() - plan.tied.keys() if not is_unread(n))
+    if plan.mixture is not None:  # layers after the last predict tokens further ahead, and Transformers reads none
+        unused = [name for name in unused if not _is_beyond(name, plan.config)]
     if unused:
         raise ConversionError(
             f"source={source.place} holds {unused[0]} ({len(unused)} such tensors), which a dense "

@@ -17,11 +17,18 @@ from modeling_ecmoe.routing_ecmoe import choose_experts
 from ..texts import BATCH, VERIFICATION_BATCH
 
 CAPACITIES = (1.0, 1.25)  # of token choice in training, times an equal share
-_FIELDS = ("routing", "inference_routing", "min_experts_per_token", "max_experts_per_token", "router_aux_loss_coef")
+_PLAIN = {
+    "min_experts_per_token": 0,
+    "max_experts_per_token": None,
+    "router_aux_loss_coef": 0.0,
+    "token_choice_bias_update_rate": None,
+}
 
 
 @torch.no_grad()
-def measure_regimes(model: Any, calibration: Tensor, verification: Tensor) -> dict[str, Any]:
+def measure_regimes(
+    model: Any, calibration: Tensor, verification: Tensor, biases: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Loss and load of the model by the source's own rule and under every bound, calibrated for each.
 
     The model is left as it was. Losses are causal, in nats per token.
@@ -29,6 +36,7 @@ def measure_regimes(model: Any, calibration: Tensor, verification: Tensor) -> di
     Args:
         model: a conversion of a mixture to expert choice.
         calibration, verification: token ids [W, L] of text to set thresholds on, and of other text to measure on.
+        biases: of a source whose tokens choose by biased scores, by threshold's name what stands for them [E].
 
     Returns:
         source: the figures of token choice, with `dropped`, the share of its choices for which a capacity of each of
@@ -37,7 +45,12 @@ def measure_regimes(model: Any, calibration: Tensor, verification: Tensor) -> di
     """
     config = model.config
     top_k, num_experts = int(config.capacity_factor), config.num_experts
-    with _routed_as(model, routing="token_choice", inference_routing="token_choice"):
+    rate = 0.0 if biases else None
+    with _routed_as(
+        model, routing="token_choice", inference_routing="token_choice", token_choice_bias_update_rate=rate
+    ):
+        for name, threshold in (biases or {}).items():
+            model.get_buffer(name).copy_(threshold)
         source = _measure(model, verification)
     bounds = []
     for least, most in dict.fromkeys([(0, num_experts), (1, num_experts), (1, 2 * top_k), (top_k, top_k)]):
@@ -60,12 +73,12 @@ def measure_regimes(model: Any, calibration: Tensor, verification: Tensor) -> di
 def _routed_as(model: Any, **fields: Any) -> Iterator[None]:
     """Other routing fields while the context is open, and whatever thresholds are set meanwhile."""
     config = model.config
-    kept = {name: getattr(config, name) for name in _FIELDS}
+    fields = _PLAIN | fields
+    kept = {name: getattr(config, name) for name in fields}
     gates = [block.gate for block in sparse_blocks(model).values()]
     thresholds = [(gate.threshold.clone(), gate.threshold_updates.clone()) for gate in gates]
-    plain = {"min_experts_per_token": 0, "max_experts_per_token": None, "router_aux_loss_coef": 0.0}
     try:
-        for name, value in (plain | fields).items():
+        for name, value in fields.items():
             setattr(config, name, value)
         yield
     finally:
@@ -90,6 +103,7 @@ def _measure(model: Any, windows: Tensor) -> dict[str, Any]:
     """Loss; experts per token; load over an equal share, least and most, and its coefficient of variation, mean over
     the layers; share of tokens without an expert."""
     config = model.config
+    has_bias = config.token_choice_bias_update_rate is not None
     blocks = sparse_blocks(model)
     counts = {name: _Counts(torch.zeros(config.num_experts)) for name in blocks}
 
@@ -102,7 +116,8 @@ def _measure(model: Any, windows: Tensor) -> dict[str, Any]:
             counted.tokens += len(routes_TE)
             counted.uncovered += int((~routes_TE.any(-1)).sum())
             for number, capacity in enumerate(CAPACITIES):
-                _, is_kept_TK = choose_experts(scores_TE, int(config.capacity_factor), capacity, None)
+                bias_E = threshold_E if has_bias else None
+                _, is_kept_TK = choose_experts(scores_TE, int(config.capacity_factor), capacity, None, bias_E)
                 counted.dropped[number] += int((~is_kept_TK).sum())
 
         return hook

@@ -38,6 +38,15 @@ COMMON = {
     "eos_token_id": 2,
 }
 QWEN = {"num_experts": 4, "moe_intermediate_size": 16}
+SIGMOID = {
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 4}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("Mixtral", {"num_local_experts": 4}),
     "Mixtral, a window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 8}),
@@ -45,6 +54,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("Qwen3Moe", QWEN | {"head_dim": 8, "norm_topk_prob": True}),
     "Qwen3-MoE, raw weights, dense layers": ("Qwen3Moe", QWEN | {"head_dim": 8, "decoder_sparse_step": 2}),
     "Qwen3-MoE, a window": ("Qwen3Moe", QWEN | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 8}),
+    "OLMoE": ("Olmoe", {"num_experts": 4, "clip_qkv": 2.0}),
+    "GLM-4-MoE": ("Glm4Moe", SIGMOID | {"head_dim": 8, "use_qk_norm": True, "routed_scaling_factor": 2.5}),
+    "DeepSeek-V3": ("DeepseekV3", SIGMOID | LATENT | {"n_shared_experts": 2}),
     "GraniteMoE": ("GraniteMoe", {"num_local_experts": 4, "logits_scaling": 3.0, "residual_multiplier": 0.5}),
     "GraniteMoE-Shared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 24}),
 }
@@ -57,6 +69,9 @@ def write_mixture(folder: Path, case: str, **fields: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     fill_zeros(model)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.3)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return model
