@@ -24,12 +24,19 @@ from .versions_ecmoe import slice_logits_to_keep
 
 
 class EcMoeDecoderLayerMixin:
-    """A dense decoder layer whose `mlp` is the sparse block, and which hands the real tokens to it."""
+    """A dense decoder layer whose `mlp` is the sparse block, and which hands the real tokens to it.
+
+    ffn_class: the dense FFN, where the layer's own class builds a mixture; None where it builds the FFN.
+    """
+
+    ffn_class: type[nn.Module] | None = None
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.mlp_layer_types[layer_idx] == "sparse":
-            self.mlp = EcMoeBlock(config, dense_mlp_class=type(self.mlp))
+            self.mlp = EcMoeBlock(config, dense_mlp_class=self.ffn_class or type(self.mlp))
+        elif self.ffn_class is not None:
+            self.mlp = self.ffn_class(config)
 
     def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """token_mask: [B, S] bool, True for real tokens. A keyword, so that a recomputed layer gets it again."""

@@ -35,7 +35,8 @@ class EcMoeOlmoeConfig(EcMoeConfigMixin, LlamaConfig):
         return self.normalize_combine_weights
 
 
-class EcMoeOlmoeDecoderLayer(EcMoeDecoderLayerMixin, dense.OlmoeDecoderLayer): ...
+class EcMoeOlmoeDecoderLayer(EcMoeDecoderLayerMixin, dense.OlmoeDecoderLayer):
+    ffn_class = dense.OlmoeMLP
 
 
 class EcMoeOlmoePreTrainedModel(EcMoePreTrainedMixin, dense.OlmoePreTrainedModel):

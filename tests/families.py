@@ -22,14 +22,29 @@ FAMILIES: dict[str, dict[str, object]] = {
     "Starcoder2": {"sliding_window": 64},
     "GPTNeoX": {"num_key_value_heads": 4},  # no field of its own, but caches would read it
 }
-MODEL_TYPES = {name: name.lower() for name in FAMILIES} | {"Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox"}
+# Those whose plain class is a mixture itself, so that no dense checkpoint becomes one of them.
+MIXED: dict[str, dict[str, object]] = {
+    "Olmoe": {},
+    "Glm4Moe": {"use_qk_norm": True},
+    "DeepseekV3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 32,  # cached by itself, and quanto packs groups of 32
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+}
+MODEL_TYPES = {name: name.lower() for name in FAMILIES | MIXED}
+MODEL_TYPES |= {"Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox", "Glm4Moe": "glm4_moe", "DeepseekV3": "deepseek_v3"}
 # Their first FFN sees the normalised embedding alone, so that equal tokens have equal scores there.
 PARALLEL = ("Cohere2", "GPTNeoX")
 # Those whose tiny model keeps a window of the past alone, in some layers or all.
 SLIDING_CACHE = ("Mistral", "Olmo3", "Gemma2", "Gemma3Text", "Cohere2", "Starcoder2")
 # One of each kind: the plain one, norms inside attention, norms on both sides and capped logits, no gate but biases.
 CORE = ("Llama", "Qwen3", "Gemma2", "GPTNeoX")
-EVERY_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.families) for name in FAMILIES]
+EVERY_DENSE_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.families) for name in FAMILIES]
+EVERY_FAMILY = EVERY_DENSE_FAMILY + [pytest.param(name, marks=pytest.mark.families) for name in MIXED]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_text
+from families import EVERY_DENSE_FAMILY
 
 from ecmoe import conversion
 from ecmoe.conversion.cli import main
@@ -17,6 +18,12 @@ Refuse = Callable[..., None]
 def one_thread() -> None:
     """For what the modules' own fixtures convert: they run before those of a test."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=EVERY_DENSE_FAMILY)
+def family(request: pytest.FixtureRequest) -> str:
+    """One that a dense checkpoint can become."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import CHAT_TEMPLATE, write_dense
-from families import EVERY_FAMILY
+from families import EVERY_DENSE_FAMILY
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -21,7 +21,7 @@ from modeling_ecmoe import sparse_blocks
 
 
 @pytest.mark.parametrize("init", ["blend", "copy"])
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_DENSE_FAMILY)
 def test_converted_model_computes_what_the_dense_one_does(
     tmp_path: Path, text: Path, family: str, init: str, make_tokens
 ) -> None:

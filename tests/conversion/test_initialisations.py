@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import STORIES_MODEL, STORIES_TEXT, all_tensors, contents, write_dense
-from families import EVERY_FAMILY
+from families import EVERY_DENSE_FAMILY
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -86,7 +86,7 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("case", EXACT)
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_DENSE_FAMILY)
 def test_step_0_is_exact(tmp_path: Path, make_dense: MakeDense, family: str, case: str, make_tokens) -> None:
     init = case.partition(",")[0]
     out = converted(make_dense(family), tmp_path / "out", init=init, **EXACT[case])
@@ -320,7 +320,7 @@ def test_unverified_conversion_runs_no_model_and_estimates_thresholds(
     assert 0.5 < report["summary"]["load_min"] < report["summary"]["load_max"] < 2
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", EVERY_DENSE_FAMILY)
 def test_estimated_thresholds_know_the_family_s_norms(tmp_path: Path, family: str, make_tokens) -> None:
     """Or there would be none: OLMo's FFNs see sums of many layers, Gemma's norms multiply by 1 + weight."""
     write_dense(tmp_path / "dense", family, num_hidden_layers=4)

@@ -7,6 +7,8 @@ import pytest
 from families import MODEL_TYPES
 from transformers import AutoConfig
 
+import modeling_ecmoe
+
 WRONG = [
     ("num_experts", 0, {}),
     ("num_experts", -3, {}),
@@ -130,8 +132,10 @@ def test_misspelled_fields_are_refused_with_the_nearest(written: str, meant: str
     ],
 )
 def test_unknown_attributes_are_carried_along(family: str, carried: dict, make_config: Callable) -> None:
-    config = make_config(family, **carried)
     (name,) = carried
+    if name in modeling_ecmoe.config_class(MODEL_TYPES[family]).attribute_map:
+        pytest.skip("another name of a field that the family has")
+    config = make_config(family, **carried)
     if name != "torch_dtype":
         assert getattr(config, name) == carried[name]
         assert getattr(type(config).from_dict(config.to_dict()), name) == carried[name]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CORE, FAMILIES
+from families import CORE, FAMILIES, MIXED
 
 pytest.importorskip("transformers.distributed.expert_parallel", reason="Transformers before 5.23")
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 WITH_BIASES = ("Starcoder2", "GPTNeoX")
 NOT_IN_STAGES = ("Granite", "GPTNeoX")
-OTHERS = pytest.param([name for name in FAMILIES if name not in CORE], marks=pytest.mark.families)
+OTHERS = pytest.param([name for name in FAMILIES | MIXED if name not in CORE], marks=pytest.mark.families)
 
 
 @pytest.mark.parametrize("families", [CORE, OTHERS], ids=["core", "others"])

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import transformers
-from families import CORE, FAMILIES, MODEL_TYPES
+from families import CORE, FAMILIES, MIXED, MODEL_TYPES
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).with_name("remote_process.py")
@@ -73,7 +73,7 @@ def assert_carries_its_code(folder: Path, family: str) -> None:
     assert auto_map == {name: f"{file}.EcMoe{family}{suffix}" for name, suffix in SUFFIXES.items()}
 
 
-OTHERS = [name for name in FAMILIES if name not in CORE]
+OTHERS = [name for name in FAMILIES | MIXED if name not in CORE]
 
 
 @pytest.mark.parametrize(

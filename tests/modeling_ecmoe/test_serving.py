@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import MODEL_TYPES
 from server import Server
 from transformers import AutoConfig, PreTrainedModel
 
@@ -103,9 +104,10 @@ def test_the_folder_says_what_servers_read(family: str, make_saved: Callable) ->
     model, folder = make_saved(family)
     config = AutoConfig.from_pretrained(folder)
     assert config.num_experts_per_tok == config.num_experts == 4 and config.moe_intermediate_size == 48
-    assert config.auto_map["AutoModel"] == f"{family.lower()}_ecmoe.EcMoe{family}Model"
+    assert config.auto_map["AutoModel"] == f"{MODEL_TYPES[family]}_ecmoe.EcMoe{family}Model"
     assert model.model.is_backend_compatible() and model._supports_attention_backend
-    assert any("q_proj" in name or "qkv" in name for name in model.model.tp_plan)
+    if family != "DeepseekV3":  # whose latent attention Transformers cuts nowhere
+        assert any("q_proj" in name or "qkv" in name for name in model.model.tp_plan)
     assert "layers" in model.model._pp_plan
     for block in sparse_blocks(model).values():
         assert {parameter.dim() for parameter in block.experts.parameters()} == {3}
