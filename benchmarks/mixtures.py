@@ -1,0 +1,172 @@
+"""A mixture whose tokens choose, trained here, converted and trained on in five ways: `python -m benchmarks mixtures`.
+
+The mixture: stories260K with eight copies of each FFN, two experts a token, trained by token choice with a balance loss
+on four domains until its experts differ, and saved as a Mixtral. It is converted, measured under every bound on the
+experts of a token, and trained for some more steps by each way of routing, on equal tokens; losses are causal, of
+held-out documents, the mean over the domains. Each training run is a file of its own and is not run again.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ecmoe.analysis.variants import BALANCE_COEFFICIENT
+from ecmoe.conversion import convert, export
+
+from .machine import save
+from .quality import measure
+from .quality.data import MIXTURE, training_batches
+from .quality.execute import CALIBRATION, Bench
+from .quality.grid import Run
+from .quality.store import rounded
+from .quality.train import train
+
+TOP_K, EXPERTS = 2, 8
+TOKENS_CHOOSE = {"routing": "token_choice", "inference_routing": "token_choice"}
+EXPERTS_CHOOSE = {"routing": "expert_choice", "inference_routing": "threshold"}
+NEUTRAL = {
+    "min_experts_per_token": 0,
+    "max_experts_per_token": None,
+    "router_aux_loss_coef": 0.0,
+    "token_choice_bias_update_rate": None,
+    "threshold_after_steps": 0,
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "token choice, balance loss": TOKENS_CHOOSE | {"router_aux_loss_coef": BALANCE_COEFFICIENT},
+    "token choice, nudged bias": TOKENS_CHOOSE | {"token_choice_bias_update_rate": 1e-3},
+    "token choice, balanced by quantiles": EXPERTS_CHOOSE
+    | {"min_experts_per_token": TOP_K, "max_experts_per_token": TOP_K},
+    "expert choice, at least 1": EXPERTS_CHOOSE | {"min_experts_per_token": 1},
+    "expert choice": EXPERTS_CHOOSE,
+    "thresholds": {"routing": "threshold", "inference_routing": "threshold"},
+}
+BOUNDS = {"from 0 to 8": (0, None), "from 1 to 8": (1, None), "from 1 to 4": (1, 4), "from 2 to 2": (2, 2)}
+
+
+def main() -> None:
+    """Runs what is not there yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--data", type=Path, required=True, help="folder of stories260K and corpus-3domains")
+    parser.add_argument("--runs", type=Path, default=Path("mixture_runs"), help="where runs and the mixture are kept")
+    parser.add_argument("--parent-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options.data, pairs_per_file=0)
+    parent = _once(options.runs / "parent.json", lambda: train_parent(bench, options.runs, options.parent_steps))
+    before = _once(options.runs / "before.json", lambda: measure_bounds(bench, options.runs / "mixtral"))
+    after: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for seed in range(options.seeds):
+        for way in WAYS:
+            file = options.runs / f"{way.replace(', ', '-').replace(' ', '_')}-{seed}.json"
+            after[way].append(_once(file, lambda way=way, seed=seed: go_on(bench, options, way, seed)))  # type: ignore[misc]
+    path = save("mixtures", {"parent": parent, "before": before, "after": after, "steps": options.steps})
+    print("\n".join(table(before, after)))
+    print(f"\n{path}")
+
+
+def _once(path: Path, work: Any) -> Any:
+    """What the file holds, or what the work gives, which it then holds."""
+    if not path.is_file():
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(rounded(work())) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def train_parent(bench: Bench, runs: Path, steps: int) -> dict[str, Any]:
+    """The mixture, saved as a Mixtral in `runs`, and its figures before and after its training."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "copies"
+        convert(str(bench.parent), str(folder), init="copy", num_experts=EXPERTS, capacity_factor=TOP_K, verify=False)
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        _set(model, WAYS["token choice, balance loss"])
+        start = _figures(bench, model)
+        run = Run("tc-copy2", 0, "mixtures", steps=steps, learning_rate=1e-2)
+        _train(bench, model, run, seed=100)
+        model.save_pretrained(folder)
+        bench.tokenizer.save_pretrained(folder)
+        export(str(folder), str(runs / "mixtral"), verify=False)
+        return {"steps": steps, "start": start, "end": _figures(bench, model)}
+
+
+def measure_bounds(bench: Bench, mixtral: Path) -> dict[str, Any]:
+    """The source by its own rule, and every bound, calibrated for each."""
+    model = _converted(mixtral)
+    _set(model, TOKENS_CHOOSE)
+    found = {"the source's rule": _figures(bench, model)}
+    for name, (least, most) in BOUNDS.items():
+        _set(model, EXPERTS_CHOOSE | {"min_experts_per_token": least, "max_experts_per_token": most})
+        found[name] = _figures(bench, model)
+    return found
+
+
+def go_on(bench: Bench, options: Any, way: str, seed: int) -> dict[str, Any]:
+    """One way of routing, trained for so many steps; thresholds are calibrated before and after."""
+    torch.manual_seed(seed)
+    model = _converted(options.runs / "mixtral")
+    _set(model, WAYS[way])
+    start = _figures(bench, model)
+    run = Run("ec-copy2", seed, "mixtures", way, steps=options.steps, learning_rate=options.learning_rate)
+    _train(bench, model, run, seed)
+    return {"start": start, "end": _figures(bench, model)}
+
+
+def table(before: dict[str, Any], after: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Loss, experts of a token, load and what a token shares with its domain, as a table in Markdown."""
+    lines = ["| | causal loss | experts per token | load of an expert | without any |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for name, figures in before.items():
+        lines.append(_line(f"before: {name}", [figures]))
+    lines += [_line(f"after: {way}", [run["end"] for run in runs]) for way, runs in after.items()]
+    return lines
+
+
+def _line(title: str, seeds: list[dict[str, Any]]) -> str:
+    losses = [figures["loss"] for figures in seeds]
+    spread = f" ± {statistics.stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else ""
+    routes = [figures["routes"] for figures in seeds]
+    least, most = min(each["load_min"] for each in routes), max(each["load_max"] for each in routes)
+    mean = statistics.fmean(each["experts_per_token"] for each in routes)
+    without = statistics.fmean(each["uncovered"] for each in routes)
+    loss = f"{statistics.fmean(losses):.4f}{spread}"
+    return f"| {title} | {loss} | {mean:.2f} | {least:.2f} to {most:.2f} | {without:.1%} |"
+
+
+def _converted(mixtral: Path) -> Any:
+    with tempfile.TemporaryDirectory() as scratch:
+        convert(str(mixtral), str(Path(scratch) / "converted"), verify=False)
+        return AutoModelForCausalLM.from_pretrained(Path(scratch) / "converted")
+
+
+def _set(model: Any, fields: dict[str, Any]) -> None:
+    for name, value in (NEUTRAL | fields).items():
+        setattr(model.config, name, value)
+    model.config.validate()
+
+
+def _train(bench: Bench, model: Any, run: Run, seed: int) -> None:
+    pools = {domain: bench.windows[domain].train for domain in MIXTURE}
+    train(model, training_batches(pools, run.rows, run.steps, seed), run, run.steps, lambda _step: None)
+
+
+def _figures(bench: Bench, model: Any) -> dict[str, Any]:
+    """Loss, losses by domain and routes of the held-out windows; calibrated on others where there are thresholds."""
+    held_out = {domain: bench.windows[domain].held_out for domain in MIXTURE}
+    measured = copy.deepcopy(model) if model.config.routing == "threshold" else model  # its own average goes on
+    if model.config.inference_routing == "threshold":
+        share = CALIBRATION // len(MIXTURE)
+        measure.calibrate(measured, {d: bench.windows[d].calibration[:share] for d in MIXTURE}, 32)
+    losses, routes = measure.losses_and_routes(measured, held_out)
+    return {"loss": statistics.fmean(losses.values()), "losses": losses, "routes": routes}
