@@ -11,9 +11,7 @@ from torch import Tensor
 from .experts_ecmoe import EcMoeExperts
 
 
-def unweighted_rows(
-    experts: Any, rows_RD: Tensor, expert_R: Tensor, rows_per_expert: int | list[int] | None
-) -> Tensor:
+def unweighted_rows(experts: Any, rows_RD: Tensor, expert_R: Tensor, rows_per_expert: int | list[int] | None) -> Tensor:
     """Rows [R, D] through their experts, unweighted, by the contract of Transformers' experts back-ends with K = 1.
 
     rows_per_expert: the rows of every expert, or of each, in the order of the experts. Under Transformers' expert
