@@ -29,7 +29,7 @@ from .pairs_ecmoe import (
 )
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import ExpertChoice, choose_by_threshold, choose_experts, choose_tokens, routes_by_threshold
-from .serving_ecmoe import unweighted_rows, wants_places, wants_slots
+from .serving_ecmoe import unweighted_rows, wants_counts, wants_places, wants_slots
 
 
 class EcMoeBlock(nn.Module):
@@ -64,6 +64,12 @@ class EcMoeBlock(nn.Module):
         """The routing that was asked for last, by whoever still holds `use_inference_routing` open."""
         return self.routing_overrides[-1] if self.routing_overrides else None
 
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"experts per token: {config.mean_experts_per_token:g} on average, at most {config.most_experts_per_token}"
+        )
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         tokens_TD = hidden_states.flatten(0, -2)
@@ -87,6 +93,7 @@ class EcMoeBlock(nn.Module):
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(tokens_TD)
             if self.config.shared_expert_weighting == "complement":
+                assert chosen.weight_sum is not None  # there is a shared expert, so it was asked for
                 shared_TD = (1 - chosen.weight_sum)[:, None] * shared_TD
             output_TD = output_TD + shared_TD
         return self.dropout(output_TD.to(hidden_states.dtype).view_as(hidden_states))
@@ -100,11 +107,15 @@ class EcMoeBlock(nn.Module):
         if routing == "expert_choice" or learning:
             return self._experts_choose(scores_TE, batch_shape, learning)
         routes_TE = self.routes(scores_TE, threshold_E)
+        normalize = config.normalize_combine_weights
+        with_sums = self.shared_expert is not None
+        if wants_counts(self.experts, routes_TE):
+            return pairs_of_routes(routes_TE, scores_TE, normalize, with_sums, with_counts=True)
         if wants_slots(self.experts, config.max_experts_per_token):
-            num_slots = config.num_experts_per_tok
-            return slots_of_routes(routes_TE, scores_TE, threshold_E, num_slots, config.normalize_combine_weights)
-        pairs_of = static_pairs_of_routes if wants_places(self.experts, routes_TE) else pairs_of_routes
-        return pairs_of(routes_TE, scores_TE, config.normalize_combine_weights)
+            return slots_of_routes(routes_TE, scores_TE, threshold_E, config.most_experts_per_token, normalize)
+        if wants_places(self.experts, routes_TE):
+            return static_pairs_of_routes(routes_TE, scores_TE, normalize)
+        return pairs_of_routes(routes_TE, scores_TE, normalize, with_sums)
 
     def _experts_choose(self, scores_TE: Tensor, batch_shape: torch.Size, learning: bool) -> Pairs:
         """Expert choice among the tokens of the pool, whose threshold is recorded while the router learns."""

@@ -74,7 +74,7 @@ def combine(
     """
     if pairs is None:
         output_TD = weight_R.new_zeros(num_tokens, rows_RD.shape[-1])
-        return output_TD.index_add(0, token_R, rows_RD * weight_R[:, None])
+        return output_TD.index_add_(0, token_R, rows_RD * weight_R[:, None])
     summed_TD: Tensor = _Combine.apply(rows_RD, weight_R, token_R, *pairs, dtype)
     return summed_TD
 

@@ -15,16 +15,16 @@ class Pairs(NamedTuple):
     """R (token, expert) pairs.
 
     token, expert: [R] long. weight: [R], the combine weights in the router's precision, 0 in an unused slot.
-    weight_sum: [T], of each token. rows_per_expert: C where each expert has so many in turn, in the order of the
-        experts; None where their numbers differ. is_meeting: [R] bool, False in a place without a pair, whose expert
-        is E; None where all are pairs.
+    weight_sum: [T], of each token; None where nobody asked. rows_per_expert: C where each expert has so many in turn,
+        in the order of the experts; a list where their numbers differ and the host knows them; None where it does not.
+        is_meeting: [R] bool, False in a place without a pair, whose expert is E; None where all are pairs.
     """
 
     token: Tensor
     expert: Tensor
     weight: Tensor
-    weight_sum: Tensor
-    rows_per_expert: int | None = None
+    weight_sum: Tensor | None
+    rows_per_expert: int | list[int] | None = None
     is_meeting: Tensor | None = None
 
 
@@ -49,14 +49,25 @@ def pairs_of_choice(choice: ExpertChoice, num_tokens: int, normalize: bool) -> P
     return Pairs(token_R, expert_R, weight_R, sum_T, rows_per_expert)
 
 
-def pairs_of_routes(routes_TE: Tensor, scores_TE: Tensor, normalize: bool) -> Pairs:
-    """One pair per route [T, E]: as much work as there are routes, and their number is read by the host."""
-    token_R, expert_R = routes_TE.nonzero(as_tuple=True)
+def pairs_of_routes(
+    routes_TE: Tensor, scores_TE: Tensor, normalize: bool, with_sums: bool = True, with_counts: bool = False
+) -> Pairs:
+    """One pair per route [T, E], expert after expert: as much work as there are routes, and their number is read by the
+    host.
+
+    with_sums: whether the sum of each token's weights is wanted too; with_counts: the rows of each expert.
+    """
+    expert_R, token_R = routes_TE.T.nonzero(as_tuple=True)
+    counts = routes_TE.sum(0).tolist() if with_counts else None
+    weight_R = scores_TE[token_R, expert_R]
     if len(token_R) == 0:  # one pair of weight 0: back-ends want a row, and every parameter its gradient
         token_R = expert_R = torch.zeros(1, dtype=torch.long, device=scores_TE.device)
-    weight_R = (scores_TE * routes_TE)[token_R, expert_R]
+        weight_R = scores_TE[0, :1] * 0
+        counts = None
+    if not normalize and not with_sums:
+        return Pairs(token_R, expert_R, weight_R, None, counts)
     weight_R, sum_T = combine_weights(weight_R, token_R, len(scores_TE), normalize, expert_R, scores_TE.shape[1])
-    return Pairs(token_R, expert_R, weight_R, sum_T)
+    return Pairs(token_R, expert_R, weight_R, sum_T, counts)
 
 
 def static_pairs_of_routes(routes_TE: Tensor, scores_TE: Tensor, normalize: bool) -> Pairs:

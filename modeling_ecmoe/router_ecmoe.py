@@ -35,9 +35,7 @@ class FullProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(inputs_TD, weight_ED)
-        if inputs_TD.is_cuda and _has_float32_products:
-            return torch.mm(inputs_TD, weight_ED.mT, out_dtype=torch.float32)
-        return nn.functional.linear(inputs_TD.float(), weight_ED.float())
+        return full_product(inputs_TD, weight_ED)
 
     @staticmethod
     @once_differentiable
@@ -47,6 +45,13 @@ class FullProduct(torch.autograd.Function):
             grad_inputs = (grad_TE @ weight_ED.float()).to(inputs_TD.dtype) if ctx.needs_input_grad[0] else None
             grad_weight = (grad_TE.mT @ inputs_TD.float()).to(weight_ED.dtype) if ctx.needs_input_grad[1] else None
         return grad_inputs, grad_weight
+
+
+def full_product(inputs_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """What `FullProduct` computes, for autograd to differentiate or for nobody."""
+    if inputs_TD.is_cuda and _has_float32_products:
+        return torch.mm(inputs_TD, weight_ED.mT, out_dtype=torch.float32)
+    return nn.functional.linear(inputs_TD.float(), weight_ED.float())
 
 
 # `torch.mm` of 16-bit matrices into float32 came with torch 2.8, on CUDA alone.
@@ -106,7 +111,8 @@ class EcMoeRouter(nn.Module):
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             is_16_bit = hidden_states.dtype == self.weight.dtype != dtype
             if is_16_bit and type(self.weight) is nn.Parameter and not torch.compiler.is_compiling():
-                router_logits = FullProduct.apply(hidden_states, self.weight)
+                product = FullProduct.apply if torch.is_grad_enabled() else full_product
+                router_logits = product(hidden_states, self.weight)
             else:
                 router_logits = nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
             return router_logits, router_scores(router_logits, self.score_function), self.threshold

@@ -223,10 +223,15 @@ def routes_by_threshold(
     With bounds the experts are ranked by score - threshold: a token keeps at most `max_experts` of those above
     their threshold and gets at least `min_experts`, its nearest ones. Causal: row t reads row t alone.
     """
-    num_experts = scores_TE.shape[-1]
+    if max_experts is not None and max_experts >= scores_TE.shape[-1]:
+        max_experts = None
+    if min_experts == 0 and max_experts is None:
+        return scores_TE > threshold_E
     margin_TE = scores_TE.detach() - threshold_E
+    if min_experts == max_experts:  # so many whatever the thresholds say
+        return _best_experts(margin_TE, min_experts)
     routes_TE = margin_TE > 0
-    if max_experts is not None and max_experts < num_experts:
+    if max_experts is not None:
         routes_TE = routes_TE & _best_experts(margin_TE, max_experts)
     if min_experts > 0:
         routes_TE = routes_TE | _best_experts(margin_TE, min_experts)

@@ -11,10 +11,11 @@ from torch import Tensor
 from .experts_ecmoe import EcMoeExperts
 
 
-def unweighted_rows(experts: Any, rows_RD: Tensor, expert_R: Tensor, rows_per_expert: int | None) -> Tensor:
+def unweighted_rows(experts: Any, rows_RD: Tensor, expert_R: Tensor, rows_per_expert: int | list[int] | None) -> Tensor:
     """Rows [R, D] through their experts, unweighted, by the contract of Transformers' experts back-ends with K = 1.
 
-    rows_per_expert: where every expert has as many, in the order of the experts. Under Transformers' expert parallelism
+    rows_per_expert: the rows of every expert, or of each, in the order of the experts. Under Transformers' expert
+        parallelism
         `experts.forward` is a dispatcher with the contract's three arguments, and reads it off the module.
     """
     ones_R1 = torch.ones_like(rows_RD[:, :1])  # weighted afterwards, in the router's precision
@@ -27,6 +28,17 @@ def unweighted_rows(experts: Any, rows_RD: Tensor, expert_R: Tensor, rows_per_ex
         return experts(rows_RD, expert_R[:, None], ones_R1)
     finally:
         experts.rows_per_expert = None
+
+
+def wants_counts(experts: Any, routes_TE: Tensor) -> bool:
+    """Whether inference tells the experts the rows of each: on a CPU, where the host reads them at no cost, and of
+    experts that are ours, wrapped by an adapter or not."""
+    device = routes_TE.device.type
+    if device != "cpu" or device in _WAITING or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    while hasattr(experts, "base_layer"):
+        experts = experts.base_layer
+    return isinstance(experts, EcMoeExperts) and experts.takes_counts()
 
 
 def wants_slots(experts: Any, max_experts_per_token: int | None) -> bool:
