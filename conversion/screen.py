@@ -28,6 +28,8 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
         table.add_row("expert load", "", load)
         table.add_row("chosen by no expert", "", f"{verification['uncovered']:.1%}")
         console.print(table)
+        if "kinds" in verification:
+            console.print(_kinds_of_text(record))
         same = "the same" if verification["greedy_same"] else "different"
         change = f"The loss changed by {verification['loss_change']:+.1e}."
         console.print(f"Greedy text: {same}. {change}", highlight=False)
@@ -35,9 +37,28 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
 
 
+def _kinds_of_text(record: dict[str, Any]) -> Table:
+    """How the experts fare on each kind of text."""
+    table = Table(title="Held-out text by its kind; load: 1 is an expert's share")
+    columns = ("kind of text", "tokens to calibrate", "held out", "causal loss", "load, least", "largest")
+    for name in (*columns, "experts per token"):
+        table.add_column(name, justify="left" if name == columns[0] else "right")
+    for kind, found in record["verification"]["kinds"].items():
+        table.add_row(
+            kind,
+            f"{record['calibration_tokens_of_kinds'].get(kind, 0):,}",
+            f"{found['tokens']:,}",
+            f"{found['loss_converted']:.4f}",
+            f"{found['load_min']:.2f}",
+            f"{found['load_max']:.2f}",
+            f"{found['experts_per_token']:.2f}",
+        )
+    return table
+
+
 def _text_of(record: dict[str, Any]) -> str:
-    """A loss on the text that comes with Python says little of the user's own, so the remedy stands beside it."""
-    return "Python's own documentation; --text FILE takes yours" if record["text"] == OWN_TEXT else record["text"]
+    """A loss on text that comes with the package says little of the user's own, so the remedy stands beside it."""
+    return f"{OWN_TEXT}; --text FILE takes yours" if record["text"] == OWN_TEXT else record["text"]
 
 
 def print_export(record: dict[str, Any], destination: str) -> None:

@@ -10,6 +10,7 @@ from .router import INPUT_TOKENS, centroid_rows, ffn_inputs, norm_inputs, rescal
 
 # Sampling alone moves a load by a tenth then; more tokens would take longer than writing the shards.
 ESTIMATE_TOKENS = 1_024
+ESTIMATED = "no text: an estimate from the router's weights"  # what a config says of where its thresholds come from
 
 
 def sparse_layers(plan: Plan) -> list[int]:

@@ -1,30 +1,59 @@
 """The converter's check of its own work: dense and converted model side by side on the same tokens."""
 
+import contextlib
+import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modeling_ecmoe import record_routing
+from modeling_ecmoe import RoutingRecord, record_routing
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
 from ..errors import ConversionError
 from ..models import TOLERANCE, greedy_texts, side_by_side
 
+# An expert's tokens over its share: beyond these the thresholds are those of other text.
+LEAST_LOAD, LARGEST_LOAD = 0.5, 2.0
+
 
 @torch.no_grad()
-def compare(dense: Any, converted: Any, tokenizer: Any, windows: Tensor, batch_size: int) -> dict[str, Any]:
-    """Loss, divergence and greedy text of both models, and how the converted one routes, on windows [W, L] it was
-    not calibrated on. Losses and divergence are nats per token."""
-    with record_routing(converted) as record:
-        measured = side_by_side({"dense": dense, "converted": converted}, windows, batch_size)
-    measured["layer_errors"] = layer_errors(dense, converted, windows[:batch_size])
-    return measured | greedy_texts({"dense": dense, "converted": converted}, tokenizer, windows) | record.summary()
+def compare(dense: Any, converted: Any, tokenizer: Any, windows: dict[str, Tensor], batch_size: int) -> dict[str, Any]:
+    """Loss, divergence and greedy text of both models, and how the converted one routes, on windows [W, L] of each
+    kind of text it was not calibrated on. Losses and divergence are nats per token."""
+    records: dict[str, RoutingRecord] = {}
+
+    @contextlib.contextmanager
+    def recording(kind: str) -> Iterator[None]:
+        with record_routing(converted) as record:
+            yield
+        if kind in records:
+            record.merge(records[kind])
+        records[kind] = record
+
+    with layer_errors(dense, converted) as errors:
+        measured = side_by_side({"dense": dense, "converted": converted}, windows, batch_size, recording)
+    for kind, figures in measured.get("kinds", {}).items():
+        figures |= records[kind].summary()
+    whole = functools.reduce(_merged, records.values())
+    first = next(iter(windows.values()))
+    texts = greedy_texts({"dense": dense, "converted": converted}, tokenizer, first)
+    return measured | {"layer_errors": errors} | texts | whole.summary()
 
 
-def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[str, float]:
-    """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN on a batch.
+def _merged(one: RoutingRecord, other: RoutingRecord) -> RoutingRecord:
+    both = RoutingRecord(one.num_experts, one.capacity_factor)
+    both.merge(one)
+    both.merge(other)
+    return both
+
+
+@contextlib.contextmanager
+def layer_errors(dense: Any, converted: Any) -> Iterator[dict[str, float]]:
+    """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN in its first pass
+    while the context is open.
 
     The keys are the layers' numbers as text, as in the JSON record.
     """
@@ -32,21 +61,47 @@ def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[str, float]:
     blocks = {
         i: layer.mlp for i, layer in enumerate(converted.get_decoder().layers) if isinstance(layer.mlp, EcMoeBlock)
     }
+    handles: dict[int, Any] = {}
 
     def hook_of(layer: int) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            handles[layer].remove()
             found = blocks[layer](inputs[0].to(converted.device)).to(output.device)
             errors[str(layer)] = ((found.float() - output.float()).norm() / output.float().norm()).item()
 
         return hook
 
-    handles = [dense.get_decoder().layers[i].mlp.register_forward_hook(hook_of(i)) for i in blocks]
+    for i in blocks:
+        handles[i] = dense.get_decoder().layers[i].mlp.register_forward_hook(hook_of(i))
     try:
-        dense(input_ids=batch.to(dense.device), use_cache=False)
+        yield errors
     finally:
-        for handle in handles:
+        for handle in handles.values():
             handle.remove()
-    return errors
+
+
+def load_warning(measured: dict[str, Any] | None, destination: str) -> str | None:
+    """What to say where experts are far from their share on text that the thresholds were not measured on.
+
+    measured: what `compare` returned; None where nothing was measured.
+    """
+    if measured is None:
+        return None
+    parts = {"all of it": measured} | measured.get("kinds", {})
+    far = {kind: part for kind, part in parts.items() if not is_near_share(part)}
+    if not far:
+        return None
+    found = ", ".join(f"{kind} {part['load_min']:.2f} to {part['load_max']:.2f}" for kind, part in far.items())
+    return (
+        f"Some experts are far from their share of the held-out text: {found} (1 is the share, {LEAST_LOAD} to "
+        f"{LARGEST_LOAD} is near it). Where the model is meant for one kind of text, calibrate on text of that kind: "
+        f"ecmoe-convert ... --text FILE, or ecmoe-inspect calibrate {destination} --text FILE"
+    )
+
+
+def is_near_share(summary: dict[str, Any]) -> bool:
+    """Whether the load of every expert is near its share."""
+    return summary["load_min"] >= LEAST_LOAD and summary["load_max"] <= LARGEST_LOAD
 
 
 def check(measured: dict[str, Any], is_exact: bool, dtype: torch.dtype) -> None:
