@@ -58,4 +58,4 @@ def _help_topics() -> list[str]:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
         return []
-    return [topics[name].strip()[:_PIECE] for name in sorted(topics)]
+    return list(dict.fromkeys(topics[name].strip()[:_PIECE] for name in sorted(topics)))  # some have two names
