@@ -44,6 +44,11 @@ class Texts:
         return sum(windows.numel() for windows in self.verification.values())
 
 
+def shown(text: str) -> str:
+    """How a card names a text: a file without its folder, which says nothing elsewhere."""
+    return text if text == OWN_TEXT else f"`{Path(text).name}`"
+
+
 def text_name(text: str, texts: Texts) -> str:
     """What a config says of the text its thresholds come from: no path of this machine, which says nothing elsewhere.
 

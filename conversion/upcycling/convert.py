@@ -140,7 +140,7 @@ def convert(
         lambda work: _fill(plan, work, shard_size, texts, prompts, device, verify, record),
         push_to_hub,
     )
-    if warning := load_warning(record["verification"], destination):
+    if warning := load_warning(record, destination):
         logger.warning(warning)
     return record
 

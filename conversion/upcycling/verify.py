@@ -17,6 +17,7 @@ from ..models import TOLERANCE, greedy_texts, side_by_side
 
 # An expert's tokens over its share: beyond these the thresholds are those of other text.
 LEAST_LOAD, LARGEST_LOAD = 0.5, 2.0
+LEAST_TOKENS = 64  # an expert's share of a kind of text that is long enough to tell
 
 
 @torch.no_grad()
@@ -80,21 +81,26 @@ def layer_errors(dense: Any, converted: Any) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
-def load_warning(measured: dict[str, Any] | None, destination: str) -> str | None:
-    """What to say where experts are far from their share on text that the thresholds were not measured on.
+def load_warning(record: dict[str, Any], destination: str) -> str | None:
+    """What to say where experts are far from their share on text that the thresholds were not measured on, all of it
+    or one kind; not of a kind so short that chance alone would be.
 
-    measured: what `compare` returned; None where nothing was measured.
+    record: of a conversion, with or without a verification.
     """
+    measured = record["verification"]
     if measured is None:
         return None
-    parts = {"all of it": measured} | measured.get("kinds", {})
+    share = record["capacity_factor"] / record["num_experts"]
+    parts = {"all": measured} | {
+        kind: part for kind, part in measured.get("kinds", {}).items() if part["tokens"] * share >= LEAST_TOKENS
+    }
     far = {kind: part for kind, part in parts.items() if not is_near_share(part)}
     if not far:
         return None
     found = ", ".join(f"{kind} {part['load_min']:.2f} to {part['load_max']:.2f}" for kind, part in far.items())
     return (
-        f"Some experts are far from their share of the held-out text: {found} (1 is the share, {LEAST_LOAD} to "
-        f"{LARGEST_LOAD} is near it). Where the model is meant for one kind of text, calibrate on text of that kind: "
+        f"Some experts are far from their share of held-out text: {found} (1 is the share; {LEAST_LOAD} to "
+        f"{LARGEST_LOAD} is near it). If the model is meant for text of one kind, calibrate on that: "
         f"ecmoe-convert ... --text FILE, or ecmoe-inspect calibrate {destination} --text FILE"
     )
 

@@ -180,20 +180,25 @@ def test_the_screen_shows_three_kinds_and_more(
         (row,) = [line for line in printed.splitlines() if re.match(rf"\W+{kind} ", line)]
         figures = f"{found['tokens']:,}", f"{found['loss_converted']:.4f}", f"{found['load_max']:.2f}"
         assert all(figure in row for figure in figures)
-    warning = load_warning(record["verification"], str(tmp_path / "out"))
+    warning = load_warning(record, str(tmp_path / "out"))
     assert warning is not None and warning in caplog.text  # 512 tokens are too few
 
 
 def test_the_warning_names_the_kinds_and_what_to_do() -> None:
-    near = {"load_min": 0.5, "load_max": 2.0}
-    assert load_warning(None, "out") is None
-    assert load_warning(near, "out") is None
-    assert load_warning(near | {"kinds": {"chat": near, "prose": near}}, "out") is None
-    warning = load_warning(near | {"kinds": {"chat": near, "prose": {"load_min": 0.05, "load_max": 6.5}}}, "out")
+    near, far = {"load_min": 0.5, "load_max": 2.0, "tokens": 512}, {"load_min": 0.05, "load_max": 6.5, "tokens": 512}
+
+    def said(verification: dict[str, Any] | None) -> str | None:
+        return load_warning({"verification": verification, "num_experts": 8, "capacity_factor": 1}, "out")
+
+    assert said(None) is None
+    assert said(near) is None
+    assert said(near | {"kinds": {"chat": near, "prose": near}}) is None
+    assert said(near | {"kinds": {"chat": near, "prose": far | {"tokens": 511}}}) is None  # 64 tokens of an expert
+    warning = said(near | {"kinds": {"chat": near, "prose": far}})
     assert warning is not None and "prose 0.05 to 6.50" in warning and "chat 0" not in warning
     assert "ecmoe-inspect calibrate out --text FILE" in warning
-    for far in ({"load_min": 0.49, "load_max": 1.0}, {"load_min": 1.0, "load_max": 2.01}):
-        assert load_warning(far, "out") is not None
+    for part in ({"load_min": 0.49}, {"load_max": 2.01}):
+        assert said(near | part) is not None
 
 
 @pytest.mark.parametrize("init", ["shared", "blend"])
