@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import all_tensors, contents, write_dense, write_text
+from filelock import FileLock
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -259,6 +260,11 @@ def test_one_line_for_what_cannot_be(checkpoint: Path, place: Path, tmp_path: Pa
         with pytest.raises(AnalysisError, match=message):
             calibrate(*arguments)
     assert contents(checkpoint) == before
+    with (
+        FileLock(checkpoint / ".ecmoe_calibration.lock"),
+        pytest.raises(AnalysisError, match="is being calibrated by another process; wait for it"),
+    ):
+        calibrate(checkpoint, text)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.config.routing = model.config.inference_routing = "token_choice"
     model.config.min_experts_per_token = 0
