@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .checkpoints.provenance import RECORD_NAME
 from .texts import OWN_TEXT
+from .upcycling.verify import LARGEST_LOAD, LEAST_LOAD, far_kinds
 
 
 def print_conversion(record: dict[str, Any], destination: str) -> None:
@@ -17,8 +18,8 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
     console = Console()
     if verification is None:
         console.print(table)
-        remedy = "train, or call ecmoe.calibrate_thresholds(model, batches), before judging the model"
-        console.print(f"Not verified. The thresholds are estimates: {remedy}.", soft_wrap=True, highlight=False)
+        advice = "train, or call ecmoe.calibrate_thresholds(model, batches), before judging the model"
+        console.print(f"Not verified. The thresholds are estimates: {advice}.", soft_wrap=True, highlight=False)
     else:
         load = f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share"
         table.add_row("causal loss", f"{verification['loss_dense']:.6f}", f"{verification['loss_converted']:.6f}")
@@ -30,6 +31,9 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
         console.print(table)
         if "kinds" in verification:
             console.print(_kinds_of_text(record))
+        if far := far_kinds(record):
+            found = f"On {', '.join(far)} alone some experts are outside {LEAST_LOAD} to {LARGEST_LOAD} of their share."
+            console.print(f"{found} {remedy(destination)}.", soft_wrap=True, highlight=False)
         same = "the same" if verification["greedy_same"] else "different"
         change = f"The loss changed by {verification['loss_change']:+.1e}."
         console.print(f"Greedy text: {same}. {change}", highlight=False)

@@ -82,26 +82,32 @@ def layer_errors(dense: Any, converted: Any) -> Iterator[dict[str, float]]:
 
 
 def load_warning(record: dict[str, Any], destination: str) -> str | None:
-    """What to say where experts are far from their share on text that the thresholds were not measured on, all of it
-    or one kind; not of a kind so short that chance alone would be.
+    """What to say where experts are far from their share of text that the thresholds were not measured on.
 
     record: of a conversion, with or without a verification.
     """
     measured = record["verification"]
-    if measured is None:
+    if measured is None or is_near_share(measured):
         return None
-    share = record["capacity_factor"] / record["num_experts"]
-    parts = {"all": measured} | {
-        kind: part for kind, part in measured.get("kinds", {}).items() if part["tokens"] * share >= LEAST_TOKENS
-    }
-    far = {kind: part for kind, part in parts.items() if not is_near_share(part)}
-    if not far:
-        return None
-    found = ", ".join(f"{kind} {part['load_min']:.2f} to {part['load_max']:.2f}" for kind, part in far.items())
     return (
-        f"Some experts are far from their share of held-out text: {found} (1 is the share; {LEAST_LOAD} to "
-        f"{LARGEST_LOAD} is near it). If the model is meant for text of one kind, calibrate on that: "
-        f"ecmoe-convert ... --text FILE, or ecmoe-inspect calibrate {destination} --text FILE"
+        f"Experts take {measured['load_min']:.2f} to {measured['load_max']:.2f} of their share of held-out text, which "
+        f"is far from 1: the thresholds are those of other text, or of too little. {remedy(destination)}"
+    )
+
+
+def far_kinds(record: dict[str, Any]) -> list[str]:
+    """The kinds of held-out text on which some expert is far from its share; not those so short that chance alone
+    would bring it there."""
+    share = record["capacity_factor"] / record["num_experts"]
+    kinds = (record["verification"] or {}).get("kinds", {})
+    return [kind for kind, part in kinds.items() if part["tokens"] * share >= LEAST_TOKENS and not is_near_share(part)]
+
+
+def remedy(destination: str) -> str:
+    """Which text to give, and how."""
+    return (
+        "Calibrate on text of the kind that the model is meant for: ecmoe-convert ... --text FILE, or "
+        f"ecmoe-inspect calibrate {destination} --text FILE"
     )
 
 

@@ -17,7 +17,7 @@ from ecmoe.conversion.checkpoints.folder import Checkpoint
 from ecmoe.conversion.cli import main
 from ecmoe.conversion.sample import SHARES, sample_documents
 from ecmoe.conversion.upcycling import convert as converting
-from ecmoe.conversion.upcycling.verify import load_warning
+from ecmoe.conversion.upcycling.verify import far_kinds, load_warning
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 CHATML = (
@@ -182,23 +182,32 @@ def test_the_screen_shows_three_kinds_and_more(
         assert all(figure in row for figure in figures)
     warning = load_warning(record, str(tmp_path / "out"))
     assert warning is not None and warning in caplog.text  # 512 tokens are too few
+    assert (
+        far_kinds(record) and f"On {', '.join(far_kinds(record))} alone some experts are outside 0.5 to 2.0" in printed
+    )
 
 
-def test_the_warning_names_the_kinds_and_what_to_do() -> None:
-    near, far = {"load_min": 0.5, "load_max": 2.0, "tokens": 512}, {"load_min": 0.05, "load_max": 6.5, "tokens": 512}
+def test_the_warning_says_what_to_do() -> None:
+    near = {"load_min": 0.5, "load_max": 2.0, "tokens": 512}
 
-    def said(verification: dict[str, Any] | None) -> str | None:
-        return load_warning({"verification": verification, "num_experts": 8, "capacity_factor": 1}, "out")
+    def record(verification: dict[str, Any] | None) -> dict[str, Any]:
+        return {"verification": verification, "num_experts": 8, "capacity_factor": 1}
 
-    assert said(None) is None
-    assert said(near) is None
-    assert said(near | {"kinds": {"chat": near, "prose": near}}) is None
-    assert said(near | {"kinds": {"chat": near, "prose": far | {"tokens": 511}}}) is None  # 64 tokens of an expert
-    warning = said(near | {"kinds": {"chat": near, "prose": far}})
-    assert warning is not None and "prose 0.05 to 6.50" in warning and "chat 0" not in warning
-    assert "ecmoe-inspect calibrate out --text FILE" in warning
+    assert load_warning(record(None), "out") is None
+    assert load_warning(record(near), "out") is None
     for part in ({"load_min": 0.49}, {"load_max": 2.01}):
-        assert said(near | part) is not None
+        warning = load_warning(record(near | part), "out")
+        assert warning is not None and "ecmoe-inspect calibrate out --text FILE" in warning
+        assert f"{(near | part)['load_min']:.2f} to {(near | part)['load_max']:.2f} of their share" in warning
+
+
+def test_kinds_are_named_where_they_are_long_enough_to_tell() -> None:
+    near, far = {"load_min": 0.5, "load_max": 2.0, "tokens": 512}, {"load_min": 0.05, "load_max": 6.5, "tokens": 512}
+    record = {"num_experts": 8, "capacity_factor": 1, "verification": None}
+    assert far_kinds(record) == []
+    assert far_kinds(record | {"verification": near}) == []
+    kinds = {"chat": near, "prose": far, "code": far | {"tokens": 511}}  # 64 tokens of an expert
+    assert far_kinds(record | {"verification": near | {"kinds": kinds}}) == ["prose"]
 
 
 @pytest.mark.parametrize("init", ["shared", "blend"])
