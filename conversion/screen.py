@@ -8,7 +8,7 @@ from rich.table import Table
 
 from .checkpoints.provenance import RECORD_NAME
 from .texts import OWN_TEXT
-from .upcycling.verify import LARGEST_LOAD, LEAST_LOAD, far_kinds
+from .upcycling.verify import LARGEST_LOAD, LEAST_LOAD, far_kinds, remedy
 
 
 def print_conversion(record: dict[str, Any], destination: str) -> None:
