@@ -1,9 +1,10 @@
-"""ecmoe-inspect {evaluate,compare,draw,report}: what expert-choice checkpoints do with text, and how they work.
+"""ecmoe-inspect {evaluate,compare,draw,report,calibrate}: what expert-choice checkpoints do with text, and how.
 
 ecmoe-inspect evaluate qwen3-8x-tuned --data text.jsonl
 ecmoe-inspect compare qwen3-8x --data text.jsonl --steps 20
 ecmoe-inspect draw --experts 3 --top 2 --output walk.svg
 ecmoe-inspect report qwen3-8x-tuned --text "Once upon a time" --output routes.html
+ecmoe-inspect calibrate qwen3-8x --text chats.jsonl
 """
 
 import argparse
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import AnalysisError
-from .limits import COMPARED_TOKENS, EVALUATED_TOKENS
+from .limits import CALIBRATION_TOKENS, COMPARED_TOKENS, EVALUATED_TOKENS
 from .verdict import settings, tables
 
 # What needs torch is imported when a command runs: --help and a mistyped option are answered at once.
@@ -63,7 +64,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--text-file", metavar="FILE", help="UTF-8 file with the text")
     command.add_argument("--output", metavar="FILE", required=True, help="page to write, .html")
     command.add_argument("--device", help="default: an accelerator if there is one")
+    _add_calibrate(commands)
     return parser
+
+
+def _add_calibrate(commands: Any) -> None:
+    command = commands.add_parser(
+        "calibrate",
+        help="new thresholds for a checkpoint, in place, measured on the text it is meant for",
+        description="Replaces the thresholds of a checkpoint in place; the old ones stay in ecmoe_calibration.json "
+        "there. Loss and expert load on text that is held out are printed before and after.",
+    )
+    command.add_argument("checkpoint", help="folder of an expert-choice checkpoint")
+    command.add_argument(
+        "--text",
+        required=True,
+        metavar="FILE",
+        help="text file (.txt, .md, .jsonl, .parquet) or a folder of them; of .jsonl rows with messages the model's "
+        "chat template makes text",
+    )
+    command.add_argument(
+        "--tokens",
+        type=int,
+        default=CALIBRATION_TOKENS,
+        help=f"to calibrate on, at most; a quarter as many are held out (default: {CALIBRATION_TOKENS:,})",
+    )
+    command.add_argument("--text-column", default="text", help="of .jsonl and .parquet (default: text)")
+    command.add_argument("--device", help="default: an accelerator if there is one")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_common(command: argparse.ArgumentParser, checkpoint: str, needs_data: bool) -> None:
@@ -88,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable_progress_bar()
         disable_progress_bars()
     try:
-        {"evaluate": _evaluate, "compare": _compare, "draw": _draw, "report": _report}[command](options)
+        {"evaluate": _evaluate, "compare": _compare, "draw": _draw, "report": _report, "calibrate": _calibrate}[
+            command
+        ](options)
     except AnalysisError as error:
         if debug:
             raise
@@ -110,6 +140,36 @@ def _report(options: dict[str, Any]) -> None:
 
     result = report(**options)
     print(f"{options['output']}: {len(result['ids']):,} tokens, {len(result['layers'])} layers")
+
+
+def _calibrate(options: dict[str, Any]) -> None:
+    from .recalibration import calibrate, load_warning
+
+    as_json = options.pop("json")
+    found = calibrate(**options)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_calibration(found)
+    if warning := load_warning(found):
+        print(f"ecmoe-inspect: warning: {warning}", file=sys.stderr)
+
+
+def _print_calibration(found: dict[str, Any]) -> None:
+    table = Table(title=f"{found['checkpoint']}, {found['held_out_tokens']:,} held-out tokens of {found['text']}")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="right" if name else "left")
+    rows = {
+        "causal loss, nats per token": ("loss", ".4f"),
+        "load of an expert, least (1 is its share)": ("load_min", ".2f"),
+        "largest": ("load_max", ".2f"),
+        "experts per token": ("experts_per_token", ".2f"),
+        "chosen by no expert": ("uncovered", ".1%"),
+    }
+    for title, (name, style) in rows.items():
+        table.add_row(title, *(format(found[when][name], style) for when in ("before", "after")))
+    Console().print(table)
+    print(f"Thresholds from: {found['thresholds_from']}. The old ones are in ecmoe_calibration.json there.")
 
 
 def _evaluate(options: dict[str, Any]) -> None:
@@ -156,6 +216,8 @@ def _print_evaluation(result: dict[str, Any]) -> None:
             table.add_row("gap", f"{result['loss_gap']:+.4f}")
         table.add_row("tokens", f"{result['tokens']:,}")
         table.add_row("tokens/s", f"{result['tokens_per_second']:,.0f}")
+    if "thresholds_from" in result:
+        table.add_row("thresholds from", result["thresholds_from"])
     if "routes" in result:
         summary = result["routes"]["summary"]
         table.add_row("experts per token", f"{summary['experts_per_token']:.2f}")

@@ -46,11 +46,11 @@ def evaluate(
         tokenizer: of a model in memory.
 
     Returns:
-        Of text: loss (causal, nats per token), perplexity, loss_top_k (experts choose among the batch, which looks at
-        the future), loss_gap, tokens, tokens_per_second, and the routes: summary and layers as
-        `modeling_ecmoe.routing_report`; a model that is not of this family has no loss_top_k, loss_gap and routes. Of
-        pairs: the share of pairs whose good sentence is more likely, for each file
-        and over all.
+        thresholds_from: the text they were measured on, where that is known. Of text: loss (causal, nats per token),
+        perplexity, loss_top_k (experts choose among the batch, which looks at the future), loss_gap, tokens,
+        tokens_per_second, and the routes: summary and layers as `modeling_ecmoe.routing_report`; a model that is not of
+        this family has no loss_top_k, loss_gap and routes. Of pairs: the share of pairs whose good sentence is more
+        likely, for each file and over all.
 
     Raises:
         AnalysisError: for anything the user can put right.
@@ -61,6 +61,8 @@ def evaluate(
         raise AnalysisError(f"max_tokens={max_tokens} must not be negative; leave it out, or give 0 to read everything")
     with opened(checkpoint, tokenizer, device) as (model, tokenizer):
         result: dict[str, Any] = {"checkpoint": name_of(checkpoint), "model_type": model.config.model_type}
+        if getattr(model.config, "thresholds_from", None):
+            result["thresholds_from"] = model.config.thresholds_from
         if data is not None:
             sequences = windows(tokenizer, read_documents(data, text_column), min(WINDOW, _context(model)))
             result |= _losses(model, batches(sequences, POOL, max_tokens, padding_id(tokenizer)), data)

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mix-attention", help="average or first (default: average)")
     parser.add_argument("--seed", type=int, help="of everything that is drawn (default: 0)")
     parser.add_argument("--max-shard-size", help="of the output's files (default: 5GB)")
-    parser.add_argument("--text", help="UTF-8 text file to calibrate on (default: a little English of Python's own)")
+    parser.add_argument("--text", help="text or .jsonl of chats to calibrate on (default: a sample of several kinds)")
     parser.add_argument("--revision", help="of a Hub id")
     parser.add_argument("--device", help="where models are run (default: an accelerator if there is one; auto: all)")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="run no model; estimate thresholds")

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from .checkpoints.provenance import RECORD_NAME
 from .texts import OWN_TEXT
+from .upcycling.verify import LARGEST_LOAD, LEAST_LOAD, far_kinds, remedy
 
 
 def print_conversion(record: dict[str, Any], destination: str) -> None:
@@ -17,8 +18,8 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
     console = Console()
     if verification is None:
         console.print(table)
-        remedy = "train, or call ecmoe.calibrate_thresholds(model, batches), before judging the model"
-        console.print(f"Not verified. The thresholds are estimates: {remedy}.", soft_wrap=True, highlight=False)
+        advice = "train, or call ecmoe.calibrate_thresholds(model, batches), before judging the model"
+        console.print(f"Not verified. The thresholds are estimates: {advice}.", soft_wrap=True, highlight=False)
     else:
         load = f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share"
         table.add_row("causal loss", f"{verification['loss_dense']:.6f}", f"{verification['loss_converted']:.6f}")
@@ -28,6 +29,11 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
         table.add_row("expert load", "", load)
         table.add_row("chosen by no expert", "", f"{verification['uncovered']:.1%}")
         console.print(table)
+        if "kinds" in verification:
+            console.print(_kinds_of_text(record))
+        if far := far_kinds(record):
+            found = f"On {', '.join(far)} alone some experts are outside {LEAST_LOAD} to {LARGEST_LOAD} of their share."
+            console.print(f"{found} {remedy(destination)}.", soft_wrap=True, highlight=False)
         same = "the same" if verification["greedy_same"] else "different"
         change = f"The loss changed by {verification['loss_change']:+.1e}."
         console.print(f"Greedy text: {same}. {change}", highlight=False)
@@ -35,9 +41,28 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
 
 
+def _kinds_of_text(record: dict[str, Any]) -> Table:
+    """How the experts fare on each kind of text."""
+    table = Table(title="Held-out text by its kind; load: 1 is an expert's share")
+    columns = ("kind of text", "tokens to calibrate", "held out", "causal loss", "load, least", "largest")
+    for name in (*columns, "experts per token"):
+        table.add_column(name, justify="left" if name == columns[0] else "right")
+    for kind, found in record["verification"]["kinds"].items():
+        table.add_row(
+            kind,
+            f"{record['calibration_tokens_of_kinds'].get(kind, 0):,}",
+            f"{found['tokens']:,}",
+            f"{found['loss_converted']:.4f}",
+            f"{found['load_min']:.2f}",
+            f"{found['load_max']:.2f}",
+            f"{found['experts_per_token']:.2f}",
+        )
+    return table
+
+
 def _text_of(record: dict[str, Any]) -> str:
-    """A loss on the text that comes with Python says little of the user's own, so the remedy stands beside it."""
-    return "Python's own documentation; --text FILE takes yours" if record["text"] == OWN_TEXT else record["text"]
+    """A loss on text that comes with the package says little of the user's own, so the remedy stands beside it."""
+    return f"{OWN_TEXT}; --text FILE takes yours" if record["text"] == OWN_TEXT else record["text"]
 
 
 def print_export(record: dict[str, Any], destination: str) -> None:

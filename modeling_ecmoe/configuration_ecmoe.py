@@ -66,6 +66,8 @@ class EcMoeConfigMixin:
         2101.03961, section 2.2), the layers' mean, so that its scale is that of Transformers' models. Expert choice
         needs no balance loss and refuses one.
     output_router_logits: return the router logits of each sparse layer, [B * S, E].
+    thresholds_from: the text on which the thresholds were measured, in words; None where they never were, or where
+        training alone has made them. Written by calibration, read by people.
     experts_kernels: on a GPU with Triton, dispatch, activation and combine are one pass over memory each, summed in
         float32 and repeatable to the bit (kernels_ecmoe.py), and the bounded choice is launched as one CUDA graph;
         plain torch elsewhere, and where False.
@@ -94,6 +96,7 @@ class EcMoeConfigMixin:
     router_z_loss_coef: float | int = 0.0
     router_aux_loss_coef: float | int = 0.0
     output_router_logits: bool = False
+    thresholds_from: str | None = None
     experts_kernels: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

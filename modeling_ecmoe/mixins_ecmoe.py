@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .block_ecmoe import EcMoeBlock
@@ -28,6 +28,8 @@ from .notices_ecmoe import (
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
 from .versions_ecmoe import slice_logits_to_keep
+
+logger = logging.get_logger(__name__)
 
 
 class EcMoeDecoderLayerMixin:
@@ -81,9 +83,11 @@ class EcMoePreTrainedMixin:
     def _load_pretrained_model(
         cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As Transformers'; where a quantiser passes the experts by, says so while there is memory left, and refuses a
-        checkpoint without experts."""
+        """As Transformers'; refuses a checkpoint without experts, says which text the thresholds were measured on (at the
+        level "info", for a model is loaded often), and where a quantiser passes the experts by, while there is memory
+        left."""
         require_own_folder(model)
+        logger.info(f"Thresholds from: {model.config.thresholds_from or 'training, or never calibrated'}")
         if load_config.hf_quantizer is not None:
             warn_unquantized(model, load_config.hf_quantizer, load_config.dtype)
         loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)

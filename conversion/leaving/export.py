@@ -24,7 +24,7 @@ from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
 from ..checkpoints.writer import parse_size, write_shards, write_whole
 from ..errors import ConversionError
 from ..models import TOLERANCE, check_memory, greedy_texts, load_model, side_by_side
-from ..texts import OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
+from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
 from .card import render_plain_card
 from .fit import fit
 from .plain import PlainPlan, plan_plain
@@ -128,7 +128,7 @@ def _fill(
         if plan.form.is_scaled or plan.form.is_shifted:
             measured = work.recall("measured")
             if measured is None:
-                measured = fit(model, plan.form, list(texts.calibration.split(VERIFICATION_BATCH)))
+                measured = fit(model, plan.form, list(texts.calibration.split(BATCH)))
                 work.keep("measured", measured)
             plan.measured.update(measured)
     write_shards(folder, plan.tensors, plan.source_config.num_hidden_layers, shard_size)
@@ -167,7 +167,7 @@ def _verify(plan: PlainPlan, model: Any, folder: Path, texts: Texts, device: str
     routing = "token_choice" if plan.source_config.routing == "token_choice" else "threshold"
     with use_inference_routing(model, routing):
         measured = side_by_side(models, texts.verification, VERIFICATION_BATCH)
-    measured |= greedy_texts(models, texts.tokenizer, texts.verification)
+    measured |= greedy_texts(models, texts.tokenizer, next(iter(texts.verification.values())))
     measured["loss_tolerance"] = TOLERANCE[dtype]
     changed = abs(measured["loss_change"])
     if not math.isfinite(changed):

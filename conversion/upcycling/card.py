@@ -1,12 +1,12 @@
 """The model card of a converted checkpoint, rendered from its record: measured figures only."""
 
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints.provenance import licence, licence_note, short_name
+from ..texts import shown
 from .initialisations import INITIALISATIONS
 from .plan import Plan
 
@@ -33,7 +33,8 @@ def render_card(plan: Plan, record: dict[str, Any]) -> str:
         paper=initialisation.source,
         step_0=initialisation.step_0,
         sparse_layers=f"{config.mlp_layer_types.count('sparse')} of {config.num_hidden_layers}",
-        text_name=f"`{Path(record['text']).name}`",
+        text_name=shown(record["text"]),
+        thresholds_from=plan.config.thresholds_from,
         licence_note="" if terms else licence_note(plan.sources[0]),
         **{key: record[key] for key in ("init", "parameters", "num_experts", "capacity_factor", "verification")},
     )

@@ -1,8 +1,10 @@
 """The conversion from end to end: plan, write, calibrate, verify, and only then give the folder its name."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
+from ecmoe.progress import progress_bar
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 from ..checkpoints.digests import Digests, fingerprints
@@ -24,14 +28,16 @@ from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
 from ..checkpoints.writer import overwrite_tensors, parse_size, write_shards, write_whole
 from ..errors import ConversionError
 from ..models import TOLERANCE, check_memory, load_model
-from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, check_same_tokenizer, read_texts
+from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, check_same_tokenizer, read_texts, text_name
 from .card import render_card
 from .estimate import estimate, parameters
-from .measure import estimated_thresholds, measured_router, one_per_replica
+from .measure import ESTIMATED, estimated_thresholds, measured_router, one_per_replica
 from .plan import Plan, plan_conversion
 from .router import read_prompts
 from .settings import Settings
-from .verify import check, compare
+from .verify import check, compare, load_warning
+
+logger = logging.get_logger(__name__)
 
 
 def convert(
@@ -78,7 +84,9 @@ def convert(
         mix_attention: what is not an FFN in init="mix": the "average" of all checkpoints or that of the "first".
         seed: of the router weights, of drawn expert weights and of the order of the sample text.
         max_shard_size: such as "5GB".
-        text: UTF-8 text file to calibrate the thresholds on; a little English of Python's own when None.
+        text: UTF-8 text file to calibrate the thresholds on, documents separated by <|endoftext|>, or .jsonl with
+            `text` or `messages` in each row, which the model's chat template makes text of; the package's sample of
+            several kinds of text when None.
         revision: of a Hub id.
         device: for calibration and verification; None is the first accelerator, or the CPU. "auto" spreads the models
             over all devices, memory and disk.
@@ -119,6 +127,7 @@ def convert(
         "revision": sources[0].commit,
         "text": text or OWN_TEXT,
         "calibration_tokens": texts.calibration.numel() if texts and verify else 0,
+        "calibration_tokens_of_kinds": texts.tokens if texts and verify and len(texts.tokens) > 1 else {},
         **asdict(plan.settings),
         "parameters": parameters(plan),
         "versions": VERSIONS,
@@ -131,6 +140,8 @@ def convert(
         lambda work: _fill(plan, work, shard_size, texts, prompts, device, verify, record),
         push_to_hub,
     )
+    if warning := load_warning(record, destination):
+        logger.warning(warning)
     return record
 
 
@@ -183,6 +194,7 @@ def _fill(
             del dense
         plan.router_rows.update(measured)
     config: Any = plan.config
+    config.thresholds_from = ESTIMATED if texts is None else text_name(record["text"], texts)
     write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
     plan.sources[0].copy_companions(folder)
     keep_tokenizer(plan.sources[0], folder, config)
@@ -199,7 +211,7 @@ def _fill(
         assert texts is not None
         converted = load_model(type(plan.model), folder, plan.dtype, device, config)
         if thresholds is None:
-            thresholds = _calibrate(converted, texts.calibration, plan.settings.num_shards)
+            thresholds = _calibrate(converted, texts.calibration, plan)
             work.keep("thresholds", thresholds)
             overwrite_tensors(folder, thresholds)
         with plan.sources[0].running(plan.dtype, device) as dense:
@@ -250,16 +262,47 @@ def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> N
     check_memory(dense_bytes + plan.nbytes * verify, device, f"verify={verify}, router={router}", remedy)
 
 
-def _calibrate(model: Any, windows: Tensor, granularity: int) -> dict[str, Tensor]:
+def _calibrate(model: Any, windows: Tensor, plan: Plan) -> dict[str, Tensor]:
     """The thresholds and their counts, measured on the converted model.
 
     Raises:
         ConversionError: when its weights are finite and what it computes is not.
     """
+    is_dense = plan.settings.initialisation.shares == "all"
     try:
-        calibrate_thresholds(model, [{"input_ids": batch} for batch in windows.split(BATCH)])
+        with _shared_experts_alone(model) if is_dense else contextlib.nullcontext():
+            calibrate_thresholds(
+                model,
+                [{"input_ids": batch} for batch in windows.split(BATCH)],
+                progress=lambda batches: progress_bar(batches, desc="Calibrating", unit="batch"),
+            )
     except ValueError as error:
         raise ConversionError(f"the thresholds cannot be measured: {error}") from error
     for block in sparse_blocks(model).values():
-        block.gate.threshold.copy_(one_per_replica(block.gate.threshold, granularity))
+        block.gate.threshold.copy_(one_per_replica(block.gate.threshold, plan.settings.num_shards))
     return {name: buffer.cpu() for name, buffer in model.state_dict().items() if ".mlp.gate.threshold" in name}
+
+
+@contextlib.contextmanager
+def _shared_experts_alone(model: Any) -> Iterator[None]:
+    """While it is open a block runs its router and its shared expert, and no other.
+
+    Where the whole dense FFN stays as shared expert, that is what the block computes at step 0 whatever the routes,
+    which the verification checks afterwards, and half of the products.
+    """
+    blocks: list[Any] = list(sparse_blocks(model).values())
+
+    def forward_of(block: Any) -> Any:
+        def forward(hidden_states: Tensor) -> Tensor:
+            block.gate(hidden_states.flatten(0, -2))
+            return block.shared_expert(hidden_states)
+
+        return forward
+
+    for block in blocks:
+        block.forward = forward_of(block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

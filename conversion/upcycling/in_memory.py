@@ -17,7 +17,7 @@ from ..checkpoints.memory import ModelInMemory
 from ..checkpoints.source import Source
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
-from .measure import estimated_thresholds, one_per_replica
+from .measure import ESTIMATED, estimated_thresholds, one_per_replica
 from .plan import Plan, plan_conversion
 from .settings import Settings
 
@@ -153,13 +153,14 @@ def _set_thresholds(plan: Plan, converted: Any, calibrate_on: Any, tokenizer: An
     if calibrate_on is None:
         for name, value in estimated_thresholds(plan, None).items():
             converted.get_buffer(name).copy_(value)
+        converted.config.thresholds_from = ESTIMATED
         logger.warning(
             "The thresholds are estimates from the router's weights: train, or give calibrate_on or call "
             "calibrate_thresholds with text the model is meant for, before judging the model"
         )
         return
     try:
-        calibrate_thresholds(converted, calibrate_on, tokenizer)
+        calibrate_thresholds(converted, calibrate_on, tokenizer, "text given to upcycle")
     except ValueError as error:
         raise ConversionError(f"calibrate_on: {error}") from error
     for block in sparse_blocks(converted).values():

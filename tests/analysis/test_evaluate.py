@@ -59,7 +59,7 @@ def test_the_dense_parent_and_a_fresh_conversion_have_one_loss(
     dense, shared = (evaluate(str(folder), **options) for folder in (place / "dense", tmp_path / "shared"))
     assert dense["loss"] == pytest.approx(shared["loss"], abs=1e-5)
     assert (dense["tokens"], dense["pairs"]) == (shared["tokens"], shared["pairs"])
-    assert shared.keys() - dense.keys() == {"loss_top_k", "loss_gap", "routes"}
+    assert shared.keys() - dense.keys() == {"loss_top_k", "loss_gap", "routes", "thresholds_from"}
     main(["evaluate", str(place / "dense"), f"--data={place / 'text.txt'}", "--max-tokens=1"])
     printed = capsys.readouterr().out
     assert "causal loss" in printed and "top-k" not in printed and "expert" not in printed

@@ -12,12 +12,15 @@ import torch
 from checkpoints import STORIES_MODEL, STORIES_TEXT, all_tensors, contents, tiny_tokenizer, write_dense
 from conftest import build_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ecmoe import conversion
 from ecmoe.conversion import ConversionError, convert, export
 from ecmoe.conversion.checkpoints.source import Source
 from ecmoe.conversion.cli import main
+from ecmoe.conversion.leaving import fit as fitting
+from ecmoe.conversion.leaving.plain import Form
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 FAMILIES = {"Llama": "Mixtral", "Mistral": "Mixtral", "Qwen2": "Qwen2Moe", "Qwen3": "Qwen3Moe"}
@@ -391,3 +394,37 @@ def test_a_real_model_whose_experts_differ(tmp_path: Path, monkeypatch: pytest.M
     print(moved["loss_change"], moved["kl_divergence"], left["loss_change"], left["kl_divergence"])
     assert abs(moved["loss_change"]) < abs(left["loss_change"])
     assert 0 < moved["kl_divergence"] < left["kl_divergence"] / 2
+
+
+def test_candidates_that_share_products_are_as_by_themselves(make_routed_model: Callable) -> None:
+    """A token that two routers send to the same expert goes through it once; each router gets what it would alone."""
+    model = make_routed_model("Llama", shared_expert_intermediate_size=16, shared_expert_weighting="complement")
+    block = model.get_decoder().layers[0].mlp
+    form = Form(2, 0, True, True, True, False, True)
+    inputs_TD = torch.randn(40, 32)
+    rows = [block.gate.weight.detach().clone(), torch.randn(4, 32)]
+    met: list[int] = []
+    block.experts.register_forward_pre_hook(lambda _module, arguments: met.append(len(arguments[0])))
+    with torch.no_grad():
+        outputs_TD, shared_TD = block(inputs_TD[None])[0], block.shared_expert(inputs_TD)
+        together = [fitting._Candidate(block, row, form) for row in rows]
+        met.clear()
+        fitting._add_to_all(together, inputs_TD, outputs_TD, shared_TD)
+        assert 80 < met[0] < 160  # of 40 tokens, each with two experts by either router
+        for row, candidate in zip(rows, together, strict=True):
+            alone = fitting._Candidate(block, row, form)
+            fitting._add_to_all([alone], inputs_TD, outputs_TD, shared_TD)
+            for name in ("gram_EE", "moment_E", "square", "weight"):
+                torch.testing.assert_close(getattr(candidate, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
+            logits_TE = inputs_TD @ row.T
+            weight_TK, expert_TK = logits_TE.softmax(-1).topk(2)
+            wanted = torch.zeros(())
+            for token, (weights, experts) in enumerate(
+                zip(weight_TK / weight_TK.sum(1, keepdim=True), expert_TK, strict=True)
+            ):
+                for weight, expert in zip(weights, experts, strict=True):
+                    x = inputs_TD[token]
+                    gate, up = (block.experts.gate_up_proj[expert] @ x).chunk(2)
+                    made = block.experts.down_proj[expert] @ (nn.functional.silu(gate) * up) - shared_TD[token]
+                    wanted += (weight * made) @ (outputs_TD[token] - shared_TD[token])
+            torch.testing.assert_close(candidate.moment_E.sum(), wanted, rtol=1e-3, atol=1e-4)

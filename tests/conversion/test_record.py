@@ -208,7 +208,7 @@ def test_the_report_on_the_screen_holds_the_records_figures(
 def test_the_report_says_on_which_text_and_how_to_go_on(
     tmp_path: Path, dense: Path, few_tokens: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = "easured on Python's own documentation; --text FILE takes yours.\n"
+    where = "easured on the package's sample of several kinds of text; --text FILE takes yours.\n"
     main([str(dense), str(tmp_path / "out")])
     assert f"Calibrated and m{where}" in capsys.readouterr().out
     main([str(tmp_path / "out"), str(tmp_path / "plain"), "--to=token-choice"])
