@@ -21,6 +21,10 @@ class _Lines(tqdm):
         self.fp.flush()
         return True
 
+    def set_description(self, desc: str | None = None, refresh: bool = True) -> None:
+        """For the next line; a new description alone writes none."""
+        super().set_description(desc, refresh=False)
+
     def clear(self, nolock: bool = False) -> None:
         """Nothing: a line that is written stays."""
 

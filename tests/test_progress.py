@@ -29,6 +29,7 @@ def test_short_work_says_nothing_in_a_log(monkeypatch: pytest.MonkeyPatch) -> No
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     with progress_bar(desc="Writing", unit="B", total=2, unit_scale=True) as bar:
+        bar.set_description("Layer 1 of 2")
         bar.update(2)
     assert log.getvalue() == ""
 
