@@ -246,7 +246,7 @@ OPTIONS = {
     "--granularity=2": "granularity=2 belongs to init=granular, not shared",
     "--init=copy --capacity-factor=0.5": "capacity_factor=0.5: init=copy needs at least 1",
     "--init=mix --capacity-factor=0.5 --mix-with x": "capacity_factor=0.5: init=mix needs at least 1",
-    "--init=granular --capacity-factor=1": "capacity_factor=1.0: init=granular needs at least its granularity, 2, for a",
+    "--init=granular --capacity-factor=1": "capacity_factor=1.0: init=granular needs at least its granularity, 2",
     "--init=granular --capacity-factor=1.5": "init=granular needs at least its granularity, 2",
     "--init=granular --capacity-factor=3 --granularity=4": "init=granular needs at least its granularity, 4",
     "--init=granular --granularity=0": "granularity=0 must be at least 1",
