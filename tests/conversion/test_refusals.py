@@ -271,7 +271,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_wrong_option(tmp_path: Path, dense: Path, options: str, refuse) -> None:
-    refuse([str(dense), str(tmp_path / "out"), *options.split()], OPTIONS[options], left=[])
+    """Of a dry run as well, but for what only running a model shows."""
+    command = [str(dense), str(tmp_path / "out"), *options.split()]
+    refuse(command, OPTIONS[options], left=[])
+    if options != "--router=centroid --num-experts=1":
+        refuse([*command, "--dry-run"], OPTIONS[options], left=[])
 
 
 PROMPTS = {
@@ -292,7 +296,10 @@ def test_wrong_prompts(tmp_path: Path, dense: Path, content: str, refuse) -> Non
     path = tmp_path / "prompts.json"
     path.write_text(content)
     options = ["--num-experts=2", "--router=hidden", f"--router-prompts={path}"]
-    refuse([str(dense), str(tmp_path / "out"), *options], PROMPTS[content], left=["prompts.json"])
+    command = [str(dense), str(tmp_path / "out"), *options]
+    refuse(command, PROMPTS[content], left=["prompts.json"])
+    if "router rows" not in PROMPTS[content]:  # which only running the model shows
+        refuse([*command, "--dry-run"], PROMPTS[content], left=["prompts.json"])
 
 
 def test_prompts_of_another_vocabulary(tmp_path: Path, dense: Path, text: Path, refuse) -> None:
@@ -339,12 +346,15 @@ def test_places(tmp_path: Path, dense: Path, refuse) -> None:
     refuse([str(tmp_path / "taken" / "file"), str(tmp_path / "out")], "is a file", left=["taken"])
     empty = tmp_path / "taken" / "empty.txt"
     empty.write_text(" ")
-    refuse([str(dense), str(tmp_path / "out"), f"--text={empty}"], "is empty", left=["taken"])
+    for dry in ([], ["--dry-run"]):
+        refuse([str(dense), str(tmp_path / "out"), f"--text={empty}", *dry], "is empty", left=["taken"])
     short = tmp_path / "taken" / "short.txt"
     short.write_text("Too little.")
-    refuse([str(dense), str(tmp_path / "out"), f"--text={short}"], "need at least", left=["taken"])
+    for dry in ([], ["--dry-run"]):
+        refuse([str(dense), str(tmp_path / "out"), f"--text={short}", *dry], "need at least", left=["taken"])
     short.write_bytes(b"\xff\xfe\xfd")
-    refuse([str(dense), str(tmp_path / "out"), f"--text={short}"], "cannot be read as UTF-8", left=["taken"])
+    for dry in ([], ["--dry-run"]):
+        refuse([str(dense), str(tmp_path / "out"), f"--text={short}", *dry], "cannot be read as UTF-8", left=["taken"])
 
 
 @pytest.mark.parametrize("with_config", [False, True])
@@ -430,7 +440,8 @@ def test_no_login(tmp_path: Path, dense: Path, refuse, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(huggingface_hub.HfApi, "whoami", whoami)
         command = [str(dense), str(tmp_path / "out"), "--no-verify", "--push-to-hub=me/model"]
-        refuse(command, f"push_to_hub=me/model: {error}; log in with `hf auth login`", left=[])
+        for dry in ([], ["--dry-run"]):
+            refuse([*command, *dry], f"push_to_hub=me/model: {error}; log in with `hf auth login`", left=[])
 
 
 def test_a_converted_checkpoint_is_not_converted_again(
