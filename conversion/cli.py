@@ -7,8 +7,10 @@ ecmoe-convert --to token-choice qwen3-8x-tuned qwen3-8x-plain
 import argparse
 import logging
 import sys
+from typing import Any
 
 from .arguments import check_arguments
+from .checkpoints.places import local_folder
 from .errors import ConversionError
 from .upcycling.initialisations import INITIALISATIONS
 from .upcycling.settings import NAMED_LAYERS, ROUTERS
@@ -68,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.addHandler(warnings)
     try:
         check_arguments(options)
+        _find_on_hub(options)
         from . import screen
         from .leaving.export import export
         from .upcycling.convert import convert
@@ -97,6 +100,16 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"ecmoe-convert: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+def _find_on_hub(options: dict[str, Any]) -> None:
+    """A name that the Hub does not have is said before torch is loaded, which the Hub's client does without."""
+    source = options["source"]
+    for name in (source, *options.get("mix_with", [])):
+        if local_folder(name) is None:
+            from .checkpoints.locate import locate
+
+            locate(name, options.get("revision") if name == source else None, with_weights=False)
 
 
 def _quieten() -> None:
