@@ -19,7 +19,7 @@ _WORTH_A_LINE = 10.0  # seconds; of less nothing is said before
 # Rough: of the speed of its products alone a converted model of SmolLM2's widths reached 0.5 to 0.8 on two busy cores,
 # the dense one about all of it.
 _OF_PRODUCTS = 0.6
-_BYTES_PER_SECOND = 3e8  # shards made, written and their sources' digests taken
+_BYTES_PER_SECOND = 5e8  # of shards that are made and written (benchmarks/results/conversion.json)
 _WORTH_A_MEASUREMENT = 1e11  # FLOPs; less takes no time
 # Logits of both models and the logarithms of their softmax, in float32, are held at once.
 _LOGITS_AT_ONCE = 4

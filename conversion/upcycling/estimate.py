@@ -19,6 +19,7 @@ from .router import INPUT_TOKENS
 # Bytes for each parameter that is trained, as the fine-tuner does it: weights, gradients and the moments of AdamW in
 # float32; weights and gradients in bfloat16 with moments of 8 bits.
 TRAINING_BYTES = {"float32": 16, "bfloat16": 6}
+_DRAWN = 4  # so much longer experts take whose numbers are drawn
 LORA_RANK = 16  # the fine-tuner's default
 # Tokens that one GPU trains on per step in the traffic estimate.
 TOKENS_PER_GPU = 16_384
@@ -132,7 +133,8 @@ def seconds_to_convert(plan: Plan, machine: Machine, verify: bool) -> float:
         gone_through = 1 if config.bounds_experts_per_token else 2  # times that calibration reads its tokens
         passes += texts.CALIBRATION_TOKENS * gone_through * flops["converted"]
         passes += texts.VERIFICATION_TOKENS * (flops["dense"] + flops["converted"])
-    return seconds_of(plan.nbytes, passes, machine, plan.dtype, config.hidden_size, config.moe_intermediate_size)
+    nbytes = plan.nbytes * (_DRAWN if plan.settings.init in ("noise", "drop") else 1)
+    return seconds_of(nbytes, passes, machine, plan.dtype, config.hidden_size, config.moe_intermediate_size)
 
 
 def _training_bytes(plan: Plan, counted: dict[str, int]) -> dict[str, dict[str, int]]:

@@ -11,7 +11,7 @@ def notes_on(config: Any, settings: Settings) -> list[str]:
     """One line each, with the remedy, for a config and the settings that it was made with."""
     found = []
     if not router_learns(config):
-        other = "" if settings.init == "mix" else ", or init=shared"
+        other = "" if settings.init == "mix" else ", init=granular (the FLOPs of one, in two halves), or init=shared"
         found.append(
             f"init={settings.init} at capacity_factor={config.capacity_factor:g}: every token has one expert, with the "
             "normalised combine weight 1 whatever its score is, so the router has no gradient and learns nothing; "
