@@ -81,7 +81,7 @@ pictures: $(VENV)/.runtime
 # What mypy sees: the layout of the installed packages (pyproject.toml, package-dir) as links.
 build/types: pyproject.toml
 	mkdir -p $@/ecmoe
-	ln -sfn $(CURDIR)/ecmoe/__init__.py $@/ecmoe/
+	ln -sfn $(CURDIR)/ecmoe/*.py $@/ecmoe/
 	for room in analysis conversion finetune model_cards recipes; do ln -sfn $(CURDIR)/$$room $@/ecmoe/; done
 	touch $@
 

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .arguments import check_arguments
 from .errors import AnalysisError
 from .limits import CALIBRATION_TOKENS, COMPARED_TOKENS, EVALUATED_TOKENS
 from .verdict import settings, tables
@@ -107,15 +108,10 @@ def _add_common(command: argparse.ArgumentParser, checkpoint: str, needs_data: b
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = vars(_parser().parse_args(argv))
-
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
     debug, command = options.pop("debug"), options.pop("command")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-        disable_progress_bars()
     try:
+        check_arguments(command, options)
+        _quieten()
         {"evaluate": _evaluate, "compare": _compare, "draw": _draw, "report": _report, "calibrate": _calibrate}[
             command
         ](options)
@@ -127,6 +123,16 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("ecmoe-inspect: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _quieten() -> None:
+    """Bars of others are for terminals."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bars()
 
 
 def _draw(options: dict[str, Any]) -> None:

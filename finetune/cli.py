@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .arguments import check_arguments
 from .errors import RecipeError
 
 # What needs Transformers is imported when there is something to train: --help and a mistyped option need not wait.
@@ -32,12 +33,13 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = _parser().parse_intermixed_args(argv)  # overrides before and after --dry-run
 
-    from accelerate import PartialState
-
-    from .recipe import load_recipe
-    from .train import dry_run, run
-
     try:
+        check_arguments(options.recipe, options.overrides)
+        from accelerate import PartialState
+
+        from .recipe import load_recipe
+        from .train import dry_run, run
+
         recipe = load_recipe(options.recipe, options.overrides)
         results = dry_run(recipe) if options.dry_run else run(recipe)
     except RecipeError as error:

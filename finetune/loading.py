@@ -11,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig
 
+from ecmoe.hub import why_not_from_hub
+
+from .arguments import check_model
 from .errors import RecipeError
 from .recipe import Recipe, refuse_unknown, shipped
 
@@ -22,8 +25,7 @@ def load_config(recipe: Recipe) -> Any:
         RecipeError: when there is no such model, or the fields do not go with it.
     """
     path = Path(recipe.model).expanduser()
-    if (path.is_absolute() or recipe.model.startswith((".", "~"))) and not path.is_dir():
-        raise RecipeError(f"model={recipe.model} does not exist; give a checkpoint folder or a Hub id")
+    check_model(recipe.model)
     _refuse_adapter(recipe.model, path)
     try:
         config: Any = AutoConfig.from_pretrained(recipe.model)
@@ -40,8 +42,16 @@ def load_config(recipe: Recipe) -> Any:
     except StrictDataclassError as error:  # names one of routing_fields
         raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"model={recipe.model} {_why_not(error, path)}") from error
     return config
+
+
+def _why_not(error: Exception, path: Path) -> str:
+    """One line; of what is no folder, why the Hub did not give it."""
+    if path.is_dir():
+        return f"cannot be loaded: {' '.join(str(error).split())}"
+    reason = why_not_from_hub(error)
+    return f"is no local folder and could not be fetched from the Hub: {reason}; give a checkpoint folder or a Hub id"
 
 
 def load(recipe: Recipe) -> tuple[Any, Any]:

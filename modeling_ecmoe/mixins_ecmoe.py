@@ -83,9 +83,9 @@ class EcMoePreTrainedMixin:
     def _load_pretrained_model(
         cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As Transformers'; refuses a checkpoint without experts, says which text the thresholds were measured on (at the
-        level "info", for a model is loaded often), and where a quantiser passes the experts by, while there is memory
-        left."""
+        """As Transformers'; refuses a checkpoint without experts; says which text the thresholds were measured on, at
+        the level "info", for a model is loaded often; and where a quantiser passes the experts by, says so while there
+        is memory left."""
         require_own_folder(model)
         logger.info(f"Thresholds from: {model.config.thresholds_from or 'training, or never calibrated'}")
         if load_config.hf_quantizer is not None:

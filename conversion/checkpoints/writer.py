@@ -19,11 +19,9 @@ from tqdm import tqdm
 
 from ecmoe.progress import progress_bar
 
-from ..errors import ConversionError
 from .folder import INDEX_NAME, WEIGHTS_NAME
 
 _BORDER = 64  # bytes
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -49,14 +47,6 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, in the powers of ten that Transformers uses."""
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text.strip().upper())
-    if match is None or int(match[1]) == 0:
-        raise ConversionError(f"max_shard_size={text} is no size; write it as 500MB or 5GB")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 def write_shards(folder: Path, tensors: list[PlannedTensor], num_layers: int, max_shard_size: int) -> None:

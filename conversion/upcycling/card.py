@@ -9,6 +9,7 @@ from ..checkpoints.provenance import licence, licence_note, short_name
 from ..texts import shown
 from .initialisations import INITIALISATIONS
 from .plan import Plan
+from .settings import ROUTERS
 
 
 def render_card(plan: Plan, record: dict[str, Any]) -> str:
@@ -29,13 +30,28 @@ def render_card(plan: Plan, record: dict[str, Any]) -> str:
         template_str=(files("ecmoe.model_cards") / "template.md").read_text(encoding="utf-8"),
         model_name=short_name(plan.sources[0]).rpartition("/")[2],
         source_names=" and ".join(f"`{short_name(source)}`" for source in plan.sources),
-        summary=initialisation.summary,
+        summary=initialisation.summary.format(**plan.settings.words),
         paper=initialisation.source,
-        step_0=initialisation.step_0,
+        step_0=initialisation.step_0.format(**plan.settings.words),
+        options=_options(plan),
+        router=ROUTERS[record["router"]],
+        experts_per_token=f"{config.min_experts_per_token} to {config.max_experts_per_token or config.num_experts}",
         sparse_layers=f"{config.mlp_layer_types.count('sparse')} of {config.num_hidden_layers}",
         text_name=shown(record["text"]),
         thresholds_from=plan.config.thresholds_from,
         licence_note="" if terms else licence_note(plan.sources[0]),
         **{key: record[key] for key in ("init", "parameters", "num_experts", "capacity_factor", "verification")},
+        **{key: record[key] for key in ("seed", "calibration_tokens", "notes", "ways_out")},
     )
     return str(card).rstrip() + "\n"
+
+
+def _options(plan: Plan) -> dict[str, object]:
+    """What the initialisation was told beside the number of experts, by what it means."""
+    settings = plan.settings
+    found: dict[str, object] = {}
+    if settings.ratio is not None:
+        found[settings.initialisation.ratio] = settings.ratio
+    if settings.init == "granular":
+        found["shards of a dense FFN"] = settings.num_shards
+    return found

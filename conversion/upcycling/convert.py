@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
@@ -17,21 +17,26 @@ from transformers.utils import logging
 from ecmoe.progress import progress_bar
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
+from ..arguments import check_arguments
 from ..checkpoints.digests import Digests, fingerprints
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.hub import check_hub
 from ..checkpoints.memory import ModelInMemory
+from ..checkpoints.places import check_disk, free_place, parse_size
 from ..checkpoints.provenance import RECORD_NAME, VERSIONS
 from ..checkpoints.source import Source
 from ..checkpoints.tokenizer import keep_tokenizer
-from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
-from ..checkpoints.writer import overwrite_tensors, parse_size, write_shards, write_whole
+from ..checkpoints.workspace import Workspace, produce
+from ..checkpoints.writer import overwrite_tensors, write_shards, write_whole
 from ..errors import ConversionError
+from ..machine import announce_work, machine_at_hand
 from ..models import TOLERANCE, check_memory, load_model
+from ..targets import ways_out
 from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, check_same_tokenizer, read_texts, text_name
 from .card import render_card
-from .estimate import estimate, parameters
+from .estimate import estimate, parameters, seconds_to_convert
 from .measure import ESTIMATED, estimated_thresholds, measured_router, one_per_replica
+from .notes import notes_on
 from .plan import Plan, plan_conversion
 from .router import read_prompts
 from .settings import Settings
@@ -61,7 +66,7 @@ def convert(
     verify: bool = True,
     push_to_hub: str | None = None,
     dry_run: bool = False,
-    num_gpus: int = 8,
+    num_gpus: int | None = None,
     tokenizer: Any = None,
 ) -> dict[str, Any]:
     """Converts a dense checkpoint into an expert-choice one and returns what was measured on the way.
@@ -93,35 +98,36 @@ def convert(
         verify: run dense and converted model side by side. Without it no model is run at all, and the thresholds are
             estimated from the router weights.
         push_to_hub: repository to upload the finished folder to.
-        dry_run: return the plan's figures and touch neither weights nor disk.
-        num_gpus: of the dry run's estimates.
+        dry_run: return the plan's figures and touch neither weights nor disk; what would be refused is refused, but for
+            a lack of disk and memory, which the figures show.
+        num_gpus: of the dry run's estimates; None is the machine at hand.
         tokenizer: of a model in memory; it is saved beside the weights, and needed unless verify=False.
 
     Raises:
         ConversionError: for anything the user can put right, and when an exact initialisation is not exact.
     """
+    check_arguments(locals())
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
-    target = free_place(destination)
-    shard_size = parse_size(max_shard_size)
-    if num_gpus < 1:
-        raise ConversionError(f"num_gpus={num_gpus} must be at least 1")
+    target, shard_size = free_place(destination), parse_size(max_shard_size)
+    machine = machine_at_hand(device)
     sources = [open_source(source, revision, dry_run, tokenizer)]
     text = None if text is None else os.fspath(text)
-    if isinstance(mix_with, str | os.PathLike | nn.Module):
-        raise ConversionError("mix_with must be a list of checkpoints or models; put it into [...]")
     for other in mix_with or []:
         sources.append(open_source(other, revision if other == source else None, dry_run, None))
     plan = plan_conversion(sources, settings)
-    if dry_run:
-        return estimate(plan, num_gpus)
-    for held in sources:
-        held.check_tied(plan.tied)  # not in a dry run, which reads no weights
-
+    if not dry_run:  # which reads no weights
+        for held in sources:
+            held.check_tied(plan.tied)
     texts = _texts(plan, text, verify, seed)
     prompts = _prompts(plan, router_prompts)
-    _check_room(plan, target, verify, device)
     if push_to_hub:
         check_hub(push_to_hub)
+    notes = notes_on(plan.config, plan.settings)
+    for note in notes:
+        logger.warning(note)
+    if dry_run:
+        return estimate(plan, target, machine, num_gpus, verify)
+    _check_room(plan, target, verify, device)
     record = {
         "source": sources[0].source,
         "revision": sources[0].commit,
@@ -130,8 +136,16 @@ def convert(
         "calibration_tokens_of_kinds": texts.tokens if texts and verify and len(texts.tokens) > 1 else {},
         **asdict(plan.settings),
         "parameters": parameters(plan),
+        "ways_out": ways_out(plan.config),
+        "notes": notes,
         "versions": VERSIONS,
     }
+    announce_work(
+        seconds_to_convert(plan, machine, verify),
+        f"writes {plan.nbytes / 1e9:,.2f} GB"
+        + f", then calibrates and verifies on {machine.name}" * verify
+        + f", from measurements on {machine.name}" * (not verify and router != "normal"),
+    )
     options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
     purpose = record | options | {"files": fingerprints(sources, text, router_prompts)}
     produce(
@@ -241,16 +255,10 @@ def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> Texts | Non
 
 
 def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:
-    settings = plan.settings
-    if (settings.router == "hidden") != (router_prompts is not None):
-        raise ConversionError(
-            f"router={settings.router} and router_prompts={router_prompts}: router=hidden needs a file of prompts, and "
-            "no other router reads one"
-        )
     if router_prompts is None:
         return None
     config: Any = plan.config
-    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // settings.num_shards)
+    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // plan.settings.num_shards)
 
 
 def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> None:

@@ -1,6 +1,7 @@
 """Upcycling a model that is in memory: what `convert` writes into a folder becomes a model beside the dense one."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +10,6 @@ import accelerate
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
@@ -18,10 +18,11 @@ from ..checkpoints.source import Source
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from .measure import ESTIMATED, estimated_thresholds, one_per_replica
+from .notes import notes_on
 from .plan import Plan, plan_conversion
 from .settings import Settings
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -69,6 +70,7 @@ def upcycle(
         ConversionError: for anything the user can put right.
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, "normal", mix_attention, seed)
+    settings.check(1 + len(mix_with or []))
     if tokenizer is not None and calibrate_on is None:
         raise ConversionError("tokenizer is for the texts of calibrate_on, and there are none; leave it out")
     if isinstance(model, str | os.PathLike):
@@ -80,6 +82,8 @@ def upcycle(
         raise ConversionError("calibrate_on needs weights, and the model is on the meta device; leave it out")
     sources: list[Source] = [dense, *map(ModelInMemory, mix_with or [])]
     plan = plan_conversion(sources, settings)
+    for note in notes_on(plan.config, plan.settings):
+        logger.warning(note)
     for source in sources:
         source.check_tied(plan.tied)
     converted: Any = plan.model

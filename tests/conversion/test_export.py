@@ -277,7 +277,12 @@ def test_killed_it_goes_on_with_the_same_bytes(
 
 OBSTACLES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "output bias": ("Llama", {"attention_bias": True}, "token-choice", "attention_bias=True: Mixtral has no bias"),
-    "dense layer": ("Llama", {"mlp_layer_types": ["dense", "sparse"]}, "token-choice", "every layer of Mixtral has"),
+    "dense layer, wide heads": (
+        "Llama",
+        {"mlp_layer_types": ["dense", "sparse"], "head_dim": 16},
+        "token-choice",
+        "head_dim=16: the heads of Qwen2-MoE are",
+    ),
     "late dense layer": (
         "Llama",
         BLEND | {"mlp_layer_types": ["sparse", "dense"]},
@@ -316,7 +321,7 @@ OPTIONS = {
     "--to=token-choice --num-gpus=8": "num_gpus=8 does not go with --to token-choice",
     "--num-experts-per-tok=2": "num_experts_per_tok=2 belongs to --to; leave it out",
     "--to=token-choice --num-experts-per-tok=5": "num_experts_per_tok=5 must be between 1 and num_experts=4",
-    "--to=token-choice --num-experts-per-tok=0": "num_experts_per_tok=0 must be between 1 and num_experts=4",
+    "--to=token-choice --num-experts-per-tok=0": "num_experts_per_tok=0 must be at least 1",
     "--to=token-choice --no-verify": "the scales that stand for the combine weights are measured on text",
     "--to=token-choice --text=missing.txt": "text=missing.txt cannot be read",
     "--to=token-choice --max-shard-size=5": "max_shard_size=5 is no size",
@@ -369,12 +374,12 @@ def test_an_embedding_that_is_said_to_be_tied_and_is_not(tmp_path: Path, blend: 
 def test_help_names_every_destination(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert set(conversion.leaving.targets.DESTINATIONS) <= set(capsys.readouterr().out.split())
+    assert set(conversion.targets.DESTINATIONS) <= set(capsys.readouterr().out.split())
 
 
 def test_another_family_is_refused(tmp_path: Path, blend: Path, refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that is added to the family and that no plain class was found for yet."""
-    monkeypatch.delitem(conversion.leaving.targets.DESTINATIONS["token-choice"], "ecmoe_llama")
+    monkeypatch.delitem(conversion.targets.DESTINATIONS["token-choice"], "ecmoe_llama")
     message = "model_type=ecmoe_llama: no plain class that --to token-choice writes computes its attention"
     refuse(["--to=token-choice", str(blend), str(tmp_path / "out")], message, left=[])
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ecmoe.conversion.checkpoints.writer import PlannedTensor, overwrite_tensors, parse_size, write_shards
+from ecmoe.conversion.checkpoints.places import parse_size
+from ecmoe.conversion.checkpoints.writer import PlannedTensor, overwrite_tensors, write_shards
 from ecmoe.conversion.errors import ConversionError
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}

@@ -1,16 +1,18 @@
 """The plain Transformers classes that an expert-choice checkpoint can leave as, and what each has room for.
 
 All route by top-k: Mixtral, Qwen2-MoE and Qwen3-MoE weight the k experts of the highest router logits by a softmax,
-GLM-4-MoE takes the k highest sigmoid scores plus a bias and weights by the scores.
+GLM-4-MoE takes the k highest sigmoid scores plus a bias and weights by the scores. Known to conversions too, which say
+what they close.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Glm4MoeConfig, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from ..errors import ConversionError
+from .errors import ConversionError
 
 # Of a class that has a shared expert where the source has none: it adds nothing, so the width matters little; kernels
 # and quantisers want a round one.
@@ -77,9 +79,20 @@ def target_of(config: Any, to: str) -> Target:
             f"model_type={config.model_type}: no plain class that --to {to} writes computes its attention, norms and "
             f"FFNs; {', '.join(DESTINATIONS[to])} can leave, keep this one as it is"
         )
+    if target is MIXTRAL and _dense_layers(config):
+        target = QWEN2_MOE  # without biases its attention is the same, and it may have dense layers
     for reason in _obstacles(config, target):
         raise ConversionError(f"{reason}; keep this checkpoint as it is")
     return target
+
+
+def ways_out(config: Any) -> dict[str, str]:
+    """Which --to a model of this config can take, and the title of the class that it leaves as."""
+    found = {}
+    for to in DESTINATIONS:
+        with contextlib.suppress(ConversionError):
+            found[to] = target_of(config, to).title
+    return found
 
 
 def _obstacles(config: Any, target: Target) -> list[str]:
@@ -91,8 +104,6 @@ def _obstacles(config: Any, target: Target) -> list[str]:
     if config.ffn_has_bias:
         found.append(f"the FFNs have biases, and experts of {target.title} have none")
     dense = _dense_layers(config)
-    if dense and target is MIXTRAL:
-        found.append(f"mlp_layer_types has dense layers ({_listed(dense)}), and every layer of Mixtral has experts")
     if dense and target is GLM4_MOE and dense != list(range(len(dense))):
         found.append(f"mlp_layer_types has dense layers ({_listed(dense)}), and those of GLM-4-MoE come first")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -148,7 +159,7 @@ def plain_config(
     """
     fields = {name: getattr(source, name) for name in _COMMON}
     fields |= {"num_experts_per_tok": top_k, "router_aux_loss_coef": source.router_aux_loss_coef}
-    dense = _dense_layers(source)
+    dense, kind = _dense_layers(source), source.model_type
     head_dim = getattr(source, "head_dim", None)
     if target is MIXTRAL:
         fields |= {"num_local_experts": num_experts, "intermediate_size": width}
@@ -157,8 +168,8 @@ def plain_config(
         fields.pop("router_aux_loss_coef")
         fields |= {"n_routed_experts": num_experts, "moe_intermediate_size": width, "n_shared_experts": 1}
         fields |= {"norm_topk_prob": normalised, "first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
-        fields |= {"attention_bias": source.model_type == "ecmoe_qwen2", "head_dim": head_dim}
-        fields |= {"use_qk_norm": source.model_type == "ecmoe_qwen3", "partial_rotary_factor": 1.0}
+        fields |= {"attention_bias": kind == "ecmoe_qwen2", "head_dim": head_dim}
+        fields |= {"use_qk_norm": kind == "ecmoe_qwen3", "partial_rotary_factor": 1.0}
         fields["head_dim"] = head_dim or source.hidden_size // source.num_attention_heads
     else:
         fields |= {"num_experts": num_experts, "moe_intermediate_size": width, "norm_topk_prob": normalised}
@@ -168,8 +179,10 @@ def plain_config(
         if target is QWEN3_MOE:
             fields |= {"head_dim": head_dim, "attention_bias": source.attention_bias}
         else:
-            fields |= {"qkv_bias": True, "shared_expert_intermediate_size": shared_width}
-            fields |= {"layer_types": source.layer_types, "max_window_layers": source.max_window_layers}
+            every = ["full_attention" if window is None else "sliding_attention"] * source.num_hidden_layers
+            fields |= {"qkv_bias": kind == "ecmoe_qwen2", "shared_expert_intermediate_size": shared_width}
+            fields |= {"layer_types": getattr(source, "layer_types", None) or every}
+            fields |= {"max_window_layers": getattr(source, "max_window_layers", 0)}
     config = target.config_class(**fields)
     config.dtype = dtype
     config.architectures = [target.architecture]
