@@ -12,10 +12,10 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from .errors import AnalysisError
-from .limits import COMPARED_TOKENS, EVALUATED_TOKENS
+from .limits import COMPARED_TOKENS, EVALUATED_TOKENS, EVALUATION_SECONDS
+from .printing import evaluation_table, remarks
 from .verdict import settings, tables
 
 # What needs torch is imported when a command runs: --help and a mistyped option are answered at once.
@@ -27,12 +27,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("evaluate", help="losses, speed, routes and minimal pairs of a checkpoint")
     _add_common(command, "checkpoint folder or Hub id, expert-choice or any causal language model", needs_data=False)
-    command.add_argument("--pairs", nargs="+", metavar="FILE", help="minimal pairs as BLiMP's .jsonl files, or folders")
+    for part, what in (("messages", "conversations"), ("prompt", "prompts"), ("completion", "completions")):
+        command.add_argument(f"--{part}-column", help=f"of .jsonl and .parquet with {what} (default: {part})")
     command.add_argument(
-        "--max-tokens",
-        type=int,
-        default=EVALUATED_TOKENS,
-        help=f"read about so many (default: {EVALUATED_TOKENS:,}; 0: all)",
+        "--against",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="others to evaluate on the same rows, such as the dense parent",
+    )
+    command.add_argument("--pairs", nargs="+", metavar="FILE", help="minimal pairs as BLiMP's .jsonl files, or folders")
+    _add_amount(
+        command,
+        f"read at most so many of --data; 0 reads all (default: {EVALUATED_TOKENS:,}, or as many of them as take some "
+        f"{EVALUATION_SECONDS // 60} minutes here)",
     )
     command = commands.add_parser(
         "compare",
@@ -66,12 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_amount(command: argparse.ArgumentParser, tokens: str) -> None:
+    command.add_argument("--tokens", "--max-tokens", dest="max_tokens", type=int, metavar="N", help=tokens)
+    command.add_argument("--quick", action="store_true", help="what can be had in about a minute")
+
+
 def _add_common(command: argparse.ArgumentParser, checkpoint: str, needs_data: bool) -> None:
     command.add_argument("checkpoint", help=checkpoint)
     command.add_argument(
-        "--data", required=needs_data, help="text file (.txt, .md, .jsonl, .parquet) or a folder of them"
+        "--data",
+        required=needs_data,
+        help="text file (.txt, .md, .jsonl, .parquet) or a folder of them"
+        + ("" if needs_data else "; also conversations, and prompts with completions"),
     )
-    command.add_argument("--text-column", default="text", help="of .jsonl and .parquet (default: text)")
+    command.add_argument("--text-column", help="of .jsonl and .parquet with text (default: text)")
     command.add_argument("--device", help="default: an accelerator if there is one")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -116,12 +131,14 @@ def _evaluate(options: dict[str, Any]) -> None:
     from .evaluation import evaluate
 
     as_json = options.pop("json")
-    options["max_tokens"] = options["max_tokens"] or None
     result = evaluate(**options)
     if as_json:
         print(json.dumps(result, indent=2))
-    else:
-        _print_evaluation(result)
+        return
+    console = _console()
+    console.print(evaluation_table(result))
+    for line in remarks(result):
+        console.print(line, highlight=False, markup=False)
 
 
 def _compare(options: dict[str, Any]) -> None:
@@ -135,8 +152,7 @@ def _compare(options: dict[str, Any]) -> None:
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    console = Console()
-    console = console if console.is_terminal else Console(width=100)
+    console = _console()
     for table in tables(result):
         console.print(table)
         console.print()
@@ -144,32 +160,9 @@ def _compare(options: dict[str, Any]) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _print_evaluation(result: dict[str, Any]) -> None:
-    table = Table(title=result["checkpoint"], show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    if "loss" in result:
-        table.add_row("causal loss, nats per token", f"{result['loss']:.4f}")
-        table.add_row("perplexity", f"{result['perplexity']:,.2f}")
-        if "loss_top_k" in result:
-            table.add_row("top-k loss (looks at the future)", f"{result['loss_top_k']:.4f}")
-            table.add_row("gap", f"{result['loss_gap']:+.4f}")
-        table.add_row("tokens", f"{result['tokens']:,}")
-        table.add_row("tokens/s", f"{result['tokens_per_second']:,.0f}")
-    if "routes" in result:
-        summary = result["routes"]["summary"]
-        table.add_row("experts per token", f"{summary['experts_per_token']:.2f}")
-        table.add_row("chosen by no expert", f"{summary['uncovered']:.1%}")
-        for name, layer in result["routes"]["layers"].items():
-            loads = " ".join(f"{load:.2f}" for load in layer["load"])
-            table.add_row(f"load, {name.removesuffix('.mlp').removeprefix('model.')}", loads)
-    if "pairs" in result:
-        pairs = result["pairs"]
-        table.add_row(f"minimal pairs, {pairs['pairs']:,}", f"{pairs['accuracy']:.1%}")
-        if len(pairs["files"]) > 1:
-            for name, accuracy in pairs["files"].items():
-                table.add_row(f"  {name}", f"{accuracy:.1%}")
-    Console().print(table)
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .errors import AnalysisError
 from .limits import COMPARED_TOKENS
 from .loading import load_expert_choice
 from .text import Batch, fixed_batches, packed, read_documents, windows
+from .uncertainty import paired_difference
 from .variants import BALANCE_COEFFICIENT, DROPLESS, Variant, configure, variants_of
 from .verdict import verdict
 
@@ -342,18 +343,3 @@ def _entries(variants: list[Variant], measured: list[_Measured], times: list[lis
             }
         )
     return entries
-
-
-def paired_difference(nll: Tensor, reference: Tensor, predicted: Tensor) -> tuple[float, float]:
-    """Mean loss per token minus the reference's, and its standard error over rows [N] of the same text.
-
-    The rows' own difficulty cancels, which is most of what their losses vary by. A row weighs by its predicted tokens:
-    the error is that of a ratio of sums. With a single row there is none, and it is infinite.
-    """
-    difference = (nll - reference).double()
-    mean = difference.sum() / predicted.sum()
-    if len(nll) < 2:
-        return float(mean), float("inf")
-    residual = difference - mean * predicted
-    error = (len(nll) * residual.var()).sqrt() / predicted.sum()
-    return float(mean), float(error)
