@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from .errors import AnalysisError
-from .limits import COMPARED_TOKENS, EVALUATED_TOKENS, EVALUATION_SECONDS
+from .limits import COMPARED_TOKENS, COMPARISON_SECONDS, EVALUATED_TOKENS, EVALUATION_SECONDS
 from .printing import evaluation_table, remarks
 from .verdict import settings, tables
 
@@ -44,20 +44,25 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "compare",
         help="token choice, expert choice and threshold routing side by side",
-        description="Up to fourteen ways of routing, one after the other: minutes on a CPU. What takes the time, for "
-        "each: a few forward and backward passes that time a training step, also with --steps 0; --steps of training; "
-        "calibration; two passes over the held-out tokens (--max-tokens).",
+        description="Up to fourteen ways of routing, one after the other. What takes the time, for each: a few "
+        "forward and backward passes that time a training step (--no-timing); --steps of training; calibration; two "
+        "passes over the held-out tokens (--tokens). It says first how long it will take, and leaves out what does not "
+        "fit into --minutes.",
     )
     _add_common(command, "expert-choice checkpoint folder or Hub id", needs_data=True)
+    command.add_argument("--steps", type=int, default=0, help="train each so long before measuring (default: 0)")
     command.add_argument(
-        "--steps", type=int, default=0, help="train each so long before measuring (default: 0; steps are timed anyway)"
+        "--routings",
+        nargs="+",
+        metavar="NAME",
+        help="all, or some of dropless, capacity-1.0, capacity-1.25, expert-choice, at-least-1, at-most, threshold; "
+        "with :1 or :2 for one or two experts per token alone (default: those there is time for)",
     )
+    command.add_argument("--no-timing", dest="timing", action="store_false", help="time no training steps")
     command.add_argument(
-        "--max-tokens",
-        type=int,
-        default=COMPARED_TOKENS,
-        help=f"held out, to measure on (default: {COMPARED_TOKENS:,})",
+        "--minutes", type=float, help=f"it may take about so long (default: {COMPARISON_SECONDS // 60})"
     )
+    _add_amount(command, f"held out to measure on, at most (default: {COMPARED_TOKENS:,}, or fewer if time is short)")
     command = commands.add_parser("draw", help="expert choice step by step on small numbers, as picture and text")
     command.add_argument("--experts", type=int, default=3, help="number of experts (default: 3)")
     command.add_argument("--top", type=int, default=2, help="tokens that each expert takes (default: 2)")
@@ -147,7 +152,7 @@ def _compare(options: dict[str, Any]) -> None:
     from .comparison import compare
 
     as_json = options.pop("json")
-    logging.disable_progress_bar()  # fourteen checkpoints are loaded below one bar of our own
+    logging.disable_progress_bar()  # checkpoints are loaded and calibrated below one bar of our own
     result = compare(**options)
     if as_json:
         print(json.dumps(result, indent=2))
