@@ -141,7 +141,7 @@ def _left_out(chosen: Amounts, everything: Amounts) -> list[str]:
         numbers = {v.num_choices for v in chosen.variants}
         whole = sorted({v.num_choices for v in missing} - numbers)
         if whole:
-            parts.append(f"{' and '.join(map(str, whole))} experts per token")
+            parts.append(f"{' and '.join(map(str, whole))} expert{'s' if whole != [1] else ''} per token")
         names = [v.name for v in missing if v.num_choices in numbers]
         parts += [f"with {min(numbers)} per token {'; '.join(names)}"] if names else []
     for now, full, what in (
@@ -175,10 +175,11 @@ def described(amounts: Amounts, everything: Amounts, rates: Mapping[int, float],
 def in_words(amount: dict[str, Any]) -> str:
     """What a comparison does and how long it takes, and what is left out for want of time."""
     rounds, steps = amount["timed_rounds"], amount["training_steps"]
+    batches = f"{amount['calibration_batches']} batch{'es' if amount['calibration_batches'] > 1 else ''}"
     timed = f"{rounds} timed rounds of {amount['timed_tokens']:,} tokens" if rounds else "nothing timed"
     text = (
         f"{amount['routings']} ways of routing, {f'{steps} training steps each, ' if steps else ''}"
-        f"{amount['held_out_tokens']:,} tokens held out, {amount['calibration_batches']} batches of "
+        f"{amount['held_out_tokens']:,} tokens held out, {batches} of "
         f"{amount['tokens_per_batch']:,} to calibrate, {timed}; about {duration(amount['seconds'])} at "
         f"{amount['tokens_per_second']:,.0f} tokens/s."
     )

@@ -421,7 +421,7 @@ def test_an_estimate_counts_every_pass(place: Path, small: None, monkeypatch: py
 
     monkeypatch.setattr(EcMoeLlamaModel, "forward", count)
     monkeypatch.setattr(module, "seconds_per_token", lambda *_: 1.0)
-    result = compare(str(place / "ecmoe"), str(place / "text.txt"), max_tokens=2 * TOKENS, timing=False)
+    result = compare(str(place / "ecmoe"), str(place / "text.txt"), max_tokens=2 * TOKENS, timing=False, minutes=1e6)
     assert seen == result["amount"]["seconds"] == result["amount"]["seconds_of_everything"]
 
 
