@@ -322,6 +322,7 @@ def test_the_picture_of_all_layers(browser: Browser) -> None:
     for scheme in ("light", "dark"):
         feature = {"name": "prefers-color-scheme", "value": scheme}
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        browser.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
         shown, expected = pixels(browser), [leaders(layer) for layer in browser.numbers["layers"]]
         pairs = {
             (expert, colour)
