@@ -109,7 +109,7 @@ def compare(
     seconds = QUICK_SECONDS if quick else 60 * minutes if minutes else COMPARISON_SECONDS
     amounts = choose(everything, rates, steps, seconds, round(model.config.capacity_factor), fixed)
     text = text.first(amounts, steps)
-    result = {"checkpoint": checkpoint, "steps": steps} | _settings(model, text, steps)
+    result: dict[str, Any] = {"checkpoint": checkpoint, "steps": steps} | _settings(model, text, steps)
     result["amount"] = described(amounts, everything, rates, steps)
     announce(f"Comparing {checkpoint}: {in_words(result['amount'])}")
     # The step time comes first: it is one model's, in the checkpoint's dtype, whatever is trained afterwards.

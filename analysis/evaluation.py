@@ -230,27 +230,50 @@ def _difference(first: _Losses, other: _Losses, name: str) -> dict[str, Any]:
     return {"difference": {"loss": difference, "standard_error": error if math.isfinite(error) else None}}
 
 
-@torch.no_grad()
 def _pairs(model: Any, tokenizer: Any, names: list[str]) -> dict[str, Any]:
     """For each file the share of pairs whose good sentence has the higher likelihood."""
     accuracy: dict[str, float] = {}
     right = total = 0
-    for path in progress_bar(_pair_files(names), desc="Minimal pairs", unit="file"):
-        correct = []
-        for chunk in _chunks(_read_pairs(path), 32):
-            rows = [tokenizer(text, verbose=False)["input_ids"] for pair in chunk for text in pair]
-            longest = max(map(len, rows))
-            if longest > _context(model):
-                raise AnalysisError(
-                    f"pairs={path}: a sentence has {longest} tokens, the model's context {_context(model)}"
-                )
-            scores = log_likelihoods(model, pad(rows, padding_id(tokenizer))).view(-1, 2)
-            correct += (scores[:, 0] > scores[:, 1]).tolist()
+    files = _pair_files(names)
+    _announce_pairs(model, tokenizer, files)
+    for path in progress_bar(files, desc="Minimal pairs", unit="file"):
+        correct = [
+            is_right for chunk in _chunks(_read_pairs(path), 32) for is_right in _prefers(model, tokenizer, chunk, path)
+        ]
         if not correct:
             raise AnalysisError(f"pairs={path} is empty")
         accuracy[path.stem] = sum(correct) / len(correct)
         right, total = right + sum(correct), total + len(correct)
     return {"accuracy": right / total, "pairs": total, "files": accuracy}
+
+
+def _prefers(model: Any, tokenizer: Any, chunk: list[tuple[str, str]], path: Path) -> list[bool]:
+    """Of each pair, whether the good sentence is the likelier one."""
+    rows = [tokenizer(text, verbose=False)["input_ids"] for pair in chunk for text in pair]
+    longest = max(map(len, rows))
+    if longest > _context(model):
+        raise AnalysisError(f"pairs={path}: a sentence has {longest} tokens, the model's context {_context(model)}")
+    scores = log_likelihoods(model, pad(rows, padding_id(tokenizer))).view(-1, 2)
+    return (scores[:, 0] > scores[:, 1]).tolist()
+
+
+def _announce_pairs(model: Any, tokenizer: Any, files: list[Path]) -> None:
+    """By the time of the first few and the number of all; what is wrong with a file is said when it is read."""
+    try:
+        chunk = next(_chunks(_read_pairs(files[0]), 8), None)
+        number = 0
+        for path in files:
+            with path.open("rb") as file:
+                number += sum(1 for _ in file)
+    except OSError:
+        return
+    if chunk is None:
+        return
+    begin = time.perf_counter()
+    _prefers(model, tokenizer, chunk, files[0])
+    seconds = (time.perf_counter() - begin) / len(chunk) * number
+    if seconds > SILENT_SECONDS:
+        announce(f"Evaluating {number:,} minimal pairs in {len(files):,} files: about {duration(seconds)}.")
 
 
 def _pair_files(names: list[str]) -> list[Path]:

@@ -27,7 +27,8 @@ def token_losses(model: Any, inputs: Mapping[str, Tensor], is_predicted: Tensor)
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     is_predicted = is_predicted.to(model.device)
-    if isinstance(model, EcMoeForCausalLMMixin):
+    is_ours = isinstance(model, EcMoeForCausalLMMixin)
+    if is_ours:
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
         head: Callable[[Tensor], Tensor] = lambda hidden_ND: model.scale_logits(model.lm_head(hidden_ND))  # noqa: E731
         return _cross_entropies(hidden[is_predicted], head, inputs["input_ids"][:, 1:][is_predicted], model)
