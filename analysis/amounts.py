@@ -71,7 +71,7 @@ def choose(
 
 def _some(variants: tuple[Variant, ...], routings: str, own: int) -> tuple[Variant, ...]:
     numbers = {variant.num_choices for variant in variants}
-    own = own if own in numbers else min(numbers)
+    own = min(numbers, key=lambda number: abs(number - own))
     keys = {"few": _FEW, "two": _TWO}.get(routings)
     return tuple(
         variant

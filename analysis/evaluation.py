@@ -81,11 +81,12 @@ def evaluate(
         Of data: loss (causal, nats per token), standard_error of it over `units` ("documents", or "rows" where there is
         one document; `num_units` of them), perplexity, loss_gap, the causal loss minus the one where experts choose
         among the batch, which looks at the future, on top_k_tokens of every TOP_K_EVERY-th batch; loss_top_k, loss
-        minus loss_gap; tokens, predicted_tokens, amount (why so many), tokens_per_second, and the routes: summary and
-        layers as `modeling_ecmoe.routing_report`. A model that is not of this family has no loss_top_k, loss_gap,
-        top_k_tokens and routes. Of pairs: the share of pairs whose good sentence is more likely, for each file and over
-        all. `against` has the same of each other model, and difference, this model's loss minus the other's, with
-        its standard_error, paired over units.
+        minus loss_gap; tokens, predicted_tokens, num_cut (conversations longer than CONVERSATION, of which the rest was
+        left out), amount (why so many tokens), tokens_per_second, and the routes: summary and layers as
+        `modeling_ecmoe.routing_report`. A model that is not of this family has no loss_top_k, loss_gap, top_k_tokens
+        and routes. Of pairs: the share of pairs whose good sentence is more likely, for each file and over all.
+        `against` has the same of each other model, and difference, this model's loss minus the other's, with its
+        standard_error, paired over units.
 
     Raises:
         AnalysisError: for anything the user can put right.
@@ -173,7 +174,7 @@ def _losses(model: Any, stream: Iterator[Batch], total: int | None) -> _Losses:
     found = _Losses({}, torch.empty(0), torch.empty(0), [], [])
     counts: list[Tensor] = []
     seconds = gap = 0.0
-    tokens = top_k_tokens = top_k_predicted = 0
+    tokens = top_k_tokens = top_k_predicted = num_cut = 0
     routes: RoutingRecord | None = None
     with progress_bar(total=total, desc="Evaluating", unit="token", unit_scale=True) as bar:
         for number, batch in enumerate(stream):
@@ -195,6 +196,7 @@ def _losses(model: Any, stream: Iterator[Batch], total: int | None) -> _Losses:
             found.documents += batch.documents
             found.tokens += [hash(tuple(row)) for row in batch.inputs["input_ids"].tolist()]
             tokens += batch.tokens
+            num_cut += batch.num_cut
             bar.update(batch.tokens)
     found.nll, found.predicted = torch.cat(nll), torch.cat(counts)
     units_nll, units = (per_document(values, found.documents) for values in (found.nll, found.predicted))
@@ -202,6 +204,7 @@ def _losses(model: Any, stream: Iterator[Batch], total: int | None) -> _Losses:
     found.figures = {
         "tokens": tokens,
         "predicted_tokens": int(found.predicted.sum()),
+        "num_cut": num_cut,
         "loss": loss,
         "standard_error": error if math.isfinite(error) else None,
         "units": "documents" if len(set(found.documents)) > 1 else "rows",

@@ -111,6 +111,8 @@ def remarks(result: Result) -> list[str]:
     error = result["standard_error"]
     said = in_words(math.inf if error is None else error, result["num_units"])
     lines = [f"The standard error is {said}."] if said else []
+    if result["num_cut"]:
+        lines.append(f"Cut at the longest row that is read: {result['num_cut']:,} of the conversations.")
     for other in result.get("against", []):
         difference, error = other["difference"]["loss"], other["difference"]["standard_error"]
         if error is None:

@@ -124,11 +124,13 @@ def _chats(path: Path, found: dict[str, str]) -> Iterator[dict[str, Any]]:
 @dataclass(frozen=True)
 class Row:
     """Tokens that a model sees together. is_learned: of each, whether its prediction counts; the first is never
-    predicted. document: the number of the document or conversation that it is of."""
+    predicted. document: the number of the document or conversation that it is of. is_cut: it was longer than rows may
+    be."""
 
     ids: list[int]
     is_learned: list[bool]
     document: int
+    is_cut: bool = False
 
     def cut(self, length: int) -> "Row":
         """Its first tokens."""
@@ -159,7 +161,8 @@ def tokens_of(tokenizer: Any, documents: Iterator[Document], window: int, longes
                 yield Row(ids, [True] * len(ids), number)
             continue
         encoder = encoder or Encoder(tokenizer)
-        row = Row(*encoder(document), number).cut(longest)
+        row = Row(*encoder(document), number)
+        row = replace(row.cut(longest), is_cut=len(row.ids) > longest)
         if row.predicts:
             yield row
 
@@ -180,11 +183,12 @@ def at_most(rows: Iterator[Row], max_tokens: int | None) -> Iterator[Row]:
 @dataclass(frozen=True)
 class Batch:
     """inputs: input_ids and attention_mask [B, S]. is_predicted [B, S - 1] bool, of the tokens after the first.
-    documents: of each row."""
+    documents: of each row. num_cut: rows that were longer."""
 
     inputs: dict[str, Tensor]
     is_predicted: Tensor
     documents: list[int]
+    num_cut: int
 
     @property
     def tokens(self) -> int:
@@ -208,7 +212,8 @@ def as_batch(rows: list[Row], padding: int) -> Batch:
     inputs = pad([row.ids for row in rows], padding)
     longest = inputs["input_ids"].shape[1]
     learned = [row.is_learned + [False] * (longest - len(row.ids)) for row in rows]
-    return Batch(inputs, torch.tensor(learned)[:, 1:], [row.document for row in rows])
+    num_cut = sum(row.is_cut for row in rows)
+    return Batch(inputs, torch.tensor(learned)[:, 1:], [row.document for row in rows], num_cut)
 
 
 def first_tokens(rows: Iterator[Row], tokens: int) -> tuple[list[Row], Iterator[Row]]:

@@ -141,6 +141,17 @@ def test_models_side_by_side_and_their_errors(place: Path) -> None:
     assert any("5 decide" in line for line in remarks(found)) and any("against" in line for line in remarks(found))
 
 
+def test_a_conversation_that_is_cut_is_counted(place: Path, tmp_path: Path) -> None:
+    """The model's context is 128; of an answer that begins beyond it nothing is left."""
+    answers = ["Yes. " * 100, "No."]
+    rows = [{"messages": [said("user", "Is it?"), said("assistant", answer)]} for answer in answers]
+    rows.append({"messages": [said("user", "Is it? " * 200), said("assistant", "No.")]})
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(str(place / "dense"), data=str(tmp_path))
+    assert (found["num_units"], found["num_cut"]) == (2, 1) and found["tokens"] < 128 + 60
+    assert "Cut at the longest row that is read: 1 of the conversations" in " ".join(remarks(found))
+
+
 def test_windows_of_a_document_are_one_unit(place: Path) -> None:
     """A document's windows stand and fall together; with one document the windows are all there is."""
     found = evaluate(str(place / "dense"), data=str(place / "text.txt"))
