@@ -142,8 +142,8 @@ def _left_out(chosen: Amounts, everything: Amounts) -> list[str]:
         whole = sorted({v.num_choices for v in missing} - numbers)
         if whole:
             parts.append(f"{' and '.join(map(str, whole))} expert{'s' if whole != [1] else ''} per token")
-        names = [v.name for v in missing if v.num_choices in numbers]
-        parts += [f"with {min(numbers)} per token {'; '.join(names)}"] if names else []
+        keys = [v.key for v in missing if v.num_choices in numbers]
+        parts += [f"{', '.join(dict.fromkeys(keys))} with {min(numbers)} per token"] if keys else []
     for now, full, what in (
         (chosen.held_out, everything.held_out, "held-out tokens"),
         (chosen.calibration, everything.calibration, "batches to calibrate on"),
@@ -188,6 +188,6 @@ def in_words(amount: dict[str, Any]) -> str:
     whole = amount["seconds_of_everything"]
     minutes = math.ceil(1.2 * whole / 60)  # a rate measured again is another one
     return (
-        f"{text} Left out for want of time: {', '.join(amount['left_out'])}. Everything takes about {duration(whole)}: "
+        f"{text} Left out for want of time: {'; '.join(amount['left_out'])}. Everything takes about {duration(whole)}: "
         f"--minutes {minutes}"
     )

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 Result = dict[str, Any]
-# Of more experts than these a layer's row says how far the loads lie apart, and not each one.
+# Of more experts than these, or beside another checkpoint, a layer's row says how far the loads lie apart.
 _LOADS = 8
 # A standard error above WIDE says little: 0.05 nats are 5 % of a perplexity. That of FEW documents is a guess.
 WIDE, FEW = 0.05, 10
@@ -18,7 +18,7 @@ def evaluation_table(result: Result) -> Table:
     """The figures of `evaluation.evaluate`, the first checkpoint's and those that it is held against."""
     entries = [result, *result.get("against", [])]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for entry in entries:
         table.add_column(entry["checkpoint"], justify="right", overflow="fold")
     for name, text in _ROWS:
@@ -57,10 +57,10 @@ def _units(entry: Result) -> str:
 
 
 _ROWS: list[tuple[str, Callable[[Result], str]]] = [
-    ("causal loss, nats per token ± standard error", _loss),
-    ("first checkpoint minus this one, paired", _difference),
+    ("causal loss, nats ± error", _loss),
+    ("first minus this one, paired", _difference),
     ("perplexity", _figure("perplexity", "{:,.2f}")),
-    ("top-k loss (looks at the future)", _figure("loss_top_k", "{:.4f}")),
+    ("top-k loss (not causal)", _figure("loss_top_k", "{:.4f}")),
     ("gap, causal minus top-k", _gap),
     ("tokens read", _figure("tokens", "{:,}")),
     ("tokens predicted", _units),
@@ -81,15 +81,16 @@ def _routes(table: Table, entries: list[Result]) -> None:
     names = list(dict.fromkeys(name for e in entries if "routes" in e for name in e["routes"]["layers"]))
     table.add_section()
     for name in names:
-        cells = [_load(entry["routes"]["layers"].get(name)) if "routes" in entry else "" for entry in entries]
+        layers = [entry["routes"]["layers"].get(name) if "routes" in entry else None for entry in entries]
+        cells = [_load(layer, is_short=len(entries) > 1) for layer in layers]
         table.add_row(f"load, {name.removesuffix('.mlp').removeprefix('model.')}", *cells)
 
 
-def _load(layer: Result | None) -> str:
+def _load(layer: Result | None, is_short: bool) -> str:
     if layer is None:
         return ""
     loads = layer["load"]
-    if len(loads) <= _LOADS:
+    if len(loads) <= _LOADS and not is_short:
         return " ".join(f"{load:.2f}" for load in loads)
     return f"{min(loads):.2f} to {max(loads):.2f}"
 

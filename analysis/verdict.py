@@ -223,7 +223,7 @@ def settings(result: dict[str, Any]) -> str:
     amount = result["amount"]
     rounds = amount["timed_rounds"]
     timed = f"{rounds} timed rounds of steps of {amount['timed_tokens']:,} tokens on" if rounds else "nothing timed;"
-    left_out = f" Left out for want of time: {', '.join(amount['left_out'])}." if amount["left_out"] else ""
+    left_out = f" Left out for want of time: {'; '.join(amount['left_out'])}." if amount["left_out"] else ""
     return (
         f"{result['checkpoint']}: {result['num_experts']} experts, {trained}; batches (pools) of "
         f"{result['tokens_per_batch']:,} tokens in rows of {result['row_length']}; "
