@@ -13,7 +13,7 @@ from modeling_ecmoe.mixins_ecmoe import EcMoeForCausalLMMixin
 
 from .loading import is_of_family
 
-_LOGITS = 1 << 25  # at once: 128 MiB in float32
+_LOGITS = 1 << 23  # at once: 32 MiB in float32
 
 
 @torch.no_grad()
