@@ -1,4 +1,4 @@
-"""PEFT's adapters on the stacked experts, row by row where nothing is learned: the same outputs, and no stack rebuilt."""
+"""PEFT's adapters on the stacked experts, row by row where nothing is learned: same outputs, and no stack rebuilt."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,9 @@ GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 def adapted(model: Any, adapters: int = 1, **fields: Any) -> Any:
     """The model with random adapters on both stacks, and the router's thresholds beside them."""
-    names = [f"mlp.experts.{name}" for name, weight in blocks_of(model)[0].experts.named_parameters() if weight.dim() == 3]
+    names = [
+        f"mlp.experts.{name}" for name, weight in blocks_of(model)[0].experts.named_parameters() if weight.dim() == 3
+    ]
     for number in range(adapters):
         config = peft.LoraConfig(
             task_type="CAUSAL_LM", r=3 + number, lora_alpha=8, target_parameters=names, target_modules=[], **fields
