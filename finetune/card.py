@@ -12,9 +12,16 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from .recipe import Recipe
 
 # What of a recipe decides the result; the rest is in finetune_recipe.yaml beside the card.
-_FIELDS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_length", "packing")
+_FIELDS: tuple[str, ...] = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_length",
+    "packing",
+)
 _FIELDS += ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-_PACKAGES = ("ecmoe", "torch", "transformers", "trl", "peft")
+_PACKAGES: tuple[str, ...] = ("ecmoe", "torch", "transformers", "trl", "peft")
 _WHOLE = """import ecmoe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +44,7 @@ def render_card(recipe: Recipe, arguments: Any, results: Mapping[str, Any], is_a
     names = [entry["dataset"] for entry in recipe.dataset] if isinstance(recipe.dataset, list) else [recipe.dataset]
     is_expert_choice = str(results["model_type"]).startswith("ecmoe_")
     tags = ["trl", "sft", *(["lora"] if is_adapter else []), *(["mixture-of-experts", "ecmoe"] * is_expert_choice)]
+    terms: Any = {name: source[name] for name in ("license", "license_name", "license_link") if name in source}
     card_data = ModelCardData(
         base_model=source.get("base_model"),
         base_model_relation="adapter" if is_adapter and "base_model" in source else None,
@@ -44,7 +52,7 @@ def render_card(recipe: Recipe, arguments: Any, results: Mapping[str, Any], is_a
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=tags,
-        **{name: source[name] for name in ("license", "license_name", "license_link") if name in source},
+        **terms,
     )
     fields = {name: getattr(getattr(arguments, name), "value", getattr(arguments, name)) for name in _FIELDS}
     fields |= {"lora": recipe.lora or "default"} if recipe.lora is not None else {}

@@ -21,8 +21,9 @@ from .sources import say
 TRAINING_BYTES = {"float32": 16, "bfloat16": 6}
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _TILE = (4096, 32768)  # tokens and vocabulary of what TRL's head computes at once
-# Of the widths of a layer's products: what autograd keeps of one, its gradients and what is computed on the way.
-_KEPT = 2.0
+# Copies of that, where Triton folds it in place and where torch does; measured on a CPU (docs/finetuning.md).
+_TILES = {"cuda": 2, "cpu": 8}
+_KEPT = 1.25  # of the widths of a layer's products, what autograd keeps; twice as much while it is computed again
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -65,9 +66,9 @@ def passing_bytes(recipe: Recipe, config: Any, tokens: int, itemsize: int) -> in
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     width = 8 * hidden + 4 * _active_width(config)
-    layer = _KEPT * width
-    body = layers * hidden + layer if _recomputes(recipe) else layers * layer
-    head = min(tokens, _TILE[0]) * min(config.vocab_size, _TILE[1]) * 2 * 4
+    body = layers * hidden + 2 * _KEPT * width if _recomputes(recipe) else layers * _KEPT * width
+    tiles = _TILES["cuda" if torch.cuda.is_available() else "cpu"]
+    head = min(tokens, _TILE[0]) * min(config.vocab_size, _TILE[1]) * tiles * 4
     return int(tokens * itemsize * body + head + config.vocab_size * hidden * 4)
 
 

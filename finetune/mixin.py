@@ -50,18 +50,8 @@ class ExpertChoiceTrainerMixin:
         RecipeError: for a rate of a part that the model has not, and for a balance loss of expert choice.
     """
 
-    model: Any
-    # Of the trainer that it stands before.
-    args: Any
-    accelerator: Any
-    compute_loss_func: Any
-    label_smoother: Any
-    aux_loss_enabled: Any
-    callback_handler: Any
-    control: Any
+    aux_loss_enabled: Any  # of TRL's trainers
     data_collator: Any
-    optimizer: Any
-    state: Any
 
     def __init__(
         self,

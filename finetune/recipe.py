@@ -126,10 +126,11 @@ _ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - {
 }
 _OWN = {item.name for item in fields(Recipe)} - {"training", "routing_fields"}
 _TRAINING = {item.name for item in fields(SFTConfig) if item.init} - {"output_dir", "dataset_kwargs", "pad_token"}
-# Fields of before, by TRL's names.
-_RENAMED = {"sequence_length": "max_length", "text_column": "dataset_text_field", "chat_template": "chat_template_path"}
 # What people write for a field, TRL's command line among them.
 _ALIASES = {
+    "sequence_length": "max_length",
+    "text_column": "dataset_text_field",
+    "chat_template": "chat_template_path",
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
@@ -258,8 +259,6 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             routing[name] = value
         elif name in _TRAINING:
             training[name] = _checked(name, value)
-        elif name in _RENAMED:
-            raise RecipeError(f"{name}={value!r} has TRL's name now; write {_RENAMED[name]}")
         elif name == "num_experts":
             raise RecipeError(
                 f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "

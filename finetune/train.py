@@ -96,8 +96,9 @@ def _merge(trainer: EcMoeTrainer, recipe: Recipe, results: dict[str, Any], folde
     """Writes the whole model, adapters added to its weights, beside the adapters."""
     say(f"merging the adapters into {folder}")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer: Any = trainer.processing_class
     model.merge_and_unload().save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     card = render_card(recipe, trainer.args, results, is_adapter=False)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -210,7 +211,7 @@ def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | 
     tokenizer = load_tokenizer(recipe, config)
     if arguments.max_length is None:
         arguments.max_length = getattr(config, "max_position_embeddings", None)
-    longest = arguments.max_length
+    longest = arguments.max_length or 0
     with arguments.main_process_first(desc="preparing the dataset"):  # the other ranks read its cache
         sequences = _sequences_used(whole or arguments)
         train, held_out, kind = prepare(recipe, arguments, tokenizer, config.vocab_size, sequences)

@@ -192,7 +192,7 @@ def test_tokens_per_second_are_those_that_went_through(
 ) -> None:
     """Rows of unlike length, padded, logged and evaluated at other steps: their tokens by the seconds of steps."""
     rows = place / "unlike.jsonl"
-    rows.write_text("".join(json.dumps({"text": "word " * (2 + 17 * n % 41)}) + "\n" for n in range(60)))
+    rows.write_text("".join(json.dumps({"text": "word " * (2 + 7 * n % 23)}) + "\n" for n in range(60)))
     fields = {"dataset": rows, "packing": False, "max_length": 128, "per_device_train_batch_size": 2, "max_steps": 6}
     fields |= {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3, "seed": 3}
     trainer = make_trainer(recipe_of(**fields))
