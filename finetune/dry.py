@@ -70,7 +70,7 @@ def estimate_run(trainer: Any, whole: Any, rows: Any, longest: list[list[int]]) 
     between = every.get(getattr(whole.eval_strategy, "value", whole.eval_strategy), math.inf)
     held_out = int(lengths_of(trainer.eval_dataset).sum()) * (2 if trainer.routes else 1)
     calibrated = min(tokens, CALIBRATION_TOKENS) if trainer.routes else 0
-    forward = 1 / (4 if trainer.args.gradient_checkpointing or trainer.model.is_gradient_checkpointing else 3)
+    forward = 1 / (4 if whole.activation_checkpointing or whole.gradient_checkpointing else 3)
     return {
         "steps": steps,
         "tokens_per_step": mean * passes,

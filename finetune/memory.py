@@ -64,10 +64,11 @@ def passing_bytes(recipe: Recipe, config: Any, tokens: int, itemsize: int) -> in
 
     itemsize: of the products.
     """
+    config = config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     width = 8 * hidden + 4 * _active_width(config)
     body = layers * hidden + 2 * _KEPT * width if _recomputes(recipe) else layers * _KEPT * width
-    tiles = _TILES["cuda" if torch.cuda.is_available() else "cpu"]
+    tiles = _TILES["cuda" if on_gpu(recipe) else "cpu"]
     head = min(tokens, _TILE[0]) * min(config.vocab_size, _TILE[1]) * tiles * 4
     return int(tokens * itemsize * body + head + config.vocab_size * hidden * 4)
 
@@ -81,13 +82,18 @@ def _recomputes(recipe: Recipe) -> bool:
 def _active_width(config: Any) -> int:
     """Of the FFNs that a token meets on average, [I]."""
     if not str(config.model_type).startswith("ecmoe_"):
-        return int(config.intermediate_size)
+        return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return round(config.capacity_factor * config.moe_intermediate_size) + config.shared_expert_intermediate_size
 
 
-def free_bytes(with_swap: bool = False) -> int:
+def on_gpu(recipe: Recipe) -> bool:
+    """Whether a recipe trains on an accelerator of CUDA's."""
+    return torch.cuda.is_available() and not recipe.training.get("use_cpu")
+
+
+def free_bytes(recipe: Recipe, with_swap: bool = False) -> int:
     """On this process's accelerator, or its part of the machine's memory, within the limit of its container."""
-    if torch.cuda.is_available():
+    if on_gpu(recipe):
         return int(torch.cuda.mem_get_info(PartialState().device)[0])
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
@@ -131,7 +137,7 @@ def refuse_impossible(recipe: Recipe, config: Any, needed: dict[str, int], kept:
     """
     optimizer = str(recipe.training.get("optim", "adamw_torch"))
     is_counted = optimizer.startswith("adamw_torch") and ("bit" not in optimizer or kept == needed.get("bfloat16"))
-    free = free_bytes(with_swap=True)
+    free = free_bytes(recipe, with_swap=True)
     if kept > free and is_counted and not _is_divided(recipe):
         raise RecipeError(
             f"model={recipe.model} does not fit: weights, gradients and moments take {gigabytes(kept)} on each device "
@@ -177,6 +183,6 @@ def _remedies(recipe: Recipe, config: Any, needed: dict[str, int], kept: int, ro
         found.append("a smaller max_length")
     if length and not _recomputes(recipe):
         found.append("activation_checkpointing=true")
-    if torch.cuda.is_available():
+    if on_gpu(recipe):
         found.append("several GPUs with the recipe fsdp2")
     return f"Try {', or '.join(found)}" if found else "Free some memory"

@@ -70,7 +70,10 @@ def choose(recipe: Recipe, config: Any, resume: Path | None = None) -> Precision
         RecipeError: when bfloat16 weights are to be trained and torchao is not installed.
     """
     autocast = _has_bfloat16() and not recipe.training.keys() & {"bf16", "fp16"} and not _is_mixed_already(recipe)
-    needed, free = kept_bytes(recipe, empty_model(config)), min(gather_object([free_bytes()]))  # one for all ranks
+    needed, free = (
+        kept_bytes(recipe, empty_model(config)),
+        min(gather_object([free_bytes(recipe)])),
+    )  # one for all ranks
     if recipe.lora is not None:
         return Precision(recipe.dtype, autocast, False, needed, free, "adapters and router in float32")
     dtype, why = recipe.dtype, "as the recipe says"

@@ -260,6 +260,7 @@ def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | 
         )
     evaluated = min(len(trainer.eval_dataset), recipe.max_eval_sequences)
     trainer.eval_dataset = trainer.eval_dataset.select(range(evaluated))
+    say(f"held out: {evaluated:,} rows of {int(lengths_of(trainer.eval_dataset).sum()):,} tokens")
     if isinstance(trainer.train_dataset, IterableDataset):
         trainer.train_dataset = Endless(trainer.train_dataset)
     trainer.precision = precision

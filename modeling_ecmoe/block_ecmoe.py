@@ -74,7 +74,7 @@ class EcMoeBlock(nn.Module):
         # Choice.
         chosen = self._choose(scores_TE, threshold_E, hidden_states.shape[:-1], learning)
         # Dispatch, experts, combine; of slots a back-end does all three.
-        experts = self.experts if learning else by_rows(self.experts)
+        experts = by_rows(self.experts)
         if isinstance(chosen, Slots):
             output_TD = experts(tokens_TD, chosen.expert, chosen.weight).to(chosen.weight.dtype)
         else:

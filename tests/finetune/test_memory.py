@@ -79,15 +79,18 @@ def test_a_step_that_is_about_too_large_is_warned_of(
         assert ("activation_checkpointing=true" in printed) == says  # which this recipe has not
 
 
-def test_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_machine: Callable) -> None:
+def test_the_limit_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_machine: Callable, recipe_of: Callable
+) -> None:
     small_machine(10_000)
+    recipe = recipe_of()
     monkeypatch.setattr(module, "_CGROUP", tmp_path)
-    assert free_bytes() == 10_000
+    assert free_bytes(recipe) == 10_000
     for name, text in {"max": "5000", "current": "3000", "stat": "anon 1\ninactive_file 500\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    assert free_bytes() == 2500
+    assert free_bytes(recipe) == 2500
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes() == 10_000
+    assert free_bytes(recipe) == 10_000
 
 
 def test_a_dry_run_says_how_long_the_run_takes(recipe_of: Callable, capsys: pytest.CaptureFixture[str]) -> None:

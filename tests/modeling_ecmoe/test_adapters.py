@@ -1,4 +1,4 @@
-"""PEFT's adapters on the stacked experts, row by row where nothing is learned: same outputs, and no stack rebuilt."""
+"""PEFT's adapters on the stacked experts, row by row: the outputs and gradients of PEFT's way, and no stack rebuilt."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import FAMILIES
+from checkpointing import recompute_layers
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor
 
 from modeling_ecmoe import sparse_blocks, use_inference_routing
 from modeling_ecmoe.adapters_ecmoe import by_rows
 
+TOKEN_CHOICE = {"routing": "token_choice", "inference_routing": "token_choice"}
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 
@@ -54,35 +54,76 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return rebuilt
 
 
+@pytest.fixture
+def peft_s_way(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets whether the block leaves the adapters to PEFT."""
+
+    def choose(is_peft_s: bool) -> None:
+        monkeypatch.setattr("modeling_ecmoe.block_ecmoe.by_rows", (lambda experts: experts) if is_peft_s else by_rows)
+
+    return choose
+
+
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "Phi3"])
 def test_row_by_row_is_what_peft_computes(
-    family: str, adapters: int, make_routed_model: Callable, make_tokens: Callable, stacks: list[str]
+    family: str,
+    adapters: int,
+    make_routed_model: Callable,
+    make_tokens: Callable,
+    stacks: list[str],
+    peft_s_way: Callable,
 ) -> None:
-    """With gradients PEFT adds the adapters to the stacks; without, and in `generate`, no stack is touched."""
-    assert family in FAMILIES
-    model = adapted(make_routed_model(family).to(torch.float64), adapters)
-    ids = make_tokens(2, 9)
-    expected = model(ids).logits.detach()
-    assert len(stacks) == 2 * len(blocks_of(model))
-    stacks.clear()
-    with torch.no_grad():
-        found = model(ids).logits
-        with model.disable_adapter():
-            plain = model(ids).logits
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
-    assert (plain - found).abs().max() > 1e-3
-    text = model.generate(input_ids=ids, **GREEDY)
-    model.train()
-    assert torch.equal(model.generate(input_ids=ids, **GREEDY), text)
-    assert not stacks
-    assert torch.equal(model.merge_and_unload().eval().generate(input_ids=ids, **GREEDY), text)
+    """In eval mode, by top-k routes, in `generate` and merged; and no stack is touched."""
+    model, ids = adapted(make_routed_model(family).to(torch.float64), adapters), make_tokens(2, 9)
+    found, text = {}, {}
+    for is_peft_s in (True, False):
+        peft_s_way(is_peft_s)
+        stacks.clear()
+        with torch.no_grad():
+            found[is_peft_s] = [model.eval()(ids).logits]
+            with use_inference_routing(model, "expert_choice"):
+                found[is_peft_s].append(model(ids).logits)
+            with model.disable_adapter():
+                plain = model(ids).logits
+        text[is_peft_s] = model.train().generate(input_ids=ids, **GREEDY)
+        assert bool(stacks) == is_peft_s
+    for row_by_row, expected in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(row_by_row, expected, atol=1e-9, rtol=1e-9)
+        assert (plain - row_by_row).abs().max() > 1e-3
+    assert torch.equal(text[False], text[True])
+    assert torch.equal(model.merge_and_unload().eval().generate(input_ids=ids, **GREEDY), text[True])
+
+
+@pytest.mark.parametrize("fields", [{}, {"capacity_factor": 2} | TOKEN_CHOICE], ids=["expert", "token"])
+@pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
+def test_the_gradients_are_peft_s(
+    family: str, fields: dict, make_model: Callable, make_tokens: Callable, peft_s_way: Callable, stacks: list
+) -> None:
+    """Of adapters and of all that lies below them, by expert choice and by token choice, recomputed or not."""
+    model, ids = adapted(make_model(family, **fields).to(torch.float64)), make_tokens(2, 9)
+    embedding = model.get_input_embeddings().weight.requires_grad_()
+    gradients = []
+    for is_peft_s, recomputes in ((True, False), (False, False), (False, True)):
+        peft_s_way(is_peft_s)
+        if recomputes:
+            recompute_layers(model.get_base_model(), use_reentrant=False)
+        stacks.clear()
+        model.zero_grad()
+        model.train()(ids, labels=ids).loss.backward()
+        assert bool(stacks) == is_peft_s
+        gradients.append([embedding.grad, *(p.grad for name, p in model.named_parameters() if "lora_" in name)])
+    expected, *others = gradients
+    for found in others:
+        for one, other in zip(found, expected, strict=True):
+            assert other.abs().max() > 0
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-7)
 
 
 def test_whoever_is_asked_when_the_experts_are_called_is_asked(
-    make_routed_model: Callable, make_tokens: Callable, stacks: list[str]
+    make_routed_model: Callable, make_tokens: Callable
 ) -> None:
-    """A hook, merged adapters, a pass that learns, and top-k routing, which reads every expert, go PEFT's way."""
+    """A hook, merged adapters and weights that are trained themselves go PEFT's way."""
     model, ids = adapted(make_routed_model("Llama")), make_tokens(2, 9)
     experts = blocks_of(model)[0].experts
     with torch.no_grad():
@@ -95,27 +136,22 @@ def test_whoever_is_asked_when_the_experts_are_called_is_asked(
             torch.testing.assert_close(model(ids).logits, expected)
             assert called
             handle.remove()
-        stacks.clear()
-        with use_inference_routing(model, "expert_choice"):
-            model(ids)
-        assert len(stacks) == 2 * len(blocks_of(model))
         model.merge_adapter()
         assert by_rows(experts) is experts
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
         model.unmerge_adapter()
-    stacks.clear()
-    loss: Tensor = model.train()(ids, labels=ids).loss
-    loss.backward()
-    assert len(stacks) == 2 * len(blocks_of(model))
-    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
+    experts.get_base_layer().down_proj.requires_grad_()
+    assert by_rows(experts) is experts
 
 
-def test_adapters_in_another_precision(make_routed_model: Callable, make_tokens: Callable, stacks: list[str]) -> None:
+def test_adapters_in_another_precision(
+    make_routed_model: Callable, make_tokens: Callable, peft_s_way: Callable, stacks: list[str]
+) -> None:
     """PEFT keeps adapters in float32 beside weights of bfloat16."""
-    model = adapted(make_routed_model("Llama").to(torch.bfloat16))
-    ids = make_tokens(2, 9)
-    expected = model(ids).logits.detach().float()
-    stacks.clear()
+    model, ids = adapted(make_routed_model("Llama").to(torch.bfloat16)), make_tokens(2, 9)
     with torch.no_grad():
         found = model(ids).logits.float()
-    assert not stacks and (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+        assert not stacks
+        peft_s_way(True)
+        expected = model(ids).logits.float()
+    assert stacks and (found - expected).abs().mean() < 0.05 * expected.abs().mean()
