@@ -8,11 +8,12 @@ import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import TrainerCallback
 
-from ecmoe.progress import announce, duration
+from ecmoe.progress import duration
 
 from .calibration import CALIBRATION_TOKENS
 from .data import Endless, lengths_of
 from .memory import begin_peak
+from .sources import say
 
 _SHORT = 16  # tokens of a row of the first batch
 
@@ -28,8 +29,7 @@ class SecondStep(TrainerCallback):
             rows = self.trainer.train_dataset["input_ids"]
             first, second = (sum(map(len, half)) for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]))
             seconds = self.trainer.timer.seconds[0] * second / first
-            if state.is_world_process_zero:
-                announce(f"a step of {second:,} tokens follows; at most about {duration(seconds)}")
+            say(f"a step of {second:,} tokens follows; at most about {duration(seconds)}")
             begin_peak()
 
 

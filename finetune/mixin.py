@@ -267,7 +267,7 @@ class ExpertChoiceTrainerMixin:
         if error is not None:
             name = "loss" if self._learns_likelihood() else "nll"
             (output.metrics or {})[f"{metric_key_prefix}_{name}_stderr"] = error
-        if self.state.global_step == 0 and self.state.stateful_callbacks is not None:
+        if self.losses and self.state.global_step == 0 and self.state.stateful_callbacks is not None:
             self.state.stateful_callbacks[LOSSES_BEFORE] = self.losses
         return output
 

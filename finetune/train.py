@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig
 
-from ecmoe.progress import announce
 from modeling_ecmoe import sparse_blocks
 
 from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_parameters
@@ -171,7 +170,7 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fie
     """
     recipe = recipe_of(recipe, **fields)
     _resume(recipe)
-    announce("dry run: loads model and data, then takes a short step and one of the longest rows; nothing is written")
+    say("dry run: loads model and data, then takes a short step and one of the longest rows; nothing is written")
     whole = training_arguments(recipe)
     with tempfile.TemporaryDirectory() as scratch, _refusals_in_one_line(recipe):
         shortened = replace(recipe, output_dir=scratch, training=recipe.training | _TWO_STEPS)

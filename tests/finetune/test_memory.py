@@ -98,7 +98,7 @@ def test_a_dry_run_says_how_long_the_run_takes(recipe_of: Callable, capsys: pyte
     fields = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "eval_strategy": "epoch"}
     found = dry_run(recipe_of(**fields))
     estimate = found["estimate"]
-    assert "a step of 512 tokens follows; at most about" in capsys.readouterr().err
+    assert "a step of 512 tokens follows; at most about" in capsys.readouterr().out
     results = run(recipe_of(**fields))
     assert estimate["steps"] == results["steps"]
     assert estimate["tokens_per_step"] * estimate["steps"] == pytest.approx(results["tokens"], rel=0.1)
