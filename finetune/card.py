@@ -12,16 +12,9 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from .recipe import Recipe
 
 # What of a recipe decides the result; the rest is in finetune_recipe.yaml beside the card.
-_FIELDS: tuple[str, ...] = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "num_train_epochs",
-    "max_length",
-    "packing",
-)
-_FIELDS += ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-_PACKAGES: tuple[str, ...] = ("ecmoe", "torch", "transformers", "trl", "peft")
+_FIELDS = ["learning_rate", "lr_scheduler_type", "warmup_steps", "max_length", "packing", "optim", "seed"]
+_FIELDS += ["per_device_train_batch_size", "gradient_accumulation_steps"]
+_PACKAGES = ("ecmoe", "torch", "transformers", "trl", "peft")
 _WHOLE = """import ecmoe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,7 +47,9 @@ def render_card(recipe: Recipe, arguments: Any, results: Mapping[str, Any], is_a
         tags=tags,
         **terms,
     )
-    fields = {name: getattr(getattr(arguments, name), "value", getattr(arguments, name)) for name in _FIELDS}
+    # The arguments of a run have forgotten what was done with the rows.
+    fields = {name: recipe.training.get(name, getattr(arguments, name)) for name in _FIELDS}
+    fields = {name: getattr(value, "value", value) for name, value in fields.items()}
     fields |= {"lora": recipe.lora or "default"} if recipe.lora is not None else {}
     card = ModelCard.from_template(
         card_data,
@@ -70,7 +65,7 @@ def render_card(recipe: Recipe, arguments: Any, results: Mapping[str, Any], is_a
         doubt=doubt(results),
         results=results,
         fields={name: value for name, value in fields.items() if value is not None},
-        versions=", ".join(map(_version, _PACKAGES if is_adapter else _PACKAGES[:-1])),
+        versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES),
         loading=_ADAPTER if is_adapter else _WHOLE,
     )
     return str(card).rstrip() + "\n"
@@ -98,10 +93,3 @@ def _card_data(folder: Path) -> dict[str, Any]:
         return dict(metadata_load(folder / "README.md") or {})
     except (ValueError, OSError, yaml.YAMLError):
         return {}
-
-
-def _version(name: str) -> str:
-    try:
-        return f"{name} {importlib.metadata.version(name)}"
-    except importlib.metadata.PackageNotFoundError:  # run from a folder
-        return name

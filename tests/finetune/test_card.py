@@ -38,6 +38,8 @@ def test_the_card_says_what_was_done_and_measured(way: str, place: Path, recipe_
         f"{results['held_out_tokens']:,} learned tokens",
         f"| tokens, without padding | {results['tokens']:,} |",
         "| learning_rate | 0.01 |",
+        "| packing | True |",
+        "| max_length | 64 |",
         "`text.txt`",
         f"torch {torch.__version__}",
         "AutoPeftModelForCausalLM" if way == "lora" else "AutoModelForCausalLM",
