@@ -14,10 +14,11 @@ from ecmoe.hub import could_be_hub_id
 
 from .errors import RecipeError
 
-# Fields of before, by TRL's names.
-RENAMED = {"sequence_length": "max_length", "text_column": "dataset_text_field", "chat_template": "chat_template_path"}
 # What people write for a field, TRL's command line among them.
 ALIASES = {
+    "sequence_length": "max_length",
+    "text_column": "dataset_text_field",
+    "chat_template": "chat_template_path",
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "train_batch_size": "per_device_train_batch_size",
@@ -115,8 +116,6 @@ def declared_fields() -> set[str]:
 
 def unknown_field(name: str, value: Any, known: Iterable[str]) -> RecipeError:
     """What is said of a field that no recipe has, with the nearest one that is known."""
-    if name in RENAMED:
-        return RecipeError(f"{name}={value!r} has TRL's name now; write {RENAMED[name]}")
     if name == "num_experts":
         return RecipeError(
             f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "

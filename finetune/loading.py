@@ -17,6 +17,8 @@ from .arguments import check_model
 from .errors import RecipeError
 from .recipe import Recipe, refuse_unknown, shipped
 
+_UNLOADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
+
 
 def load_config(recipe: Recipe) -> Any:
     """The config of a recipe's model, with the routing fields it asks for.
@@ -41,7 +43,7 @@ def load_config(recipe: Recipe) -> Any:
         raise
     except StrictDataclassError as error:  # names one of routing_fields
         raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNLOADABLE as error:
         raise RecipeError(f"model={recipe.model} {_why_not(error, path)}") from error
     return config
 
@@ -54,29 +56,36 @@ def _why_not(error: Exception, path: Path) -> str:
     return f"is no local folder and could not be fetched from the Hub: {reason}; give a checkpoint folder or a Hub id"
 
 
-def load(recipe: Recipe) -> tuple[Any, Any]:
-    """Model and tokenizer of a recipe."""
+def load_model(recipe: Recipe) -> Any:
+    """The model of a recipe, by its parallel plan."""
     options: dict[str, Any] = (recipe.training.get("model_init_kwargs") or {}) | recipe.routing_fields
     if "dtype" in options:
         raise RecipeError(f"model_init_kwargs={options} names dtype; write dtype={options['dtype']} beside it")
     if recipe.distributed:
         options["distributed_config"] = _distributed_config(recipe)
     try:
+        return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
+    except _UNLOADABLE as error:
+        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def load_tokenizer(recipe: Recipe, config: Any) -> Any:
+    """The tokenizer of a recipe, for a model of that config, with the recipe's template and a token to pad with."""
+    try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except _UNLOADABLE as error:
         raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
     if recipe.training.get("chat_template_path"):
         tokenizer.chat_template = _read_template(recipe.training["chat_template_path"])
     if recipe.training.get("eos_token"):  # which TRL looks up once more
         tokenizer.eos_token = recipe.training["eos_token"]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # one that has an embedding
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None)
     length = recipe.training.get("max_length", SFTConfig.max_length)
     if longest is not None and length is not None and length > longest:
         raise RecipeError(f"max_length={length} is more than the model's {longest} positions; shorten it")
-    return model, tokenizer
+    return tokenizer
 
 
 def _refuse_adapter(model: str, folder: Path) -> None:

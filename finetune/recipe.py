@@ -53,6 +53,7 @@ class Recipe:
         not fit into memory; with lora as stored.
     router_learning_rate, experts_learning_rate: of these weights, where it is not learning_rate; 0 freezes them.
     lora: fields of peft.LoraConfig, to train adapters alone; {} takes attention, stacked experts and router.
+    merge: at the end writes the whole model with its adapters added to the weights too, into `output_dir`/merged.
     distributed: fields of Transformers' DistributedConfig, such as {fsdp_size: 8, ep_size: 8}.
     training: arguments of SFTConfig. packing_strategy is "wrapped" for text, documents end to end in rows of one size
         that do not see each other, and TRL's "bfd" elsewhere.
@@ -78,6 +79,7 @@ class Recipe:
     router_learning_rate: float | int | None = None
     experts_learning_rate: float | int | None = None
     lora: dict[str, Any] | None = None
+    merge: bool = False
     distributed: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     routing_fields: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +97,10 @@ class Recipe:
             raise ValueError(f"too_long={self.too_long} is unknown; choose refuse, truncate or drop")
         if self.streaming and (self.training.get("max_steps") or 0) <= 0:
             raise ValueError("streaming=true needs max_steps: a stream does not say how long it is")
+        if self.merge and (self.lora is None or self.distributed):
+            raise ValueError(
+                "merge=true is for adapters (lora) on whole models, not for a run of all weights or of parts"
+            )
         packing = self.training.get("packing") or False
         if self.training.get("eval_packing") not in (None, packing):
             raise ValueError(

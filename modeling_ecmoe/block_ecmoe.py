@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters_ecmoe import by_rows
 from .bounded_ecmoe import choose_tokens_within_bounds
 from .experts_ecmoe import EcMoeExperts
 from .global_pool_ecmoe import choose_among_all_ranks, num_ranks
@@ -79,13 +80,14 @@ class EcMoeBlock(nn.Module):
         # Choice.
         chosen = self._choose(scores_TE, threshold_E, hidden_states.shape[:-1], learning)
         # Dispatch, experts, combine; of slots a back-end does all three.
+        experts = by_rows(self.experts)
         if isinstance(chosen, Slots):
-            output_TD = self.experts(tokens_TD, chosen.expert, chosen.weight).to(chosen.weight.dtype)
+            output_TD = experts(tokens_TD, chosen.expert, chosen.weight).to(chosen.weight.dtype)
         else:
             has_kernels = self.config.experts_kernels and kernels_run_on(tokens_TD)
             pairs = list_pairs(chosen.token, len(tokens_TD)) if has_kernels else None
             rows_RD = dispatch(tokens_TD, chosen.token, pairs)
-            rows_RD = unweighted_rows(self.experts, rows_RD, chosen.expert, chosen.rows_per_expert)
+            rows_RD = unweighted_rows(experts, rows_RD, chosen.expert, chosen.rows_per_expert)
             if chosen.is_meeting is not None:
                 rows_RD = rows_RD.masked_fill(~chosen.is_meeting[:, None], 0)
             dtype = hidden_states.dtype if self.shared_expert is None else chosen.weight.dtype
