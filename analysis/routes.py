@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecmoe.progress import announce, duration
 from modeling_ecmoe import record_routing, use_inference_routing
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 from modeling_ecmoe.report_ecmoe import sparse_blocks
 from modeling_ecmoe.routing_ecmoe import combine_weights
 
 from .errors import AnalysisError
+from .limits import SILENT_SECONDS
+from .losses import token_losses
+from .planning import MEASURED_TOKENS, seconds_per_token
 
 _MOST_BYTES = 1 << 22  # of a text file; far beyond what fits on a page, and a guard against endless devices
 
@@ -120,13 +124,14 @@ def routes_of_text(model: Any, tokenizer: Any, text: str, source: str = "text") 
         raise AnalysisError(f"{error}: there are no routes to look at") from error
     has_thresholds = model.config.inference_routing != "token_choice"
     input_ids = torch.tensor([ids], device=model.device)
+    _announce(model, input_ids)
     with (
         use_inference_routing(model, "threshold" if has_thresholds else None),
         _router_outputs(blocks) as outputs,  # before the record, which cannot count what is not finite
         record_routing(model) as record,
     ):
-        logits_TV = model(input_ids=input_ids, use_cache=False).logits[0].float()
-    loss = nn.functional.cross_entropy(logits_TV[:-1], input_ids[0, 1:]).item() if len(ids) > 1 else None
+        losses = token_losses(model, {"input_ids": input_ids}, torch.ones_like(input_ids[:, 1:], dtype=torch.bool))
+    loss = losses.mean().item() if len(ids) > 1 else None
     statistics = record.report()["layers"]
     return TextRoutes(
         model_type=model.config.model_type,
@@ -141,6 +146,17 @@ def routes_of_text(model: Any, tokenizer: Any, text: str, source: str = "text") 
         loss=loss,
         layers=[_layer(name, block, *outputs[name], statistics[name]) for name, block in blocks.items()],
     )
+
+
+def _announce(model: Any, input_ids: Tensor) -> None:
+    """How long a long text takes, by a first piece of it."""
+    number = input_ids.shape[1]
+    if number <= 2 * MEASURED_TOKENS:
+        return
+    piece = input_ids[:, :MEASURED_TOKENS]
+    seconds = number * seconds_per_token(model, {"input_ids": piece}, torch.ones_like(piece[:, 1:], dtype=torch.bool))
+    if seconds > SILENT_SECONDS:
+        announce(f"Routing {number:,} tokens: about {duration(seconds)}.")
 
 
 def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:

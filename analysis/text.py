@@ -1,5 +1,6 @@
 """Text of any size as a stream of documents, and documents as batches of tokens; memory stays flat."""
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -36,6 +37,16 @@ def read_documents(data: str, text_column: str = "text") -> Iterator[str]:
     Raises:
         AnalysisError: while iterating: nothing there, an empty file, no UTF-8 text, no such column.
     """
+    for file in text_files(data):
+        yield from documents_of(file, text_column)
+
+
+def text_files(data: str) -> list[Path]:
+    """The file itself, or every text file below a folder, in the order of their names.
+
+    Raises:
+        AnalysisError: when there is none.
+    """
     path = Path(data).expanduser()
     if not path.exists():
         raise AnalysisError(f"data={data} does not exist; name a text file, or a folder of them")
@@ -44,20 +55,31 @@ def read_documents(data: str, text_column: str = "text") -> Iterator[str]:
     found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
     if not found:
         raise AnalysisError(f"data={data} holds no file that ends in one of {', '.join(SUFFIXES)}")
-    for file in found:
-        yield from _documents_of(file, text_column)
+    return found
 
 
-def _documents_of(path: Path, text_column: str) -> Iterator[str]:
-    if path.stat().st_size == 0:
-        raise AnalysisError(f"data={path} is empty; leave it out, or give text")
-    try:
+def documents_of(path: Path, text_column: str) -> Iterator[str]:
+    """The documents of one file; see `read_documents`."""
+    with readable(path):
         if path.suffix == ".parquet":
             yield from _parquet(path, text_column)
         elif path.suffix == ".jsonl":
             yield from _jsonl(path, text_column)
         else:
             yield from _plain(path)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says in one line what is wrong with a file that is read in the context.
+
+    Raises:
+        AnalysisError: of an empty file, and of one that is not what its name says.
+    """
+    if path.stat().st_size == 0:
+        raise AnalysisError(f"data={path} is empty; leave it out, or give text")
+    try:
+        yield
     except (UnicodeDecodeError, pyarrow.ArrowException, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise AnalysisError(
@@ -113,25 +135,6 @@ def windows(tokenizer: Any, documents: Iterator[str], length: int) -> Iterator[l
             window = ids[start : start + length]
             if len(window) > 1:
                 yield window
-
-
-def batches(
-    sequences: Iterator[list[int]], pool: int, max_tokens: int | None, padding: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of some `pool` tokens, padded on the right, until `max_tokens` were handed out."""
-    rows: list[list[int]] = []
-    tokens = handed_out = 0
-    for row in sequences:
-        rows.append(row)
-        tokens += len(row)
-        if tokens >= pool:
-            yield pad(rows, padding)
-            handed_out += tokens
-            rows, tokens = [], 0
-            if max_tokens is not None and handed_out >= max_tokens:
-                return
-    if rows:
-        yield pad(rows, padding)
 
 
 def pad(rows: list[list[int]], padding: int) -> dict[str, Tensor]:

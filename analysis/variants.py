@@ -17,8 +17,10 @@ class Variant:
     """One way of routing with `num_choices` experts per token, k, on the mean: the same FLOPs for all of one k.
 
     Threshold training alone computes more: its slots are static, (1 + threshold_capacity_clamp) times the capacity.
+    key: by which a user chooses it, the same for every number of experts per token.
     """
 
+    key: str
     name: str
     num_choices: int
     fields: dict[str, Any]
@@ -34,6 +36,16 @@ class Variant:
     @property
     def trains_by_threshold(self) -> bool:
         return self.fields["routing"] == "threshold"
+
+    @property
+    def bounds_experts(self) -> bool:
+        return self.fields["min_experts_per_token"] > 0 or self.fields["max_experts_per_token"] is not None
+
+    @property
+    def inference_key(self) -> tuple[Any, ...]:
+        """The same for variants whose inference is the same, as long as none of them was trained."""
+        fields = ("inference_routing", "capacity_factor", "min_experts_per_token", "max_experts_per_token")
+        return tuple(self.fields[name] for name in fields)
 
     @property
     def auxiliary_losses(self) -> list[str]:
@@ -68,17 +80,23 @@ def _with_choices(k: int, num_experts: int) -> list[Variant]:
         "inference_routing": "token_choice",
         "router_aux_loss_coef": BALANCE_COEFFICIENT,
     }
-    fields: dict[str, dict[str, Any]] = {
-        f"token choice, capacity {factor}": token_choice | {"token_choice_capacity_factor": factor}
+    found = [
+        (
+            f"capacity-{factor}",
+            f"token choice, capacity {factor}",
+            token_choice | {"token_choice_capacity_factor": factor},
+        )
         for factor in CAPACITIES
-    }
-    fields[DROPLESS] = token_choice
-    fields["expert choice"] = {}
-    fields["expert choice, at least 1"] = {"min_experts_per_token": 1}
+    ]
+    found += [
+        ("dropless", DROPLESS, token_choice),
+        ("expert-choice", "expert choice", {}),
+        ("at-least-1", "expert choice, at least 1", {"min_experts_per_token": 1}),
+    ]
     if k + 1 < num_experts:  # a bound of all experts is none
-        fields[f"expert choice, at most {k + 1}"] = {"max_experts_per_token": k + 1}
-    fields["threshold"] = {"routing": "threshold"}
-    return [Variant(name, k, neutral | changed) for name, changed in fields.items()]
+        found.append(("at-most", f"expert choice, at most {k + 1}", {"max_experts_per_token": k + 1}))
+    found.append(("threshold", "threshold", {"routing": "threshold"}))
+    return [Variant(key, name, k, neutral | changed) for key, name, changed in found]
 
 
 def configure(model: Any, variant: Variant) -> None:

@@ -28,7 +28,8 @@ def verdict(result: dict[str, Any]) -> list[str]:
         lines.append(f"{k} expert{'s' if k > 1 else ''} per token: {_lowest_loss(entries)}")
         lines += _routers_that_do_not_learn(result, k)
         lines.append(_dropped(entries))
-        lines += [line(reference, others) for line in (_loss, _time, _no_expert, _load)]
+        parts = (_loss, _time, _no_expert, _load) if reference["step"] else (_loss, _no_expert, _load)
+        lines += [line(reference, others) for line in (parts if others else ())]
     return lines
 
 
@@ -156,8 +157,9 @@ def tables(result: dict[str, Any]) -> tuple[Table, Table]:
     for name in ("dropped for\ncapacity", "no\nexpert", "experts\nper token", "load\nmax/mean", "load\nCV"):
         training.add_column(name, justify="right")
     training.add_column("auxiliary\nloss", justify="right")
-    training.add_column("step\nms", justify="right")
-    training.add_column("against\ndropless", justify="right")
+    if any(entry["step"] for entry in result["variants"]):
+        training.add_column("step\nms", justify="right")
+        training.add_column("against\ndropless", justify="right")
     for name in ("loss", "against\ndropless", "gap to train-\ning's routes", "no\nexpert", "experts\nper token"):
         inference.add_column(name, justify="right")
     inference.add_column("load\nmax/mean", justify="right")
@@ -197,8 +199,7 @@ def _training_row(entry: Entry) -> list[str]:
         f"{figures['dropped']:.1%}",
         *_routes(figures),
         ", ".join(entry["auxiliary_losses"]) or "none",
-        f"{1000 * step['seconds']:,.0f}",
-        f"{step['ratio']:.2f}x",
+        *([f"{1000 * step['seconds']:,.0f}", f"{step['ratio']:.2f}x"] if step else ()),
     ]
 
 
@@ -219,10 +220,14 @@ def settings(result: dict[str, Any]) -> str:
     trained = "no training"
     if result["steps"]:
         trained = f"{result['steps']} steps of AdamW at {result['learning_rate']:g} in float32, one seed"
+    amount = result["amount"]
+    rounds = amount["timed_rounds"]
+    timed = f"{rounds} timed rounds of steps of {amount['timed_tokens']:,} tokens on" if rounds else "nothing timed;"
+    left_out = f" Left out for want of time: {'; '.join(amount['left_out'])}." if amount["left_out"] else ""
     return (
         f"{result['checkpoint']}: {result['num_experts']} experts, {trained}; batches (pools) of "
         f"{result['tokens_per_batch']:,} tokens in rows of {result['row_length']}; "
         f"{result['held_out_tokens']:,} tokens held out; token choice with balance loss "
-        f"{result['balance_loss_coefficient']:g}; step time on {result['device']} in {result['dtype']}, "
-        f"torch threads: {result['threads']}."
+        f"{result['balance_loss_coefficient']:g}; {timed} {result['device']} in {result['dtype']}, "
+        f"torch threads: {result['threads']}.{left_out}"
     )

@@ -5,23 +5,26 @@ ecmoe-convert --to token-choice qwen3-8x-tuned qwen3-8x-plain
 """
 
 import argparse
-import inspect
+import logging
 import sys
 from typing import Any
 
+from .arguments import check_arguments
+from .checkpoints.places import local_folder
 from .errors import ConversionError
 from .upcycling.initialisations import INITIALISATIONS
 from .upcycling.settings import NAMED_LAYERS, ROUTERS
 
-# What needs Transformers is imported when there is something to convert: --help and a mistyped option need not wait.
+# What needs torch is imported when there is something to convert: --help and a mistyped option are answered at once.
 
 _DESTINATIONS_HELP = """--to, for tools that know plain classes alone; what the loss changed by is measured:
-  token-choice  Mixtral (from Llama, Mistral), Qwen2-MoE, Qwen3-MoE: top-k instead of thresholds
+  token-choice  Mixtral (from Llama, Mistral; with dense layers Qwen2-MoE), Qwen2-MoE, Qwen3-MoE: top-k routing
   glm4-moe      GLM-4-MoE, from sigmoid scores (--init blend, shared): thresholds as biases, nearly exact"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    inits = "\n".join(f"  {name:9} {init.summary}" for name, init in INITIALISATIONS.items())
+    words = {"shards": "G", "copies": "num_experts / G", "rest": "averaged or the first's"}
+    inits = "\n".join(f"  {name:9} {init.summary.format(**words)}" for name, init in INITIALISATIONS.items())
     routers = "\n".join(f"  {name:9} {text}" for name, text in ROUTERS.items())
     ratios = "; ".join(f"{n}: {i.ratio}, {i.default_ratio}" for n, i in INITIALISATIONS.items() if i.ratio)
     parser = argparse.ArgumentParser(
@@ -49,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-experts-per-token", type=int, help="of a mixture (default: 1; 0 beside a shared expert)")
     parser.add_argument("--max-experts-per-token", type=int, help="of a mixture (default: no bound)")
     parser.add_argument("--max-shard-size", help="of the output's files (default: 5GB)")
-    parser.add_argument("--text", help="UTF-8 text file to calibrate on (default: a little English of Python's own)")
+    parser.add_argument("--text", help="text or .jsonl of chats to calibrate on (default: a sample of several kinds)")
     parser.add_argument("--revision", help="of a Hub id")
     parser.add_argument("--device", help="where models are run (default: an accelerator if there is one; auto: all)")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="run no model; estimate thresholds")
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", help="write an expert-choice checkpoint as a plain one: as what, see below")
     parser.add_argument("--num-experts-per-tok", type=int, help="of --to (default: the source's mean, rounded)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; touch neither weights nor disk")
-    parser.add_argument("--num-gpus", type=int, help="of the dry run's estimates (default: 8)")
+    parser.add_argument("--num-gpus", type=int, help="of the dry run's estimates (default: those that are here)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -65,22 +68,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = vars(_parser().parse_args(argv))
-
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    from . import screen
-    from .leaving.export import export
-    from .upcycling.convert import convert
-
     debug, to = options.pop("debug", False), options.get("to")
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-        disable_progress_bars()
+    logger, warnings = logging.getLogger(__package__), _Warnings()
+    logger.addHandler(warnings)
     try:
-        function = convert if to is None else export
-        _refuse_foreign(options, function)
-        record = function(**options)
+        check_arguments(options)
+        _find_on_hub(options)
+        from . import screen
+        from .leaving.export import export
+        from .upcycling.convert import convert
+
+        _quieten()
+        record = convert(**options) if to is None else export(**options)
     except ConversionError as error:
         if debug:
             raise
@@ -89,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("ecmoe-convert: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    finally:
+        logger.removeHandler(warnings)
     if to is not None:
         screen.print_export(record, options["destination"])
     elif options.get("dry_run"):
@@ -97,15 +98,31 @@ def main(argv: list[str] | None = None) -> None:
         screen.print_conversion(record, options["destination"])
 
 
-def _refuse_foreign(options: dict[str, Any], function: Any) -> None:
-    """An option of the other direction is a mistake, not something to pass over.
+class _Warnings(logging.Handler):
+    """What the functions log becomes a line of the command."""
 
-    Raises:
-        ConversionError: naming it.
-    """
-    for name in options.keys() - inspect.signature(function).parameters.keys():
-        where = "belongs to --to" if "to" not in options else f"does not go with --to {options['to']}"
-        raise ConversionError(f"{name}={options[name]} {where}; leave it out")
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"ecmoe-convert: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+def _find_on_hub(options: dict[str, Any]) -> None:
+    """A name that the Hub does not have is said before torch is loaded, which the Hub's client does without."""
+    source = options["source"]
+    for name in (source, *options.get("mix_with", [])):
+        if local_folder(name) is None:
+            from .checkpoints.locate import locate
+
+            locate(name, options.get("revision") if name == source else None, with_weights=False)
+
+
+def _quieten() -> None:
+    """Bars of others are for terminals."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """What the command prints at the end: tables of what a record holds."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ecmoe.progress import duration
+
 from .checkpoints.provenance import RECORD_NAME
 from .texts import OWN_TEXT
+from .upcycling.verify import LARGEST_LOAD, LEAST_LOAD, far_kinds, remedy
 
 
 def print_conversion(record: dict[str, Any], destination: str) -> None:
@@ -17,8 +21,8 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
     console = Console()
     if verification is None:
         console.print(table)
-        remedy = "train, or call ecmoe.calibrate_thresholds(model, batches), before judging the model"
-        console.print(f"Not verified. The thresholds are estimates: {remedy}.", soft_wrap=True, highlight=False)
+        advice = "train, or call ecmoe.calibrate_thresholds(model, batches), before judging the model"
+        console.print(f"Not verified. The thresholds are estimates: {advice}.", soft_wrap=True, highlight=False)
     else:
         load = f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share"
         table.add_row("causal loss", f"{verification['loss_dense']:.6f}", f"{verification['loss_converted']:.6f}")
@@ -31,10 +35,16 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
         console.print(table)
         if "bounds" in verification:
             console.print(_regimes(verification))
+        if "kinds" in verification:
+            console.print(_kinds_of_text(record))
+        if far := far_kinds(record):
+            found = f"On {', '.join(far)} alone some experts are outside {LEAST_LOAD} to {LARGEST_LOAD} of their share."
+            console.print(f"{found} {remedy(destination)}.", soft_wrap=True, highlight=False)
         same = "the same" if verification["greedy_same"] else "different"
         change = f"The loss changed by {verification['loss_change']:+.1e}."
         console.print(f"Greedy text: {same}. {change}", highlight=False)
         console.print(f"Calibrated and measured on {_text_of(record)}.", soft_wrap=True, highlight=False)
+    _print_ways_out(console, record["ways_out"])
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
 
 
@@ -62,9 +72,35 @@ def _regimes(verification: dict[str, Any]) -> Table:
     return table
 
 
+def _kinds_of_text(record: dict[str, Any]) -> Table:
+    """How the experts fare on each kind of text."""
+    table = Table(title="Held-out text by its kind; load: 1 is an expert's share")
+    columns = ("kind of text", "tokens to calibrate", "held out", "causal loss", "load, least", "largest")
+    for name in (*columns, "experts per token"):
+        table.add_column(name, justify="left" if name == columns[0] else "right")
+    for kind, found in record["verification"]["kinds"].items():
+        table.add_row(
+            kind,
+            f"{record['calibration_tokens_of_kinds'].get(kind, 0):,}",
+            f"{found['tokens']:,}",
+            f"{found['loss_converted']:.4f}",
+            f"{found['load_min']:.2f}",
+            f"{found['load_max']:.2f}",
+            f"{found['experts_per_token']:.2f}",
+        )
+    return table
+
+
+def _print_ways_out(console: Console, ways_out: Mapping[str, str]) -> None:
+    """For whoever needs the model in another tool, before it is trained."""
+    ways = " or ".join(f"{title} (--to {to})" for to, title in ways_out.items())
+    line = f"Other tools can have it as {ways}." if ways else "It cannot be written as a plain class for other tools."
+    console.print(line, soft_wrap=True, highlight=False)
+
+
 def _text_of(record: dict[str, Any]) -> str:
-    """A loss on the text that comes with Python says little of the user's own, so the remedy stands beside it."""
-    return "Python's own documentation; --text FILE takes yours" if record["text"] == OWN_TEXT else record["text"]
+    """A loss on text that comes with the package says little of the user's own, so the remedy stands beside it."""
+    return f"{OWN_TEXT}; --text FILE takes yours" if record["text"] == OWN_TEXT else record["text"]
 
 
 def print_export(record: dict[str, Any], destination: str) -> None:
@@ -77,13 +113,13 @@ def print_export(record: dict[str, Any], destination: str) -> None:
     if verification is not None:
         table.add_row("causal loss", f"{verification['loss_source']:.6f}", f"{verification['loss_export']:.6f}")
         table.add_row("divergence, nats per token", "", f"{verification['kl_divergence']:.1e}")
-    if "output_bytes" in record:
-        table.add_row("output on disk", "", _gigabytes(record["output_bytes"]))
     console = Console()
-    console.print(table)
     if "output_bytes" in record:
+        _add_cost(table, record, record["running_bytes"])
+        console.print(table)
         console.print("Nothing was written.")
         return
+    console.print(table)
     change = "The change of the loss was not measured (--no-verify)."
     if verification is not None:
         change = f"The loss changed by {verification['loss_change']:+.4f} nats per token."
@@ -93,7 +129,7 @@ def print_export(record: dict[str, Any], destination: str) -> None:
         count = record["num_experts_per_tok"]
         rule = f"each token takes its {count} best experts" if count > 1 else "each token takes its best expert"
         warning = f"the routing changed: {rule} instead of those above their thresholds. {change}"
-        print(f"ecmoe-convert: warning: {warning}", file=sys.stderr)
+        _warn(warning)
     if verification is not None:
         console.print(f"Measured on {_text_of(record)}.", soft_wrap=True, highlight=False)
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
@@ -101,24 +137,51 @@ def print_export(record: dict[str, Any], destination: str) -> None:
 
 def print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
     """The figures of a dry run."""
-    parameters, flops, memory = plan["parameters"], plan["flops_per_token"], plan["training_bytes_per_gpu"]
-    gpus = plan["num_gpus"]
+    parameters, flops, conversion = plan["parameters"], plan["flops_per_token"], plan["conversion"]
     table = _dense_beside_sparse(f"Plan: {options['source']} -> {options['destination']} ({plan['init']})", parameters)
     ratio = flops["converted"] / flops["dense"]
     table.add_row("FLOPs per token", f"{flops['dense']:.3g}", f"{flops['converted']:.3g} ({ratio:.2f} of dense)")
-    table.add_row("layers with experts", "", str(plan["sparse_layers"]))
-    table.add_row("output on disk", "", _gigabytes(plan["output_bytes"]))
-    for name, title in (("ddp", "DDP"), ("fsdp2", "FSDP2"), ("expert_parallel", "experts alone divided")):
-        table.add_row(f"to fine-tune on {gpus} GPUs, {title}", "", f"{_gigabytes(memory[name])} each")
-    table.add_row("all-to-all per GPU and step", "", _gigabytes(plan["all_to_all_bytes_per_step"]))
+    table.add_row("layers with experts", "0", f"{plan['sparse_layers']} of {plan['num_layers']}")
+    experts = plan["experts_per_token"]
+    table.add_row("experts per token", "", f"{experts['mean']:g} on average, {experts['least']} to {experts['most']}")
+    memory = max(conversion["writing_bytes"], conversion["running_bytes"])
+    _add_cost(table, plan | conversion, memory)
+    table.add_section()
+    for name, title in (("float32", "in float32"), ("bfloat16", "in bfloat16"), ("lora", "by LoRA (lora={})")):
+        needed = plan["training_bytes"][name]
+        table.add_row(f"to fine-tune {title}", _gigabytes(needed["dense"]), _gigabytes(needed["converted"]))
+    gpus, each = plan["num_gpus"], plan["training_bytes_per_gpu"]
+    if gpus > 1:
+        for name, title in (("ddp", "DDP"), ("fsdp2", "FSDP2"), ("expert_parallel", "experts alone divided")):
+            table.add_row(f"in float32 on {gpus} GPUs, {title}", "", f"{_gigabytes(each[name])} each")
+        table.add_row("all-to-all per GPU and step", "", _gigabytes(plan["all_to_all_bytes_per_step"]))
     console = Console()
     console.print(table)
+    traffic = f" All-to-all: {plan['tokens_per_gpu']:,} tokens per GPU." if gpus > 1 else ""
     console.print(
-        "FLOPs: forward, without attention scores. Memory: float32 weights, gradients and AdamW moments; activations, "
-        f"and FSDP2's gathered layer, come on top. All-to-all: {plan['tokens_per_gpu']:,} tokens per GPU. "
-        "Nothing was written.",
+        "FLOPs: forward, without attention scores. To fine-tune: weights, gradients and moments (of 8 bits in "
+        f"bfloat16); activations come on top.{traffic} The time is a rough estimate.",
+        soft_wrap=True,
         highlight=False,
     )
+    _print_ways_out(console, plan["ways_out"])
+    console.print("Nothing was written.", highlight=False)
+
+
+def _add_cost(table: Table, cost: Mapping[str, Any], memory: int) -> None:
+    """What it takes beside what is there; a line of its own on standard error where that is too little."""
+    disk, free = cost["output_bytes"], cost["free_disk_bytes"]
+    table.add_row("output on disk", "", f"{_gigabytes(disk)} ({_gigabytes(free)} free)")
+    table.add_row("memory to make it", "", f"{_gigabytes(memory)} ({_gigabytes(cost['free_bytes'])} free)")
+    table.add_row(f"time on {cost['device']}", "", f"about {duration(cost['seconds'])}")
+    if disk > free:
+        _warn("the output does not fit on the disk of the destination; free some, or choose another")
+    if memory > cost["free_bytes"]:
+        _warn("the models that are run do not fit into the memory; say --no-verify, or --device auto")
+
+
+def _warn(text: str) -> None:
+    print(f"ecmoe-convert: warning: {text}", file=sys.stderr)
 
 
 def _side_by_side(title: str, left: str, right: str) -> Table:
@@ -131,9 +194,10 @@ def _side_by_side(title: str, left: str, right: str) -> Table:
 
 def _dense_beside_sparse(title: str, parameters: dict[str, int]) -> Table:
     """What a conversion and the plan of one begin with."""
-    table = _side_by_side(title, "dense", "expert choice")
+    is_mixture = parameters["dense_active"] < parameters["dense"]
+    table = _side_by_side(title, "source" if is_mixture else "dense", "converted" if is_mixture else "expert choice")
     table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['total']:,}")
-    table.add_row("active per token", f"{parameters['dense']:,}", f"{parameters['active']:,}")
+    table.add_row("active per token", f"{parameters['dense_active']:,}", f"{parameters['active']:,}")
     return table
 
 

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from modeling_ecmoe import calibrate_thresholds, record_routing, routing_report, use_inference_routing
 
     from . import analysis, conversion, finetune
-    from .analysis import compare, draw, evaluate, report
+    from .analysis import calibrate, compare, draw, evaluate, report
     from .conversion import convert, export, upcycle
 
 __all__ = [
     "analysis",
+    "calibrate",
     "calibrate_thresholds",
     "compare",
     "conversion",
@@ -43,7 +44,7 @@ __all__ = [
 
 _MODULES = {
     "modeling_ecmoe": ["calibrate_thresholds", "record_routing", "routing_report", "use_inference_routing"],
-    "ecmoe.analysis": ["compare", "draw", "evaluate", "report"],
+    "ecmoe.analysis": ["calibrate", "compare", "draw", "evaluate", "report"],
     "ecmoe.conversion": ["convert", "export", "upcycle"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -75,7 +75,7 @@ class Calibration:
         if callable(getattr(self.trainer.optimizer, "eval", None)):
             self.trainer.optimizer.eval()
         with self.trainer.accelerator.autocast():
-            calibrate_thresholds(self.trainer.model, inputs)
+            calibrate_thresholds(self.trainer.model, inputs, text_name="the text of fine-tuning")
         self.last = self.trainer.state, self.trainer.state.global_step
 
     def _batches(self) -> list[dict[str, Tensor]]:

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
+from ecmoe.progress import progress_bar
 from modeling_ecmoe import sparse_blocks
 
 
@@ -56,6 +58,23 @@ def _now() -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+class Progress(ProgressCallback):
+    """Trainer's bars with the time that is left; where they are no terminal's, a line every half minute."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = progress_bar(total=state.max_steps, desc="Training", unit="step")
+
+    def on_prediction_step(
+        self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and has_length(eval_dataloader) and self.prediction_bar is None:
+            options: dict[str, Any] = {"total": len(eval_dataloader), "leave": self.training_bar is None}
+            self.prediction_bar = progress_bar(desc="Evaluating", unit="batch", **options)
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
 
 class LogBeforeSaving(TrainerCallback):

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .arguments import check_arguments
 from .errors import RecipeError
 
 # What needs Transformers is imported when there is something to train: --help and a mistyped option need not wait.
@@ -23,7 +24,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecmoe-finetune", description="Fine-tune an expert-choice or dense model.")
     parser.add_argument("recipe", help=f"YAML file, or one of those that are shipped: {names}")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="replaces a field of the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="one step on the longest sequences; report memory")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="one batch of the longest rows; says memory, seconds per step and how long the run takes",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -32,12 +37,13 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = _parser().parse_intermixed_args(argv)  # overrides before and after --dry-run
 
-    from accelerate import PartialState
-
-    from .recipe import load_recipe
-    from .train import dry_run, run
-
     try:
+        check_arguments(options.recipe, options.overrides)
+        from accelerate import PartialState
+
+        from .recipe import load_recipe
+        from .train import dry_run, run
+
         recipe = load_recipe(options.recipe, options.overrides)
         results = dry_run(recipe) if options.dry_run else run(recipe)
     except RecipeError as error:
@@ -51,38 +57,58 @@ def main(argv: list[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     if options.dry_run:
-        needed, free = results["precision"]["needed"], results["precision"]["free"]
-        if needed:
-            costs = " or ".join(f"{size / 1e9:.2f} GB in {dtype}" for dtype, size in needed.items())
-            Console().print(
-                f"Weights, gradients and moments take {costs} (moments of 8 bits there) on each device; activations "
-                f"come on top. {free / 1e9:.2f} GB were free. This run's weights are {results['precision']['dtype']}.",
-                highlight=False,
-            )
-        Console().print(
-            f"One step of {results['tokens']:,} tokens, loss {results['loss']:.4f}: "
-            f"{results['peak_bytes'] / 1e9:.2f} GB in use on each device. Nothing was written.",
-            highlight=False,
-        )
+        _report_dry_run(results)
     else:
-        _report(results, recipe.output_dir)
+        _report(results, recipe)
 
 
-def _report(results: dict[str, Any], output_dir: str) -> None:
+def _report_dry_run(results: dict[str, Any]) -> None:
+    """What the run would take of memory and time, in sentences."""
+    from ecmoe.progress import duration
+
+    from .memory import gigabytes
+
+    precision, about = results["precision"], results["estimate"]
+    lines, needed = [], precision["needed"]
+    if needed:
+        ways = {"adapters": "for adapters alone", "float32": "in float32", "bfloat16": "in bfloat16, moments of 8 bits"}
+        costs = "; ".join(f"{gigabytes(size)} {ways[way]}" for way, size in needed.items())
+        lines.append(f"Weights, gradients and moments take on each device: {costs}. This run: {precision['dtype']}.")
+    lines.append(
+        f"One step of {results['tokens']:,} tokens, loss {results['loss']:.4f}: {results['seconds']:.2f} s and "
+        f"{gigabytes(results['peak_bytes'])} in use on each device; {gigabytes(results['free_bytes'])} were free."
+    )
+    total = about["steps"] * about["seconds_per_step"] + about["evaluations"] * about["seconds_per_evaluation"]
+    lines.append(
+        f"The whole run is about {about['steps']:,} steps of {about['tokens_per_step']:,.0f} tokens with padding, "
+        f"{about['seconds_per_step']:.2f} s each, and {about['evaluations']} evaluations of "
+        f"{duration(about['seconds_per_evaluation'])}: {duration(total)}. Nothing was written."
+    )
+    for line in lines:
+        Console().print(line, highlight=False)
+
+
+def _report(results: dict[str, Any], recipe: Any) -> None:
+    from .card import doubt, figure
     from .folder import RESULTS_NAME
+    from .train import MERGED_NAME
 
+    output_dir = recipe.output_dir
     table = Table(title=f"{results['model']} -> {output_dir}")
     table.add_column("")
     table.add_column(results["model_type"], justify="right")
     table.add_row("parameters", f"{results['parameters']:,}")
     table.add_row("active per token", f"{results['active_parameters']:,}")
     table.add_row("tokens trained on", f"{results['tokens']:,}")
+    table.add_row("held out, rows", f"{results['held_out_rows']:,}")
+    table.add_row("held out, learned tokens", f"{results['held_out_tokens']:,}")
     if results["loss_before"] is not None:
-        table.add_row("causal loss before", f"{results['loss_before']:.4f}")
-    table.add_row("causal loss after", f"{results['loss_after']:.4f}")
-    if "routing" in results:
-        table.add_row("  not causal (top-k)", f"{results['loss_after_top_k']:.4f}")
-        table.add_row("  gap", f"{results['loss_gap']:+.4f}")
+        table.add_row("causal loss before", figure(results["loss_before"], results["loss_before_stderr"]))
+    table.add_row("causal loss after", figure(results["loss_after"], results["loss_after_stderr"]))
+    if "loss_change" in results:
+        table.add_row(
+            "  change (± standard error)", figure(results["loss_change"], results["loss_change_stderr"], "+.4f")
+        )
     if results["tokens_per_second"]:
         table.add_row("tokens/s", f"{results['tokens_per_second']:,.0f}")
     if "routing" in results:
@@ -91,7 +117,16 @@ def _report(results: dict[str, Any], output_dir: str) -> None:
         table.add_row("chosen by no expert", f"{routing['uncovered']:.1%}")
     console = Console()
     console.print(table)
-    console.print(f"Model and {RESULTS_NAME} in {output_dir}.", highlight=False)
+    lines = [doubt(results), f"{'Model' if recipe.lora is None else 'Adapters'} and {RESULTS_NAME} in {output_dir}."]
+    if recipe.merge:
+        lines.append(f"The whole model, adapters merged, in {output_dir}/{MERGED_NAME}.")
+    elif recipe.lora is not None:
+        lines.append(
+            f"merge=true writes the whole model too; or in Python, with import ecmoe: peft.AutoPeftModelForCausalLM."
+            f"from_pretrained('{output_dir}').merge_and_unload().save_pretrained('{output_dir}-{MERGED_NAME}')"
+        )
+    for line in filter(None, lines):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class _Reader:
             found = rows.select(range(start, end)).map(
                 self.encoder, remove_columns=rows.column_names, features=_features(), **options
             )
-            sizes = pc.list_value_length(found.with_format("arrow")[:]["input_ids"]).to_numpy()
+            sizes = lengths_of(found)
             if self.finish is not None:
                 options = {"batch_size": self._batch(sizes) if self.wraps else 1000, "desc": f"Fitting ({part})"}
                 found = found.map(self.finish, batched=True, features=self.features, **options)
@@ -168,6 +168,11 @@ class _Reader:
                 "left out, too long or without anything to learn"
             )
         return datasets.concatenate_datasets(parts) if parts else Dataset.from_list([])
+
+
+def lengths_of(rows: Dataset) -> Any:
+    """Tokens of each row [N], without making lists of them."""
+    return pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
 
 
 def _features(*more: str) -> datasets.Features:

@@ -11,8 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig
 
+from ecmoe.hub import why_not_from_hub
+
+from .arguments import check_model
 from .errors import RecipeError
 from .recipe import Recipe, refuse_unknown, shipped
+
+_UNLOADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
 
 
 def load_config(recipe: Recipe) -> Any:
@@ -22,8 +27,7 @@ def load_config(recipe: Recipe) -> Any:
         RecipeError: when there is no such model, or the fields do not go with it.
     """
     path = Path(recipe.model).expanduser()
-    if (path.is_absolute() or recipe.model.startswith((".", "~"))) and not path.is_dir():
-        raise RecipeError(f"model={recipe.model} does not exist; give a checkpoint folder or a Hub id")
+    check_model(recipe.model)
     _refuse_adapter(recipe.model, path)
     try:
         config: Any = AutoConfig.from_pretrained(recipe.model)
@@ -39,34 +43,49 @@ def load_config(recipe: Recipe) -> Any:
         raise
     except StrictDataclassError as error:  # names one of routing_fields
         raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
+    except _UNLOADABLE as error:
+        raise RecipeError(f"model={recipe.model} {_why_not(error, path)}") from error
     return config
 
 
-def load(recipe: Recipe) -> tuple[Any, Any]:
-    """Model and tokenizer of a recipe."""
+def _why_not(error: Exception, path: Path) -> str:
+    """One line; of what is no folder, why the Hub did not give it."""
+    if path.is_dir():
+        return f"cannot be loaded: {' '.join(str(error).split())}"
+    reason = why_not_from_hub(error)
+    return f"is no local folder and could not be fetched from the Hub: {reason}; give a checkpoint folder or a Hub id"
+
+
+def load_model(recipe: Recipe) -> Any:
+    """The model of a recipe, by its parallel plan."""
     options: dict[str, Any] = (recipe.training.get("model_init_kwargs") or {}) | recipe.routing_fields
     if "dtype" in options:
         raise RecipeError(f"model_init_kwargs={options} names dtype; write dtype={options['dtype']} beside it")
     if recipe.distributed:
         options["distributed_config"] = _distributed_config(recipe)
     try:
+        return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
+    except _UNLOADABLE as error:
+        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def load_tokenizer(recipe: Recipe, config: Any) -> Any:
+    """The tokenizer of a recipe, for a model of that config, with the recipe's template and a token to pad with."""
+    try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except _UNLOADABLE as error:
         raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
     if recipe.training.get("chat_template_path"):
         tokenizer.chat_template = _read_template(recipe.training["chat_template_path"])
     if recipe.training.get("eos_token"):  # which TRL looks up once more
         tokenizer.eos_token = recipe.training["eos_token"]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # one that has an embedding
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None)
     length = recipe.training.get("max_length", SFTConfig.max_length)
     if longest is not None and length is not None and length > longest:
         raise RecipeError(f"max_length={length} is more than the model's {longest} positions; shorten it")
-    return model, tokenizer
+    return tokenizer
 
 
 def _refuse_adapter(model: str, folder: Path) -> None:

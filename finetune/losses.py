@@ -5,7 +5,8 @@ Shapes: B rows, S tokens of a row, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,19 +28,32 @@ class RowLengths:
 
 
 class LossSums:
-    """What is summed over the rows of an evaluation; rows that ranks see twice count once."""
+    """What is summed over the rows of an evaluation; rows that ranks see twice count once.
+
+    rows: of each row, in the order of the evaluation, its sums by the names of _SUMS.
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.totals: dict[str, float] = {}
+        self.rows: list[list[float]] = []
         self._rows: Tensor | None = None
 
     def means(self) -> dict[str, float]:
         """By learned token: loss, and where TRL's head gives them entropy and mean_token_accuracy; {} of no rows."""
-        tokens = self.totals.get("tokens", 0)
-        return {name: total / tokens for name, total in self.totals.items() if name != "tokens"} if tokens else {}
+        totals = self.totals
+        tokens = totals.pop("tokens", 0)
+        return {name: total / tokens for name, total in totals.items()} if tokens else {}
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """The sums over all rows."""
+        return dict(zip(_SUMS, map(math.fsum, zip(*self.rows, strict=True)), strict=False))
+
+    def losses(self) -> list[tuple[float, int]]:
+        """The summed loss and the number of learned tokens of each row."""
+        return [(row[0], round(row[1])) for row in self.rows]
 
     @contextlib.contextmanager
     def watch(self, model: nn.Module, labels: Tensor, lengths: Tensor | None) -> Iterator[None]:
@@ -64,9 +78,22 @@ class LossSums:
         """Adds the rows of all ranks up, those left out that fill up the last batch."""
         if self._rows is None:
             return
-        for name, total in zip(_SUMS, accelerator.gather_for_metrics(self._rows).sum(0).tolist(), strict=False):
-            self.totals[name] = self.totals.get(name, 0.0) + total
+        self.rows += accelerator.gather_for_metrics(self._rows).tolist()
         self._rows = None
+
+
+def standard_error(rows: Sequence[tuple[float, int]]) -> float | None:
+    """Of a loss by token, sum of the rows' losses by the sum of their tokens, over rows drawn at random; None of one.
+
+    rows: of each the summed loss, or difference of two losses, and the tokens. That of a ratio estimator (Cochran,
+        Sampling Techniques, 1977, 2.11): rows of more tokens count for more.
+    """
+    tokens = sum(count for _, count in rows)
+    if len(rows) < 2 or not tokens:
+        return None
+    mean = math.fsum(total for total, _ in rows) / tokens
+    squares = math.fsum((total - mean * count) ** 2 for total, count in rows)
+    return math.sqrt(squares * len(rows) / (len(rows) - 1)) / tokens
 
 
 _SUMS = ("loss", "tokens", "entropy", "mean_token_accuracy")

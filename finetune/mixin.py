@@ -9,7 +9,6 @@ routes look like, learning rates by part, and runs that stop at a loss that is n
 
 import math
 import shutil
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,10 +27,12 @@ from modeling_ecmoe import record_routing, use_inference_routing
 
 from .adapters import group_of
 from .calibration import Calibration
-from .callbacks import LogBeforeSaving, StepTimer, is_expert_choice, thresholds_of
+from .callbacks import LogBeforeSaving, Progress, StepTimer, is_expert_choice, thresholds_of
 from .errors import RecipeError
 from .folder import last_whole_checkpoint, step_of
-from .losses import IGNORE, LossSums, RowLengths, router_losses
+from .losses import IGNORE, LossSums, RowLengths, router_losses, standard_error
+
+LOSSES_BEFORE = "ecmoe_losses_before"  # among what Trainer's state keeps of callbacks
 
 
 def is_flash(model: Any) -> bool:
@@ -49,18 +50,8 @@ class ExpertChoiceTrainerMixin:
         RecipeError: for a rate of a part that the model has not, and for a balance loss of expert choice.
     """
 
-    model: Any
-    # Of the trainer that it stands before.
-    args: Any
-    accelerator: Any
-    compute_loss_func: Any
-    label_smoother: Any
-    aux_loss_enabled: Any
-    callback_handler: Any
-    control: Any
+    aux_loss_enabled: Any  # of TRL's trainers
     data_collator: Any
-    optimizer: Any
-    state: Any
 
     def __init__(
         self,
@@ -75,12 +66,16 @@ class ExpertChoiceTrainerMixin:
         self.calibration = Calibration(self)
         self.sums = LossSums()
         super().__init__(*args, callbacks=[self.timer, LogBeforeSaving(), *(callbacks or [])], **kwargs)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Progress())
         self._freeze()
         self._adds_router_loss = self._take_router_losses()
         self._refuse_settings()
         self.routes = is_expert_choice(self.model)
         self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of this rank, since the last log
-        self._timed_steps = 0
+        self.timed_tokens = 0  # that are no padding, of the steps since this process began, on all ranks
+        self._logged = (0, 0)  # of these tokens, and of the steps, at the last line of the log
+        self.losses: list[tuple[float, int]] = []  # of the rows of the last evaluation: summed, and learned tokens
         self.routing: dict[str, float] | None = None  # how the thresholds routed in the last evaluation
         self.calibration.watch()
 
@@ -241,9 +236,9 @@ class ExpertChoiceTrainerMixin:
         loss that is another than the likelihood stays the trainer's, and `nll` stands beside it.
         """
         if not self.routes or self.args.torch_compile:  # a compiled model runs past the hooks that count routes
-            return self._evaluation_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            return self._causal_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         with record_routing(self.model) as record:
-            output = self._evaluation_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = self._causal_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = output.metrics or {}
         first, *others = gather_object([record])  # each rank evaluated its share of the held-out rows
         for other in others:
@@ -263,12 +258,33 @@ class ExpertChoiceTrainerMixin:
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.routing.items()}
         return output._replace(metrics=metrics)
 
+    def _causal_pass(self, *args: Any, metric_key_prefix: str, **kwargs: Any) -> EvalLoopOutput:
+        """The first pass, with the standard error of its loss; the losses of its rows are kept, and of those before
+        training in the checkpoints too, so that a run can say how sure the change between the two is."""
+        output = self._evaluation_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.losses = self.sums.losses()
+        error = standard_error(self.losses)
+        if error is not None:
+            name = "loss" if self._learns_likelihood() else "nll"
+            (output.metrics or {})[f"{metric_key_prefix}_{name}_stderr"] = error
+        if self.losses and self.state.global_step == 0 and self.state.stateful_callbacks is not None:
+            self.state.stateful_callbacks[LOSSES_BEFORE] = self.losses
+        return output
+
+    def loss_changes(self) -> list[tuple[float, int]] | None:
+        """Of each row of the last evaluation, the change of its summed loss since before training, and its learned
+        tokens; None where those before are not known, or are other rows."""
+        before = (self.state.stateful_callbacks or {}).get(LOSSES_BEFORE)
+        if not before or [tokens for _, tokens in before] != [tokens for _, tokens in self.losses]:
+            return None
+        return [(now - then, tokens) for (then, _), (now, tokens) in zip(before, self.losses, strict=True)]
+
     def _evaluation_pass(self, *args: Any, metric_key_prefix: str, **kwargs: Any) -> EvalLoopOutput:
         """One pass over the held-out rows, with the loss by tokens in place of the mean of means."""
         self.sums.reset()
         output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self.sums.means()
-        if self.sums.totals and not means:
+        if self.sums.rows and not means:
             raise RecipeError("the held-out rows hold no token that is learned; give others, or a larger max_length")
         if means:
             name = "loss" if self._learns_likelihood() else "nll"
@@ -322,6 +338,7 @@ class ExpertChoiceTrainerMixin:
                 self._stop_at_nan(name, value)
         tokens = int(self.accelerator.gather(self._tokens).sum())
         self._tokens.zero_()
+        self.timed_tokens += tokens
         # Trainer counts them otherwise, and TRL's online trainers what they generate.
         if self.args.include_num_input_tokens_seen == "no" and not hasattr(self, "_buffered_inputs"):
             self.state.num_input_tokens_seen += tokens  # goes into checkpoints
@@ -330,17 +347,16 @@ class ExpertChoiceTrainerMixin:
                 if "num_tokens" in logged:
                     logged["num_tokens"] = [self.state.num_input_tokens_seen]
         if "loss" in logs:
-            logs = logs | self._training_metrics(tokens)
+            logs = logs | self._training_metrics()
         if "train_loss" in logs:
             logs = logs | {"train_loss": self._mean_loss()}
         super().log(logs, start_time)
 
-    def _training_metrics(self, tokens: int) -> dict[str, float]:
-        metrics = {}
-        seconds = self.timer.seconds[self._timed_steps :]
-        self._timed_steps = len(self.timer.seconds)
-        if seconds:
-            metrics["train_tokens_per_second"] = tokens / len(seconds) / statistics.median(seconds)
+    def _training_metrics(self) -> dict[str, float]:
+        metrics, (tokens, steps), seconds = {}, self._logged, self.timer.seconds
+        if len(seconds) > steps:
+            metrics["train_tokens_per_second"] = (self.timed_tokens - tokens) / sum(seconds[steps:])
+        self._logged = self.timed_tokens, len(seconds)
         if self.timer.thresholds is not None:
             thresholds = thresholds_of(self.model)
             metrics["threshold_change"] = (thresholds - self.timer.thresholds).abs().mean().item()

@@ -11,18 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from .errors import RecipeError
+from .memory import empty_model, free_bytes, kept_bytes
 from .recipe import Recipe
 from .sources import say
 
-# A parameter's weight, gradient and moments: of AdamW in float32, and in bfloat16 with moments of 8 bits.
-TRAINING_BYTES = {"float32": 16, "bfloat16": 6}
 STOCHASTIC = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
 _SPARE = 0.9  # of the free memory; activations come on top of what is counted here
 
@@ -30,8 +27,8 @@ _SPARE = 0.9  # of the free memory; activations come on top of what is counted h
 @dataclass(frozen=True)
 class Precision:
     """dtype: of the weights. autocast: whether products are in bfloat16. stochastic: whether steps are rounded at
-    random. needed: bytes on each device for each dtype, free: what is there; none are counted where adapters alone are
-    trained. why: in a few words."""
+    random. needed: bytes of weights, gradients and moments on each device for each dtype, or of "adapters"; free: what
+    is there. why: in a few words."""
 
     dtype: str
     autocast: bool
@@ -48,6 +45,11 @@ class Precision:
         if self.stochastic:
             training = STOCHASTIC | training
         return replace(recipe, dtype=self.dtype, training=training)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of weights, gradients and moments, as chosen."""
+        return self.needed.get("adapters") or self.needed.get(self.dtype, 0)
 
     def say(self) -> None:
         products = " products in bfloat16," if self.autocast else ""
@@ -68,9 +70,12 @@ def choose(recipe: Recipe, config: Any, resume: Path | None = None) -> Precision
         RecipeError: when bfloat16 weights are to be trained and torchao is not installed.
     """
     autocast = _has_bfloat16() and not recipe.training.keys() & {"bf16", "fp16"} and not _is_mixed_already(recipe)
+    needed, free = (
+        kept_bytes(recipe, empty_model(config)),
+        min(gather_object([free_bytes(recipe)])),
+    )  # one for all ranks
     if recipe.lora is not None:
-        return Precision(recipe.dtype, autocast, False, {}, 0, "adapters and router in float32")
-    needed, free = _needed(recipe, config), min(gather_object([_free_bytes()]))  # one choice for all ranks
+        return Precision(recipe.dtype, autocast, False, needed, free, "adapters and router in float32")
     dtype, why = recipe.dtype, "as the recipe says"
     if dtype == "auto" and resume is not None and (resume / "config.json").is_file():
         dtype, why = str(AutoConfig.from_pretrained(resume).dtype).removeprefix("torch."), f"as {resume.name} is"
@@ -98,19 +103,3 @@ def _has_bfloat16() -> bool:
 def _is_mixed_already(recipe: Recipe) -> bool:
     """Whether FSDP2's own mixed precision does it."""
     return bool((recipe.distributed or {}).get("fsdp_mixed_precision"))
-
-
-def _needed(recipe: Recipe, config: Any) -> dict[str, int]:
-    """Bytes on each device for training every weight, by dtype."""
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    shards = (recipe.distributed or {}).get("fsdp_size")
-    shards = shards if isinstance(shards, int) and shards > 1 else 1
-    return {dtype: parameters * size // shards for dtype, size in TRAINING_BYTES.items()}
-
-
-def _free_bytes() -> int:
-    """On this process's accelerator, or its part of the machine's memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(PartialState().device)[0])
-    return int(psutil.virtual_memory().available // PartialState().num_processes)

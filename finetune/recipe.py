@@ -6,12 +6,10 @@ import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import transformers
-import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
@@ -19,6 +17,8 @@ from trl import SFTConfig
 
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
 
+from .arguments import OF_NO_RECIPE, read_recipe, refuse_missing, unknown_field
+from .arguments import shipped as shipped
 from .errors import RecipeError
 
 
@@ -53,6 +53,7 @@ class Recipe:
         not fit into memory; with lora as stored.
     router_learning_rate, experts_learning_rate: of these weights, where it is not learning_rate; 0 freezes them.
     lora: fields of peft.LoraConfig, to train adapters alone; {} takes attention, stacked experts and router.
+    merge: at the end writes the whole model with its adapters added to the weights too, into `output_dir`/merged.
     distributed: fields of Transformers' DistributedConfig, such as {fsdp_size: 8, ep_size: 8}.
     training: arguments of SFTConfig. packing_strategy is "wrapped" for text, documents end to end in rows of one size
         that do not see each other, and TRL's "bfd" elsewhere.
@@ -78,6 +79,7 @@ class Recipe:
     router_learning_rate: float | int | None = None
     experts_learning_rate: float | int | None = None
     lora: dict[str, Any] | None = None
+    merge: bool = False
     distributed: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     routing_fields: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +97,10 @@ class Recipe:
             raise ValueError(f"too_long={self.too_long} is unknown; choose refuse, truncate or drop")
         if self.streaming and (self.training.get("max_steps") or 0) <= 0:
             raise ValueError("streaming=true needs max_steps: a stream does not say how long it is")
+        if self.merge and (self.lora is None or self.distributed):
+            raise ValueError(
+                "merge=true is for adapters (lora) on whole models, not for a run of all weights or of parts"
+            )
         packing = self.training.get("packing") or False
         if self.training.get("eval_packing") not in (None, packing):
             raise ValueError(
@@ -111,37 +117,9 @@ class Recipe:
 
 
 # Fields of the expert-choice config that a run may change: none of them changes a weight's shape.
-_ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - {
-    "num_experts",
-    "moe_intermediate_size",
-    "mlp_layer_types",
-    "shared_expert_intermediate_size",
-    "output_router_logits",
-}
-_OWN = {item.name for item in fields(Recipe)} - {"training", "routing_fields"}
-_TRAINING = {item.name for item in fields(SFTConfig) if item.init} - {"output_dir", "dataset_kwargs", "pad_token"}
-# Fields of before, by TRL's names.
-_RENAMED = {"sequence_length": "max_length", "text_column": "dataset_text_field", "chat_template": "chat_template_path"}
-# What people write for a field, TRL's command line among them.
-_ALIASES = {
-    "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "grad_accum": "gradient_accumulation_steps",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "max_seq_length": "max_length",
-    "max_seq_len": "max_length",
-    "scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "model_name_or_path": "model",
-    "dataset_name": "dataset",
-    "dataset_train_split": "dataset_split",
-    "dataset_streaming": "streaming",
-    "peft_config": "lora",
-}
+_ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - OF_NO_RECIPE
+_OWN = {item.name for item in fields(Recipe)} - OF_NO_RECIPE
+_TRAINING = {item.name for item in fields(SFTConfig) if item.init} - OF_NO_RECIPE - {"output_dir"}
 OLDEST_TRANSFORMERS = "5.23"  # whose Trainer it is tested with; family and converter take older ones
 _HINTS = typing.get_type_hints(SFTConfig)
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -162,27 +140,13 @@ def refuse_unknown(content: dict[str, Any], known: Iterable[str], what: str) -> 
             raise RecipeError(f"{name}={value!r} is no field of {what}; did you mean {nearest[0]}?")
 
 
-def shipped(ending: str) -> dict[str, Path]:
-    """The files with that ending that come with the package, by their name without it."""
-    folder = Path(str(resources.files("ecmoe.recipes")))
-    return {path.name.removesuffix(ending): path for path in sorted(folder.glob(f"*{ending}"))}
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML recipe, or the one that is shipped under that name, and applies `field=value` overrides.
 
     Raises:
         RecipeError: for a file that is no recipe, an unknown field (with the nearest name), a wrong value.
     """
-    content = _read(path)
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise RecipeError(f"override {override!r} must be written as field=value")
-        try:
-            content[name.strip()] = yaml.safe_load(value) if value.strip() else None
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from error
+    content = read_recipe(path, overrides)
     return make_recipe(content)
 
 
@@ -203,28 +167,8 @@ def recipe_of(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **c
         return make_recipe(own | recipe.training | recipe.routing_fields | changes)
     if recipe is not None and not isinstance(recipe, (str, Path, Mapping)):
         raise RecipeError(f"recipe={recipe!r} must be a Recipe, a mapping, a YAML file or the name of a shipped recipe")
-    content = dict(recipe) if isinstance(recipe, Mapping) else {} if recipe is None else _read(recipe)
+    content = dict(recipe) if isinstance(recipe, Mapping) else {} if recipe is None else read_recipe(recipe)
     return make_recipe(content | changes)
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    """The flat fields of a YAML file, or of the one that is shipped under that name."""
-    place, known = Path(path).expanduser(), shipped(".yaml")
-    if not place.is_file() and str(path) in known:
-        place = known[str(path)]
-    try:
-        content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise RecipeError(
-            f"recipe={path} does not exist; give a YAML file, or one of those that are shipped: {', '.join(known)}"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe={path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe={path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"recipe={path} must hold `field: value` lines")
-    return content
 
 
 def make_recipe(content: dict[str, Any]) -> Recipe:
@@ -252,21 +196,9 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
             routing[name] = value
         elif name in _TRAINING:
             training[name] = _checked(name, value)
-        elif name in _RENAMED:
-            raise RecipeError(f"{name}={value!r} has TRL's name now; write {_RENAMED[name]}")
-        elif name == "num_experts":
-            raise RecipeError(
-                f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "
-                "it out, or convert again with another one"
-            )
         else:
-            nearest = difflib.get_close_matches(str(name), _OWN | _TRAINING | _ROUTING, n=1, cutoff=0.5)
-            nearest = [_ALIASES[name]] if name in _ALIASES else nearest
-            hint = f"did you mean {nearest[0]}?" if nearest else "see ecmoe.finetune.Recipe and trl.SFTConfig"
-            raise RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
-    missing = [name for name in ("model", "output_dir", "dataset") if own.get(name) is None]
-    if missing:
-        raise RecipeError(f"{missing[0]} is missing from the recipe; add it there, or as {missing[0]}=...")
+            raise unknown_field(name, value, _OWN | _TRAINING | _ROUTING)
+    refuse_missing(own)
     try:
         return Recipe(**own, training=training, routing_fields=routing)
     except StrictDataclassError as error:

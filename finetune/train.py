@@ -3,14 +3,12 @@
 import contextlib
 import errno
 import json
-import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -18,32 +16,41 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
+from trl import SFTConfig
 
 from modeling_ecmoe import sparse_blocks
 
 from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_parameters
 from .callbacks import is_expert_choice
+from .card import render_card
 from .curves import draw_curves
-from .data import Collator, Endless, prepare
+from .data import Collator, Endless, lengths_of, prepare
+from .dry import SecondStep, estimate_run, two_batches
 from .encode import is_learned_from, stop_token
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
-from .loading import load, load_config
+from .loading import load_config, load_model, load_tokenizer
+from .losses import standard_error
+from .memory import peak_bytes, refuse_impossible, warn_of_memory
 from .mixin import is_flash
 from .precision import choose
 from .recipe import Recipe, recipe_of, training_arguments
 from .sources import load_rows, say
 from .trainer import EcMoeTrainer
 
-_ONE_STEP: dict[str, Any] = {
-    "max_steps": 1,
+_TWO_STEPS: dict[str, Any] = {
+    "max_steps": 2,
     "num_train_epochs": 1,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "train_sampling_strategy": "sequential",
     "save_strategy": "no",
     "eval_strategy": "no",
     "load_best_model_at_end": False,
     "report_to": "none",
     "push_to_hub": False,
 }
+MERGED_NAME = "merged"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
@@ -72,12 +79,27 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields:
         _train(trainer, recipe, resume)
         results |= _progress(trainer)
         results |= _evaluate(trainer)
+        trainer.card = render_card(recipe, trainer.args, results, is_adapter=recipe.lora is not None)
         trainer.save_model()
+        trainer.create_model_card()  # after PEFT, which has written one that is empty
         trainer.save_state()
         if trainer.is_world_process_zero():
+            if recipe.merge:
+                _merge(trainer, recipe, results, output / MERGED_NAME)
             draw_curves(trainer.state.log_history, output / "curves.png")
             write_whole(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _merge(trainer: EcMoeTrainer, recipe: Recipe, results: dict[str, Any], folder: Path) -> None:
+    """Writes the whole model, adapters added to its weights, beside the adapters."""
+    say(f"merging the adapters into {folder}")
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer: Any = trainer.processing_class
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = render_card(recipe, trainer.args, results, is_adapter=False)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _resume(recipe: Recipe) -> Path | None:
@@ -137,52 +159,66 @@ def _train(trainer: EcMoeTrainer, recipe: Recipe, resume: Path | None) -> None:
 
 
 def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields: Any) -> dict[str, Any]:
-    """One optimiser step on the longest sequences, and the memory it took; nothing is written. Arguments as of `run`.
+    """A batch of the longest rows, after a short one that makes the optimiser's moments; nothing is evaluated or
+    written. Arguments as of `run`.
 
     Returns:
-        peak_bytes: of the accelerator, or what this process has resident on the CPU; tokens: of the step;
-        loss: of that step; trained: by part of the model, [trained, all] parameters; precision: what is trained in
-        (`Precision`), with what each choice needs and what is free.
+        peak_bytes: the most that was in use on the accelerator, or resident on the CPU, during that batch; free_bytes
+        before the model was loaded; tokens and seconds of the batch, and its loss; estimate: about the whole run
+        (`estimate_run`); trained: by part of the model, [trained, all] parameters; precision: what is trained in
+        (`Precision`), with what each choice needs.
     """
     recipe = recipe_of(recipe, **fields)
     _resume(recipe)
-    precision = choose(recipe, load_config(recipe))
+    say("dry run: loads model and data, then takes a short step and one of the longest rows; nothing is written")
+    whole = training_arguments(recipe)
     with tempfile.TemporaryDirectory() as scratch, _refusals_in_one_line(recipe):
-        trainer = make_trainer(recipe, scratch)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        loss = trainer.train().training_loss
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+        shortened = replace(recipe, output_dir=scratch, training=recipe.training | _TWO_STEPS)
+        trainer = make_trainer(shortened, whole=whole)
+        rows, size = trainer.train_dataset, trainer.args.train_batch_size * trainer.args.world_size
+        trainer.train_dataset = two_batches(rows, size)
+        trainer.add_callback(SecondStep(trainer))
+        trainer.train()
     print_trained(trainer.model)
+    longest = trainer.train_dataset["input_ids"][size:]
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return {
-        "peak_bytes": peak,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "loss": loss,
+        "peak_bytes": peak_bytes(),
+        "free_bytes": trainer.precision.free,
+        "tokens": sum(map(len, longest)),
+        "seconds": trainer.timer.seconds[-1],
+        "loss": losses[-1],
+        "estimate": estimate_run(trainer, whole, rows, longest),
         "trained": trained_parameters(trainer.model),
-        "precision": asdict(precision),
+        "precision": asdict(trainer.precision),
     }
 
 
-def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None = None) -> Any:
+def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | None = None) -> Any:
     """Model, data and EcMoeTrainer of a recipe.
 
-    scratch: folder of a dry run, one step on the longest of the sequences that the recipe's run would use.
     resume: the checkpoint that the run goes on from.
+    whole: the arguments of the run whose sequences are read, where the trainer takes a few steps of it.
     """
-    precision = choose(recipe, load_config(recipe), resume)
+    config = load_config(recipe)
+    precision = choose(recipe, config, resume)
     precision.say()
+    if resume is None:
+        refuse_impossible(recipe, config, precision.needed, precision.kept)
     recipe = precision.settle(recipe)
     arguments = training_arguments(recipe)
-    sequences_used = _sequences_used(arguments)
-    if scratch is not None:
-        recipe = replace(recipe, output_dir=scratch, training=recipe.training | _ONE_STEP)
-        arguments = training_arguments(recipe)
-    model, tokenizer = load(recipe)
+    tokenizer = load_tokenizer(recipe, config)
     if arguments.max_length is None:
-        arguments.max_length = getattr(model.config, "max_position_embeddings", None)
-    vocab_size = model.get_input_embeddings().num_embeddings
+        arguments.max_length = getattr(config, "max_position_embeddings", None)
+    longest = arguments.max_length or 0
     with arguments.main_process_first(desc="preparing the dataset"):  # the other ranks read its cache
-        train, held_out, kind = prepare(recipe, arguments, tokenizer, vocab_size, sequences_used)
+        sequences = _sequences_used(whole or arguments)
+        train, held_out, kind = prepare(recipe, arguments, tokenizer, config.vocab_size, sequences)
+    if isinstance(train, Dataset) and not arguments.packing:
+        longest = int(lengths_of(train).max())
+    warn_of_memory(recipe, config, precision, arguments.train_batch_size, longest)
+    say(f"loading {recipe.model}")
+    model = load_model(recipe)
     if tokenizer.chat_template:
         _stop_after_answers(model, tokenizer, is_said=kind != "text")
     if recipe.lora is not None:
@@ -223,12 +259,10 @@ def make_trainer(recipe: Recipe, scratch: str | None = None, resume: Path | None
         )
     evaluated = min(len(trainer.eval_dataset), recipe.max_eval_sequences)
     trainer.eval_dataset = trainer.eval_dataset.select(range(evaluated))
+    say(f"held out: {evaluated:,} rows of {int(lengths_of(trainer.eval_dataset).sum()):,} tokens")
     if isinstance(trainer.train_dataset, IterableDataset):
         trainer.train_dataset = Endless(trainer.train_dataset)
-    elif scratch is not None:
-        lengths = torch.tensor([len(ids) for ids in trainer.train_dataset["input_ids"]])
-        longest = lengths.argsort(descending=True, stable=True)[: _sequences_used(arguments)]
-        trainer.train_dataset = trainer.train_dataset.select(longest.tolist())
+    trainer.precision = precision
     return trainer
 
 
@@ -321,26 +355,33 @@ def print_trained(model: Any) -> None:
 
 
 def _progress(trainer: EcMoeTrainer) -> dict[str, Any]:
-    seconds, steps, tokens = trainer.timer.seconds, trainer.state.global_step, trainer.state.num_input_tokens_seen
-    first: dict[str, Any] = next(
-        (row for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row), {}
-    )
+    seconds, first = trainer.timer.seconds, _evaluation_before(trainer)
     return {
         "loss_before": first.get("eval_nll", first.get("eval_loss")),  # not in the log of a checkpoint from elsewhere
-        "steps": steps,
-        "tokens": tokens,
-        "tokens_per_second": tokens / steps / statistics.median(seconds) if seconds else None,
+        "loss_before_stderr": first.get("eval_nll_stderr", first.get("eval_loss_stderr")),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": trainer.timed_tokens / sum(seconds) if seconds else None,
         "seed": trainer.args.seed,
     }
 
 
+def _evaluation_before(trainer: EcMoeTrainer) -> dict[str, Any]:
+    return next((row for row in trainer.state.log_history if row["step"] == 0 and "eval_loss" in row), {})
+
+
 def _evaluate(trainer: EcMoeTrainer) -> dict[str, Any]:
-    """The causal loss after training and, for expert choice, how the calibrated thresholds route."""
+    """The causal loss after training, how sure it and its change are, and how the calibrated thresholds route."""
     if is_expert_choice(trainer.model):
         trainer.calibration.run()
-    found = trainer.evaluate()
+    found, before = trainer.evaluate(), _evaluation_before(trainer)
     # The likelihood, also where the loss that is learned is another.
-    results: dict[str, Any] = {"loss_after": found.get("eval_nll", found["eval_loss"])}
+    name = "eval_nll" if "eval_nll" in found else "eval_loss"
+    results: dict[str, Any] = {"loss_after": found[name], "loss_after_stderr": found.get(f"{name}_stderr")}
+    if name in before:
+        pairs = trainer.loss_changes()
+        results |= {"loss_change": found[name] - before[name], "loss_change_stderr": pairs and standard_error(pairs)}
+    results |= {"held_out_rows": len(trainer.losses), "held_out_tokens": sum(tokens for _, tokens in trainer.losses)}
     if "eval_loss_top_k" in found:
         results |= {"loss_after_top_k": found["eval_loss_top_k"], "loss_gap": found["eval_loss_gap"]}
         results["routing"] = trainer.routing

@@ -1,5 +1,6 @@
 """The trainer of a recipe."""
 
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -13,9 +14,14 @@ from .mixin import ExpertChoiceTrainerMixin
 class EcMoeTrainer(ExpertChoiceTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer, for expert-choice and dense models."""
 
+    card: str | None = None  # of a finished run, in place of TRL's and PEFT's
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's, for the Hub alone: of a model from a folder it says that it is a fine-tuned version of None."""
-        if self.args.push_to_hub:
+        """The run's own. TRL's, for the Hub alone: of a model from a folder it says that it is a fine-tuned version of
+        None."""
+        if self.card is not None and self.is_world_process_zero():
+            (Path(str(self.args.output_dir)) / "README.md").write_text(self.card, encoding="utf-8")
+        elif self.card is None and self.args.push_to_hub:
             super().create_model_card(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:

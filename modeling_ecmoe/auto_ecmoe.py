@@ -5,19 +5,25 @@ heads build their base model through AutoModel, and a model that is saved again 
 which Auto class it belongs to.
 """
 
+from typing import Any
+
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .versions_ecmoe import EPImplementationInterface  # first: an older Transformers is refused in one line
+
+# isort: split
 from .configuration_ecmoe import AUTO_CLASSES
 from .mixins_ecmoe import EcMoeHeadMixin
 from .parallel_ecmoe import EqualSplitsEP
-from .versions_ecmoe import EPImplementationInterface
 
 
-def register_family(config_class: type[PreTrainedConfig], *model_classes: type[PreTrainedModel]) -> None:
+def register_family(config_class: Any, *model_classes: type[PreTrainedModel]) -> None:
     """Registers a family's config class and its models, in the order of `AUTO_CLASSES`, with the Auto classes."""
     config_class.register_for_auto_class()
+    _make_known(config_class)
     for auto_class, model_class in zip(AUTO_CLASSES, model_classes, strict=True):
         getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class)
@@ -26,6 +32,24 @@ def register_family(config_class: type[PreTrainedConfig], *model_classes: type[P
         if auto_class == "AutoModelForCausalLM":
             # By these names Trainer's label smoothing and `transformers serve` know a language model.
             MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
+
+
+def _make_known(config_class: Any) -> None:
+    """As remote code: lets AutoTokenizer, which reads a folder's config, read it without a question once the model of
+    one was loaded.
+
+    What is registered is the dense config under our model_type. It counts as Transformers' own class, so that
+    trust_remote_code=True still runs the code of each folder, and no model belongs to it, so that none is made without.
+    """
+    if config_class.model_type in CONFIG_MAPPING:  # the package is there
+        return
+    dense: Any = next(c for c in config_class.__mro__ if c.__module__.startswith("transformers."))
+
+    class KnownConfig(dense):
+        model_type = config_class.model_type
+
+    KnownConfig.__module__ = dense.__module__
+    transformers.AutoConfig.register(config_class.model_type, KnownConfig)
 
 
 if EPImplementationInterface is not None:

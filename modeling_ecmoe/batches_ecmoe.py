@@ -4,16 +4,23 @@ Shapes: B rows, S tokens of a row.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+Progress = Callable[[list[Mapping[str, Tensor]]], Iterable[Mapping[str, Tensor]]]
 
-def run_batches(model: nn.Module, batches: list[Mapping[str, Tensor]], title: str) -> None:
-    """Forward passes in eval mode; the model is left in the mode it was in."""
+
+def run_batches(
+    model: nn.Module, batches: list[Mapping[str, Tensor]], title: str, progress: Progress | None = None
+) -> None:
+    """Forward passes in eval mode; the model is left in the mode it was in.
+
+    progress: hands out the batches and shows how far they are; None is Transformers' bar.
+    """
     was_training = model.training
     model.eval()
     # Offloaded parameters are on the meta device between passes; their hooks move the inputs.
@@ -22,10 +29,55 @@ def run_batches(model: nn.Module, batches: list[Mapping[str, Tensor]], title: st
     base: Any = getattr(model, "get_base_model", lambda: model)()
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     try:
-        for batch in logging.tqdm(batches, desc=title, unit="batch", leave=False):
+        shown = progress(batches) if progress else logging.tqdm(batches, desc=title, unit="batch", leave=False)
+        for batch in shown:
             model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False, **options)
     finally:
         model.train(was_training)
+
+
+def token_ids(tokenizer: Any, document: Any) -> list[int]:
+    """The tokens of a text; of a conversation those of the tokenizer's chat template, or of plain text without one.
+
+    Args:
+        document: a text, or the messages of a conversation, each with `role` and `content`.
+
+    Raises:
+        ValueError: when the template refuses the conversation.
+    """
+    if isinstance(document, str):
+        return list(tokenizer(document, verbose=False)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        return token_ids(tokenizer, plain_conversation(document))
+    failed: Exception | None = None
+    for messages in (document, _without_system(document)):
+        try:
+            return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+        except Exception as error:  # what a template raises is its own affair
+            failed = failed or error
+    raise ValueError(f"the chat template refuses a conversation: {' '.join(str(failed).split())[:200]}")
+
+
+def plain_conversation(messages: list[Mapping[str, Any]]) -> str:
+    """A conversation as text, for a tokenizer without a chat template."""
+    return "\n\n".join(f"{str(message['role']).capitalize()}: {message['content']}" for message in messages)
+
+
+def _without_system(messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The system's words before the first user's, for templates that know no such role."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
+def is_conversation(item: Any) -> bool:
+    """Whether it is a list of messages, each with role and content."""
+    return (
+        isinstance(item, (list, tuple))
+        and len(item) > 0
+        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in item)
+    )
 
 
 WINDOW = 512  # tokens of a row made of a text; shorter where the model's context is
@@ -39,14 +91,16 @@ def as_batches(
 
     Args:
         model: whose context bounds the rows.
-        batches: keyword arguments of its forward, or texts.
-        tokenizer: of the texts.
+        batches: keyword arguments of its forward; or texts and conversations, a conversation being a list of messages
+            with `role` and `content`, or a mapping with such a list as `messages`.
+        tokenizer: of the texts; its chat template makes tokens of a conversation.
 
     Raises:
         ValueError: for texts without a tokenizer, batches with one, and what is neither.
     """
-    held: list[Any] = [batches] if isinstance(batches, (str, Mapping)) else list(batches)
-    texts = [item for item in held if isinstance(item, str)]
+    held: list[Any] = [batches] if isinstance(batches, (str, Mapping)) or is_conversation(batches) else list(batches)
+    held = [item["messages"] if _has_messages(item) else item for item in held]
+    texts = [item for item in held if isinstance(item, str) or is_conversation(item)]
     if held and not texts and all(isinstance(item, Mapping) and "input_ids" in item for item in held):
         if tokenizer is not None:
             raise ValueError("tokenizer is for texts, and batches of tokens are given; leave it out")
@@ -56,14 +110,14 @@ def as_batches(
     if len(texts) < len(held):
         names = ", ".join(held[0]) if isinstance(held[0], Mapping) else type(held[0]).__name__
         raise ValueError(
-            f"batches must all be texts, or all mappings with input_ids [B, S], and one is {names}; of a dataset give "
-            'its column of text, such as dataset["text"]'
+            f"batches must all be texts, or all mappings with input_ids [B, S], and one is {names}; "
+            'of a dataset give its column of text, such as dataset["text"]'
         )
     if not callable(tokenizer):
         raise ValueError(f"tokenizer={tokenizer!r}: texts are given; give their tokenizer too, or batches of input_ids")
     config = getattr(model, "config", None)
     length = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
-    ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    ids = [token_ids(tokenizer, text) for text in texts]
     rows = [torch.tensor(row[begin : begin + length]) for row in ids for begin in range(0, len(row), length)]
     if not rows:
         raise ValueError("the texts are empty: there is not a single token in them")
@@ -75,6 +129,10 @@ def as_batches(
             batch = []
         batch.append(row)
     return [*found, _padded(batch)]
+
+
+def _has_messages(item: Any) -> bool:
+    return isinstance(item, Mapping) and "input_ids" not in item and is_conversation(item.get("messages"))
 
 
 def _padded(rows: list[Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters_ecmoe import by_rows
 from .bounded_ecmoe import choose_tokens_within_bounds
 from .experts_ecmoe import EcMoeExperts
 from .global_pool_ecmoe import choose_among_all_ranks, num_ranks
@@ -66,6 +67,12 @@ class EcMoeBlock(nn.Module):
         """The routing that was asked for last, by whoever still holds `use_inference_routing` open."""
         return self.routing_overrides[-1] if self.routing_overrides else None
 
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"experts per token: {config.mean_experts_per_token:g} on average, at most {config.most_experts_per_token}"
+        )
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         tokens_TD = hidden_states.flatten(0, -2)
@@ -77,13 +84,14 @@ class EcMoeBlock(nn.Module):
         if self.config.routed_scaling_factor != 1:
             chosen = chosen._replace(weight=chosen.weight * self.config.routed_scaling_factor)
         # Dispatch, experts, combine; of slots a back-end does all three.
+        experts = by_rows(self.experts)
         if isinstance(chosen, Slots):
-            output_TD = self.experts(tokens_TD, chosen.expert, chosen.weight).to(chosen.weight.dtype)
+            output_TD = experts(tokens_TD, chosen.expert, chosen.weight).to(chosen.weight.dtype)
         else:
             has_kernels = self.config.experts_kernels and kernels_run_on(tokens_TD)
             pairs = list_pairs(chosen.token, len(tokens_TD)) if has_kernels else None
             rows_RD = dispatch(tokens_TD, chosen.token, pairs)
-            rows_RD = unweighted_rows(self.experts, rows_RD, chosen.expert, chosen.rows_per_expert)
+            rows_RD = unweighted_rows(experts, rows_RD, chosen.expert, chosen.rows_per_expert)
             if chosen.is_meeting is not None:
                 rows_RD = rows_RD.masked_fill(~chosen.is_meeting[:, None], 0)
             dtype = hidden_states.dtype if self.shared_expert is None else chosen.weight.dtype
@@ -91,6 +99,7 @@ class EcMoeBlock(nn.Module):
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(tokens_TD)
             if self.config.shared_expert_weighting == "complement":
+                assert chosen.weight_sum is not None  # there is a shared expert, so it was asked for
                 shared_TD = (1 - chosen.weight_sum)[:, None] * shared_TD
             elif self.shared_expert_gate is not None:
                 shared_TD = self.shared_expert_gate(tokens_TD).sigmoid() * shared_TD
@@ -111,8 +120,7 @@ class EcMoeBlock(nn.Module):
         if wants_counts(self.experts, routes_TE):
             return pairs_of_routes(routes_TE, scores_TE, normalize, with_sums, with_counts=True)
         if wants_slots(self.experts, config.max_experts_per_token):
-            num_slots = config.num_experts_per_tok
-            return slots_of_routes(routes_TE, scores_TE, threshold_E, num_slots, normalize)
+            return slots_of_routes(routes_TE, scores_TE, threshold_E, config.most_experts_per_token, normalize)
         if wants_places(self.experts, routes_TE):
             return static_pairs_of_routes(routes_TE, scores_TE, normalize)
         return pairs_of_routes(routes_TE, scores_TE, normalize, with_sums)

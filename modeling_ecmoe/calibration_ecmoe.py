@@ -1,12 +1,13 @@
 """Thresholds from data: exact quantiles of each expert's scores, or with bounds what balances the bounded rule."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batches_ecmoe import as_batches, run_batches
+from .batches_ecmoe import Progress, as_batches, run_batches
 from .block_ecmoe import EcMoeBlock
 from .bounded_ecmoe import balanced_thresholds
 from .context_ecmoe import use_inference_routing
@@ -18,11 +19,17 @@ from .routing_ecmoe import choose_tokens, expert_capacity
 # 15 bits make two passes with small integer histograms find any quantile exactly, and histograms simply add up.
 _HALF_BITS = 15
 _BINS = 1 << _HALF_BITS
+# Scores of this size are kept from the first pass, which saves the second.
+_KEPT_BYTES = 1 << 28
 
 
 @torch.no_grad()
 def calibrate_thresholds(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | Iterable[str], tokenizer: Any = None
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]] | Iterable[str],
+    tokenizer: Any = None,
+    text_name: str = "text given to calibrate_thresholds",
+    progress: Progress | None = None,
 ) -> None:
     """Sets every threshold so that its expert takes its share of the batches' real tokens.
 
@@ -35,8 +42,11 @@ def calibrate_thresholds(
     Args:
         model: any model of the family, also wrapped by PEFT.
         batches: keyword arguments of the model's forward, `input_ids` [B, S] and, with padding, `attention_mask`.
-            Large batches of the text the model is meant for; without bounds they are gone through twice. Or texts.
+            Large batches of the text the model is meant for; where there are very many they are gone through twice.
+            Or texts, or conversations as lists of messages.
         tokenizer: of the texts.
+        text_name: what `config.thresholds_from` says afterwards, for whoever loads the model.
+        progress: hands out the batches and shows how far they are, such as tqdm; None is Transformers' bar.
 
     Raises:
         ValueError: when there is no batch or padding alone, texts have no tokenizer, a score is no number, the model
@@ -47,19 +57,38 @@ def calibrate_thresholds(
     if any(block.gate.threshold.is_meta for block in blocks.values()):
         raise ValueError("the thresholds are offloaded and cannot be set; load the model with offload_buffers=False")
     bounded = next(iter(blocks.values())).config.bounds_experts_per_token
-    thresholds = (_bounded_thresholds if bounded else _quantile_thresholds)(model, blocks, batches)
+    run = functools.partial(_collect_scores, model, blocks, batches, progress)
+    if bounded:
+        thresholds = _bounded_thresholds(blocks, run)
+    else:
+        thresholds = _quantile_thresholds(blocks, run, _scores_fit(blocks, batches))
     for name, block in blocks.items():
         block.gate.threshold.copy_(thresholds[name])
         # Worth as many optimiser steps as the running average remembers.
         block.gate.threshold_updates.fill_(round(1 / (1 - block.config.threshold_decay)))
+        block.config.thresholds_from = text_name
+
+
+_Count = Callable[[str, Tensor], None]
 
 
 def _quantile_thresholds(
-    model: nn.Module, blocks: dict[str, EcMoeBlock], batches: list[Mapping[str, Tensor]]
+    blocks: dict[str, EcMoeBlock], run: Callable[[_Count], None], keeps_scores: bool
 ) -> dict[str, Tensor]:
-    """[E] for each layer: midway between the last score that is chosen and the best that is refused."""
+    """[E] for each layer: midway between the last score that is chosen and the best that is refused.
+
+    run: one pass over the text, which hands each layer's scores to what it is given.
+    keeps_scores: whether the scores of the first pass are kept, or the text is gone through again.
+    """
     high = {name: _empty_histogram(block) for name, block in blocks.items()}
-    _collect_scores(model, blocks, batches, lambda name, scores_TE: _count(high[name], _bits(scores_TE) >> _HALF_BITS))
+    kept: list[tuple[str, Tensor]] | None = [] if keeps_scores else None
+
+    def count_high(name: str, scores_TE: Tensor) -> None:
+        _count(high[name], _bits(scores_TE) >> _HALF_BITS)
+        if kept is not None:
+            kept.append((name, scores_TE))
+
+    run(count_high)
     _add_up_ranks(high.values())
     _check_any_token(int(histogram[0].sum()) for histogram in high.values())
     # The last chosen and the best refused score, so that `score > threshold` takes exactly C tokens and neither of
@@ -77,11 +106,26 @@ def _quantile_thresholds(
             inside_TE = (bits_TE >> _HALF_BITS) == side.bin[name]
             _count(side.low[name], torch.where(inside_TE, bits_TE & (_BINS - 1), -1))
 
-    _collect_scores(model, blocks, batches, count_low)
+    if kept is None:
+        run(count_low)
+    else:
+        for name, scores_TE in kept:
+            count_low(name, scores_TE)
     # Each once: in the same order on every rank, for all have the same bins.
     _add_up_ranks({id(low): low for side in sides for low in side.low.values()}.values())
     chosen, refused = (side.scores() for side in sides)
     return {name: (chosen[name] + refused[name]) / 2 for name in blocks}
+
+
+def _scores_fit(blocks: dict[str, EcMoeBlock], batches: list[Mapping[str, Tensor]]) -> bool:
+    """Whether the scores of all layers are few enough to be kept; all ranks say the same, for they run together."""
+    first = next(iter(blocks.values()))
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    if num_ranks() > 1:
+        most = torch.tensor(tokens, device=first.gate.threshold.device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        tokens = int(most)
+    return 4 * tokens * first.config.num_experts * len(blocks) <= _KEPT_BYTES
 
 
 class _Side:
@@ -103,12 +147,10 @@ class _Side:
         return {name: ((self.bin[name] << _HALF_BITS) | fine[name]).int().view(torch.float32) for name in fine}
 
 
-def _bounded_thresholds(
-    model: nn.Module, blocks: dict[str, EcMoeBlock], batches: list[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def _bounded_thresholds(blocks: dict[str, EcMoeBlock], run: Callable[[_Count], None]) -> dict[str, Tensor]:
     """[E] for each layer: where the bounded rule gives every expert its share. Keeps all scores, 4 * T * E bytes."""
     kept: dict[str, list[Tensor]] = {name: [] for name in blocks}
-    _collect_scores(model, blocks, batches, lambda name, scores_TE: kept[name].append(scores_TE))
+    run(lambda name, scores_TE: kept[name].append(scores_TE))
     thresholds = {}
     for name, block in blocks.items():
         scores_TE = _gather_ranks(torch.cat(kept.pop(name)))
@@ -183,7 +225,8 @@ def _collect_scores(
     model: nn.Module,
     blocks: dict[str, EcMoeBlock],
     batches: list[Mapping[str, Tensor]],
-    count: Callable[[str, Tensor], None],
+    progress: Progress | None,
+    count: _Count,
 ) -> None:
     """Runs the batches and hands `count` each layer's scores of real tokens, [T, E] float32."""
 
@@ -204,7 +247,7 @@ def _collect_scores(
     handles = [block.gate.register_forward_hook(hook_of(name, block)) for name, block in blocks.items()]
     try:
         with use_inference_routing(model, "expert_choice"):
-            run_batches(model, batches, "Calibrating thresholds")
+            run_batches(model, batches, "Calibrating thresholds", progress)
     finally:
         for handle in handles:
             handle.remove()

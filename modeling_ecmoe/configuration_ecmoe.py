@@ -71,6 +71,8 @@ class EcMoeConfigMixin:
         2101.03961, section 2.2), the layers' mean, so that its scale is that of Transformers' models. Expert choice
         needs no balance loss and refuses one.
     output_router_logits: return the router logits of each sparse layer, [B * S, E].
+    thresholds_from: the text on which the thresholds were measured, in words; None where they never were, or where
+        training alone has made them. Written by calibration, read by people.
     experts_kernels: on a GPU with Triton, dispatch, activation and combine are one pass over memory each, summed in
         float32 and repeatable to the bit (kernels_ecmoe.py), and the bounded choice is launched as one CUDA graph;
         plain torch elsewhere, and where False.
@@ -101,6 +103,7 @@ class EcMoeConfigMixin:
     router_z_loss_coef: float | int = 0.0
     router_aux_loss_coef: float | int = 0.0
     output_router_logits: bool = False
+    thresholds_from: str | None = None
     experts_kernels: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -252,11 +255,22 @@ class EcMoeConfigMixin:
         return self.min_experts_per_token > 0 or (most is not None and most < self.num_experts)
 
     @property
-    def num_experts_per_tok(self) -> int:
-        """The most experts a token can have at inference: what inference servers size the slots of a token by."""
+    def mean_experts_per_token(self) -> float:
+        """The experts of a token on average; what it costs follows from it."""
+        return float(self.capacity_factor)
+
+    @property
+    def most_experts_per_token(self) -> int:
+        """The most experts that a token can have at inference."""
         if self.inference_routing == "token_choice":
             return int(self.capacity_factor)
         return self.max_experts_per_token or self.num_experts
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """`most_experts_per_token` by the name that inference servers size the slots of a token by; on average a token
+        has `mean_experts_per_token`."""
+        return self.most_experts_per_token
 
     @num_experts_per_tok.setter
     def num_experts_per_tok(self, value: int) -> None:
@@ -265,6 +279,22 @@ class EcMoeConfigMixin:
                 f"num_experts_per_tok={value} follows from other fields and is {self.num_experts_per_tok} here; set "
                 "max_experts_per_token to bound the experts of a token, or capacity_factor for token choice"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As Transformers', which would take the config of any model.
+
+        Raises:
+            ValueError: for another family's. That of the dense model is taken for its sizes.
+        """
+        found = config_dict.get("model_type")
+        dense = cls.model_type.removeprefix("ecmoe_")
+        if found and found not in (cls.model_type, dense):
+            raise ValueError(
+                f"model_type={found} is not what {cls.__name__} reads, which is {cls.model_type}, or {dense} for its "
+                f"sizes alone. To make experts of a dense model, {CONVERT_FIRST}"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Saves with a complete `auto_map`, so that the folder loads as remote code with every Auto class.
@@ -288,6 +318,8 @@ def _remove_code_of_before(folder: Path) -> None:
     if code.is_file() and config.is_file() and '"modeling_ecmoe.EcMoe' in config.read_text(encoding="utf-8"):
         code.unlink()
 
+
+CONVERT_FIRST = "convert it first: `ecmoe-convert SOURCE DESTINATION`, or ecmoe.upcycle(model) in Python"
 
 # How the classes that an Auto class makes end.
 AUTO_CLASSES = {

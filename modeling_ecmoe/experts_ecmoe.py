@@ -63,6 +63,10 @@ class EcMoeRaggedExperts(nn.Module):
         biases = (None if bias is None else bias.to(dtype) for bias in (into_bias, down_bias))
         return into.to(dtype), next(biases), down.to(dtype), next(biases)
 
+    def extra_repr(self) -> str:
+        shapes = [f"{name}={list(weight.shape)}" for name, weight in self.named_parameters(recurse=False)]
+        return ", ".join([f"num_experts={self.num_experts}", *shapes])
+
     def _activate(self, product: Tensor) -> Tensor:
         """The first product [..., 2I or I] -> [..., I]."""
         return self._apply_gate(product) if self.has_gate else self.act_fn(product)

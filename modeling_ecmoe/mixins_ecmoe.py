@@ -11,16 +11,25 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .block_ecmoe import EcMoeBlock
 from .context_ecmoe import announce_tokens, use_inference_routing
 from .experts_ecmoe import EcMoeRaggedExperts
-from .notices_ecmoe import warn_frozen_experts, warn_unquantized
+from .notices_ecmoe import (
+    require_experts,
+    require_own_config,
+    require_own_folder,
+    warn_frozen_experts,
+    warn_training_loss,
+    warn_unquantized,
+)
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
 from .versions_ecmoe import slice_logits_to_keep
+
+logger = logging.get_logger(__name__)
 
 
 class EcMoeDecoderLayerMixin:
@@ -81,10 +90,39 @@ class EcMoePreTrainedMixin:
     def _load_pretrained_model(
         cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As Transformers'; where a quantiser passes the experts by, says so while there is memory left."""
+        """As Transformers'; refuses a checkpoint without experts; says which text the thresholds were measured on, at
+        the level "info", for a model is loaded often; and where a quantiser passes the experts by, says so while there
+        is memory left."""
+        require_own_folder(model)
+        logger.info(f"Thresholds from: {model.config.thresholds_from or 'training, or never calibrated'}")
         if load_config.hf_quantizer is not None:
             warn_unquantized(model, load_config.hf_quantizer, load_config.dtype)
-        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        require_experts(model, loaded[0].missing_keys, loaded[0].unexpected_keys)
+        return loaded
+
+    def num_parameters(
+        self, only_trainable: bool = False, exclude_embeddings: bool = False, only_active: bool = False
+    ) -> int:
+        """As Transformers'. only_active: those that a token meets on average: of the routed experts'
+        capacity_factor / num_experts, of all else everything."""
+        total: int = super().num_parameters(only_trainable, exclude_embeddings)
+        if not only_active:
+            return total
+        experts = [module for module in self.modules() if isinstance(module, EcMoeRaggedExperts)]
+        held = [parameter for module in experts for parameter in module.parameters()]
+        routed = sum(parameter.numel() for parameter in held if parameter.requires_grad or not only_trainable)
+        return total - round(routed * (1 - self.config.mean_experts_per_token / self.config.num_experts))
+
+    @property
+    def loss_function(self) -> Any:
+        """As Transformers', asked for where labels are given; in train mode without gradients says what it is not."""
+        warn_training_loss(self)
+        return super().loss_function
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self._loss_function = value
 
     def train(self, mode: bool = True) -> Any:
         """As torch's; where PEFT's adapters leave the experts frozen, says so."""
@@ -114,6 +152,7 @@ class EcMoeModelMixin:
     decoder_layer_class: type[nn.Module]
 
     def __init__(self, config: Any) -> None:
+        require_own_config(type(self), config)
         config.validate()  # fields set one after the other, as from_pretrained sets them, may not go together
         # The dense constructor makes embedding, norm and rotary embedding; its layers give way to ours. Under
         # from_pretrained that happens on the meta device and costs nothing.
@@ -168,6 +207,7 @@ class EcMoeForCausalLMMixin:
     base_model_class: type[PreTrainedModel]
 
     def __init__(self, config: Any) -> None:
+        require_own_config(type(self), config)
         PreTrainedModel.__init__(self, config)  # not the dense constructor, which would build the dense model
         setattr(self, self.base_model_prefix, self.base_model_class(config))
         self.vocab_size = config.vocab_size
@@ -280,7 +320,8 @@ class EcMoeHeadMixin:
     base_models: dict[str, type[PreTrainedModel]] = {}  # by model_type; each family adds its own
 
     def __init__(self, config: Any) -> None:
-        AutoModel.register(type(config), self.base_models[config.model_type], exist_ok=True)
+        require_own_config(type(self), config)
+        AutoModel.register(type(config), self.base_models[type(config).model_type], exist_ok=True)
         super().__init__(config)
 
 

@@ -1,5 +1,7 @@
-"""What other tools do to the stacked experts without a word: quantisers and adapters that pass them by."""
+"""What happens without a word otherwise: quantisers and adapters that pass the experts by, a dense checkpoint without
+experts, a loss that is not causal."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .block_ecmoe import EcMoeBlock
+from .configuration_ecmoe import CONVERT_FIRST, EcMoeConfigMixin
 from .experts_ecmoe import EcMoeRaggedExperts
 from .router_ecmoe import EcMoeRouter
 
@@ -55,6 +58,67 @@ def _torchao_config(model: nn.Module) -> str:
         patterns.insert(0, rf".*\.({names})\.weight")
     said = ", ".join(f"r're:{pattern}': Int8WeightOnlyConfig()" for pattern in patterns)
     return f"TorchAoConfig(FqnToConfig({{{said}}}))"
+
+
+def require_own_config(model_class: type, config: Any) -> None:
+    """Refuses a dense config, which says nothing of experts.
+
+    Raises:
+        ValueError: naming what to do instead.
+    """
+    if not isinstance(config, EcMoeConfigMixin):
+        raise ValueError(
+            f"config={type(config).__name__} is no config of {model_class.__name__}: it has no experts. To make "
+            f"experts of a dense model, {CONVERT_FIRST}"
+        )
+
+
+def require_own_folder(model: Any) -> None:
+    """Refuses weights from a folder whose config is another family's or a dense model's, before they are read.
+
+    Raises:
+        ValueError: naming what to do instead.
+    """
+    config = model.config
+    if config.model_type != type(config).model_type:
+        raise ValueError(
+            f"{config.name_or_path} is a model of type {config.model_type}, and {type(model).__name__} loads "
+            f"{type(config).model_type}: it has no experts of ours. To make experts of a dense model, {CONVERT_FIRST}"
+        )
+
+
+def require_experts(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuses a checkpoint that has other FFNs than the model has experts: these would stay random numbers.
+
+    Args:
+        model: that was loaded.
+        missing, unexpected: names of its parameters that the checkpoint does not hold, and those it holds besides.
+
+    Raises:
+        ValueError: naming what to do instead.
+    """
+    experts = [name for name in missing if ".mlp.experts." in name]
+    others = [name for name in unexpected if ".layers." in f".{name}"]
+    if experts and others:
+        raise ValueError(
+            f"{model.config.name_or_path or 'the checkpoint'} holds {others[0]} instead of the experts "
+            f"{experts[0]}: it is no checkpoint of {type(model).__name__}. To make experts of a dense model, "
+            f"{CONVERT_FIRST}"
+        )
+
+
+def warn_training_loss(model: Any) -> None:
+    """Says once that a loss in train mode, which nobody learns from, is not the model's causal one."""
+    if not model.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    block = next((module for module in model.modules() if isinstance(module, EcMoeBlock)), None)
+    if block is None or block.routing_override is not None or block.config.routing == "token_choice":
+        return
+    logger.warning_once(
+        "A loss in train mode without gradients: the experts choose among all tokens of the batch, later ones too, as "
+        "in training, and this is not the loss that the model has when it generates. For that call model.eval() first, "
+        "or open use_inference_routing(model)"
+    )
 
 
 def warn_frozen_experts(model: nn.Module) -> None:

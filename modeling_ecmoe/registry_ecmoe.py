@@ -118,7 +118,8 @@ def _register(module: ModuleType) -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Watch)]
     registered = getattr(module.CONFIG_MAPPING, "_extra_content", None)
     if type(registered) is dict:
-        module.CONFIG_MAPPING._extra_content = _LoadedWhenAskedFor(registered)
+        others = {name: config for name, config in registered.items() if _dense_of(name) is None}  # of remote code
+        module.CONFIG_MAPPING._extra_content = _LoadedWhenAskedFor(others)
     elif not isinstance(registered, _LoadedWhenAskedFor):
         for dense in families():
             module.AutoConfig.register(f"ecmoe_{dense}", config_class(dense), exist_ok=True)

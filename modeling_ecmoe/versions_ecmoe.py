@@ -1,7 +1,9 @@
-"""What the oldest supported Transformers does not have yet."""
+"""The oldest supported Transformers, and what it does not have yet."""
 
+import re
 from typing import Any
 
+import transformers
 from torch import Tensor
 
 try:
@@ -21,5 +23,29 @@ try:
     from transformers.distributed.expert_parallel import AutoEP, EPImplementationInterface
 except ImportError:  # before 5.23
     AutoEP, EPImplementationInterface = object, None
+
+OLDEST_TRANSFORMERS = "5.16.1"  # as in pyproject.toml, which remote code does not have beside it
+
+
+def require_transformers() -> None:
+    """Before the family's other files import names that an older version does not have.
+
+    Raises:
+        ImportError: where the installed Transformers is older than the oldest supported one.
+    """
+    found = transformers.__version__
+    if _release(found) < _release(OLDEST_TRANSFORMERS):
+        raise ImportError(
+            f"expert-choice models need transformers>={OLDEST_TRANSFORMERS}, and {found} is installed: "
+            f'pip install --upgrade "transformers>={OLDEST_TRANSFORMERS}"'
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """ "5.24.0.dev0" -> (5, 24, 0): a development version counts as its release."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+require_transformers()
 
 __all__ = ["AutoEP", "EPImplementationInterface", "slice_logits_to_keep"]

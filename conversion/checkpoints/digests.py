@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecmoe.progress import SECONDS_PER_LINE, announce
+
 from .source import Source
 
 ROUTER_ROWS = ".mlp.gate.weight"
@@ -32,7 +34,10 @@ class Digests(threading.Thread):
 
     def result(self) -> list[dict[str, str]]:
         """One {file name: sha256} per source, once all are known."""
-        self.join()
+        self.join(SECONDS_PER_LINE)
+        if self.is_alive():
+            announce("Computing the sha256 of the source's files")
+            self.join()
         if self.error:
             raise self.error
         return self.found

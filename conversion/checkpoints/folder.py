@@ -13,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from ecmoe.hub import why_not_from_hub
+
 from ..errors import ConversionError
 from ..models import load_model
-from .locate import first_line, last_line, locate, read_json
+from .locate import last_line, locate
+from .places import read_json
 from .source import OLD_NAMES, Header, Source
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -70,7 +73,7 @@ class Checkpoint(Source):
             metadata = huggingface_hub.get_safetensors_metadata(repository, revision=self.commit)
         except Exception as error:  # the HTTP library has errors of its own
             raise ConversionError(
-                f"source={self.source}: no safetensors headers could be read from the Hub: {first_line(error)}"
+                f"source={self.source}: no safetensors headers could be read from the Hub: {why_not_from_hub(error)}"
             ) from error
         return {
             name: Header(file_name, str(info.dtype), tuple(info.shape), name)
@@ -202,4 +205,5 @@ class Checkpoint(Source):
 
     @property
     def bytes_to_load(self) -> int:
-        return sum(path.stat().st_size for path in self.weight_files)
+        """From the headers: of a Hub id that is only looked at there are no files."""
+        return sum(held.nbytes for held in self.headers.values())

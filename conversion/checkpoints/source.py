@@ -1,6 +1,7 @@
 """Where tensors come from: one at a time and by name, from a folder (folder.py) or from a model (memory.py)."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -39,6 +40,12 @@ class Header:
     dtype: str
     shape: tuple[int, ...]
     name: str
+
+    @property
+    def nbytes(self) -> int:
+        """As the dtype's name says: BF16, F8_E4M3; BOOL has no number and takes a byte."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 class Source(ABC):

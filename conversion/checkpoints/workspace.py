@@ -16,45 +16,6 @@ from .hub import push
 from .writer import write_whole
 
 
-def free_place(destination: str) -> Path:
-    """The folder that a checkpoint may take, after a look at what is there.
-
-    Raises:
-        ConversionError: when something is.
-    """
-    target = Path(destination).expanduser().resolve()  # a link to an empty folder could not be renamed over
-    sweep(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConversionError(f"destination={target} exists; name a folder that does not, or remove it")
-    if target.is_mount():
-        raise ConversionError(f"destination={target} is a mount point and cannot be replaced; name a folder in it")
-    return target
-
-
-def check_disk(target: Path, nbytes: int) -> None:
-    """Room for the output, counting what an earlier run has written of it already.
-
-    Raises:
-        ConversionError: with what is needed and what is there.
-    """
-    place = next(folder for folder in target.absolute().parents if folder.exists())
-    written = target.parent / f".{target.name}.partial"
-    there = sum(path.stat().st_size for path in written.rglob("*") if path.is_file()) if written.is_dir() else 0
-    free = shutil.disk_usage(place).free + there
-    if free < nbytes:
-        raise ConversionError(
-            f"destination={target} needs {nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; "
-            "free some, or choose another disk"
-        )
-
-
-def sweep(target: Path) -> None:
-    """Removes what a run that was killed right after its last step left beside the finished checkpoint."""
-    folder = target.parent / f".{target.name}.partial"
-    if target.exists() and folder.is_dir() and not (folder / "checkpoint").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class Workspace:
     """A hidden folder beside the destination, named after it: `.NAME.partial`.
 

@@ -1,12 +1,12 @@
 """The model card of a checkpoint that has left the family, rendered from its record: measured figures only."""
 
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints.provenance import licence, licence_note, short_name
+from ..texts import shown
 from .plain import PlainPlan
 
 
@@ -29,7 +29,7 @@ def render_plain_card(plan: PlainPlan, record: dict[str, Any]) -> str:
         title=plan.target.title,
         idle=plan.form.num_idle,
         exactness=_exactness(plan),
-        text_name=f"`{Path(record['text']).name}`",
+        text_name=shown(record["text"]),
         licence_note="" if terms else licence_note(plan.source),
         **{key: record[key] for key in used},
     )

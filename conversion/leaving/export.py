@@ -15,21 +15,24 @@ from transformers import AutoModelForCausalLM
 
 from modeling_ecmoe import use_inference_routing
 
+from ..arguments import check_arguments
 from ..checkpoints.digests import ROUTER_ROWS, Digests, fingerprints, router_digest
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.hub import check_hub
-from ..checkpoints.locate import read_json
+from ..checkpoints.places import check_disk, free_place, parse_size, read_json
 from ..checkpoints.provenance import RECORD_NAME, VERSIONS
 from ..checkpoints.tokenizer import keep_tokenizer
-from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
-from ..checkpoints.writer import parse_size, write_shards, write_whole
+from ..checkpoints.workspace import Workspace, produce
+from ..checkpoints.writer import write_shards, write_whole
 from ..errors import ConversionError
+from ..machine import announce_work, machine_at_hand
 from ..models import TOLERANCE, check_memory, greedy_texts, load_model, side_by_side
-from ..texts import OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
+from ..targets import fields_for_older_tools
+from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
 from .card import render_plain_card
+from .estimate import estimate, seconds_to_export
 from .fit import fit
 from .plain import PlainPlan, layer_of, plan_plain
-from .targets import fields_for_older_tools
 
 
 def export(
@@ -68,28 +71,32 @@ def export(
         ConversionError: for anything the user can put right, for a source that no plain class can hold, and when an
             export that promises to be exact is not.
     """
+    check_arguments(locals())
     if not isinstance(source, str | os.PathLike):
         raise ConversionError("source must be a folder or Hub id; save a model in memory with save_pretrained")
     source = os.fspath(source)
     text = None if text is None else os.fspath(text)
-    target = free_place(destination)
-    shard_size = parse_size(max_shard_size)
+    target, shard_size = free_place(destination), parse_size(max_shard_size)
+    machine = machine_at_hand(device)
     held = Checkpoint(source, revision, dry_run)
     plan = plan_plain(held, to, num_experts_per_tok, _router_of_a_mixture(held))
     record = _record(plan, source, to, text, seed)
-    if dry_run:
-        return record | {"output_bytes": plan.nbytes}
-    held.check_tied(plan.tied)
+    if not dry_run:  # which reads no weights
+        held.check_tied(plan.tied)
     if plan.form.is_scaled and not verify:
         raise ConversionError(
             "verify=False (--no-verify): the scales that stand for the combine weights are measured on text; leave it "
             "out, or say device=auto to run the models off the disk"
         )
-    check_disk(target, plan.nbytes)
-    check_memory((held.bytes_to_load + plan.nbytes) * verify, device, f"verify={verify}", "verify=False (--no-verify)")
     texts = read_texts(held, plan.source_config, text, seed) if verify else None
     if push_to_hub:
         check_hub(push_to_hub)
+    if dry_run:
+        return record | estimate(plan, target, machine, verify)
+    check_disk(target, plan.nbytes)
+    check_memory((held.bytes_to_load + plan.nbytes) * verify, device, f"verify={verify}", "verify=False (--no-verify)")
+    what = f"writes {plan.nbytes / 1e9:,.2f} GB" + f" and runs both models on {machine.name}" * verify
+    announce_work(seconds_to_export(plan, machine, verify), what)
     options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
     purpose = record | options | {"files": fingerprints([held], text)}
     produce(target, purpose, lambda work: _fill(plan, work, shard_size, texts, device, record), push_to_hub)
@@ -143,7 +150,7 @@ def _fill(
         if plan.form.is_scaled or plan.form.is_shifted:
             measured = work.recall("measured")
             if measured is None:
-                measured = fit(model, plan.form, list(texts.calibration.split(VERIFICATION_BATCH)))
+                measured = fit(model, plan.form, list(texts.calibration.split(BATCH)))
                 work.keep("measured", measured)
             plan.measured.update(measured)
     write_shards(folder, plan.tensors, plan.source_config.num_hidden_layers, shard_size)
@@ -182,7 +189,7 @@ def _verify(plan: PlainPlan, model: Any, folder: Path, texts: Texts, device: str
     routing = "token_choice" if plan.source_config.routing == "token_choice" else "threshold"
     with use_inference_routing(model, routing):
         measured = side_by_side(models, texts.verification, VERIFICATION_BATCH)
-    measured |= greedy_texts(models, texts.tokenizer, texts.verification)
+    measured |= greedy_texts(models, texts.tokenizer, next(iter(texts.verification.values())))
     measured["loss_tolerance"] = TOLERANCE[dtype]
     changed = abs(measured["loss_change"])
     if not math.isfinite(changed):

@@ -3,6 +3,7 @@
 Letters: T tokens, E experts, K experts of one token, D hidden size.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from .plain import Form
 
 # Of the mean diagonal; keeps the solutions finite where inputs or experts hardly differ.
 _RIDGE = 1e-4
+# For each number of a router's constant direction, which has as many as a token's hidden state; 4,096 at least.
+_TOKENS_PER_NUMBER = 8
+_LEAST_TOKENS = 4_096
 
 
 @torch.no_grad()
@@ -33,18 +37,13 @@ def fit(model: Any, form: Form, batches: list[Tensor]) -> dict[str, Tensor]:
     candidates = {name: [_Candidate(block, block.gate.weight.float(), form)] for name, block in blocks.items()}
     if form.is_shifted:
         constants = {name: _Constant(block) for name, block in blocks.items()}
-        _run(model, batches, blocks, {name: constant.add for name, constant in constants.items()}, "Router rows")
+        wanted = max(_LEAST_TOKENS, _TOKENS_PER_NUMBER * model.config.hidden_size)
+        some = batches[: max(1, -(-wanted // batches[0].numel()))]
+        _run(model, some, blocks, {name: constant.add for name, constant in constants.items()}, "Router rows")
         for name, constant in constants.items():
             candidates[name].append(_Candidate(blocks[name], constant.shifted_rows(), form))
-
-    def add_to(name: str) -> Callable[[Tensor, Tensor], None]:
-        def add(inputs_TD: Tensor, outputs_TD: Tensor) -> None:
-            for candidate in candidates[name]:
-                candidate.add(inputs_TD, outputs_TD)
-
-        return add
-
-    _run(model, batches, blocks, {name: add_to(name) for name in blocks}, "Experts")
+    add: dict[str, _Add] = {name: functools.partial(_add_to_all, found) for name, found in candidates.items()}
+    _run(model, batches, blocks, add, "Experts")
     best = {name: min(found, key=_Candidate.error) for name, found in candidates.items()}
     measured = {f"{name}.rows": candidate.rows_ED.cpu() for name, candidate in best.items() if form.is_shifted}
     if form.is_scaled:
@@ -52,19 +51,26 @@ def fit(model: Any, form: Form, batches: list[Tensor]) -> dict[str, Tensor]:
     return measured
 
 
-def _run(
-    model: Any,
-    batches: list[Tensor],
-    blocks: dict[str, EcMoeBlock],
-    add: dict[str, Callable[[Tensor, Tensor], None]],
-    title: str,
-) -> None:
-    """Runs the model and hands the block's inputs and outputs [T, D] of every layer to `add`."""
+_Add = Callable[[Tensor, Tensor, Tensor | None], None]
+
+
+def _run(model: Any, batches: list[Tensor], blocks: dict[str, EcMoeBlock], add: dict[str, _Add], title: str) -> None:
+    """Runs the model and hands the block's inputs and outputs [T, D] of every layer to `add`, and what its shared
+    expert made of the inputs, or None."""
+    shared: dict[str, Tensor] = {}
 
     def hook_of(name: str) -> Any:
-        return lambda _module, inputs, output: add[name](inputs[0].flatten(0, -2), output.flatten(0, -2))
+        return lambda _module, inputs, output: add[name](
+            inputs[0].flatten(0, -2), output.flatten(0, -2), shared.pop(name, None)
+        )
+
+    def keep_of(name: str) -> Any:
+        return lambda _module, _inputs, output: shared.update({name: output})
 
     handles = [block.register_forward_hook(hook_of(name)) for name, block in blocks.items()]
+    for name, block in blocks.items():
+        if block.shared_expert is not None:
+            handles.append(block.shared_expert.register_forward_hook(keep_of(name)))
     routing = "token_choice" if model.config.routing == "token_choice" else "threshold"
     try:
         with use_inference_routing(model, routing):
@@ -73,6 +79,34 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _add_to_all(
+    candidates: "list[_Candidate]", inputs_TD: Tensor, outputs_TD: Tensor, shared_TD: Tensor | None
+) -> None:
+    """The inputs and outputs of one layer's block to each of its candidates.
+
+    Mostly the candidates send a token to the same experts: each pair of token and expert is computed once.
+    """
+    block = candidates[0].block
+    choices = [candidate.choose(inputs_TD) for candidate in candidates]
+    is_met_TE = torch.zeros(len(inputs_TD), len(candidates[0].rows_ED), dtype=torch.bool, device=inputs_TD.device)
+    for expert_TK, _ in choices:
+        is_met_TE.scatter_(1, expert_TK, True)
+    token_R, expert_R = is_met_TE.nonzero(as_tuple=True)
+    rows_RD = inputs_TD[token_R]
+    experts_RD = block.experts(rows_RD, expert_R[:, None], torch.ones_like(rows_RD[:, :1])).float()
+    place_TE = torch.zeros_like(is_met_TE, dtype=torch.int64)
+    place_TE[token_R, expert_R] = torch.arange(len(token_R), device=token_R.device)
+    wanted_TD = outputs_TD.float()
+    if shared_TD is not None:
+        wanted_TD = wanted_TD - shared_TD.float()
+        if block.config.shared_expert_weighting == "complement":
+            experts_RD = experts_RD - shared_TD.float()[token_R]
+    _, scores_TE, _ = block.gate(inputs_TD)
+    weight = (scores_TE * block.routes(scores_TE)).sum()
+    for candidate, (expert_TK, weight_TK) in zip(candidates, choices, strict=True):
+        candidate.add(experts_RD[place_TE.gather(1, expert_TK)], expert_TK, weight_TK, wanted_TD, weight)
 
 
 class _Constant:
@@ -89,7 +123,7 @@ class _Constant:
         self.gram_DD = torch.zeros(hidden, hidden, device=block.gate.weight.device)
         self.sum_D = torch.zeros(hidden, device=block.gate.weight.device)
 
-    def add(self, inputs_TD: Tensor, _outputs_TD: Tensor) -> None:
+    def add(self, inputs_TD: Tensor, _outputs_TD: Tensor, _shared_TD: Tensor | None) -> None:
         inputs_TD = inputs_TD.float()
         self.gram_DD += inputs_TD.T @ inputs_TD
         self.sum_D += inputs_TD.sum(0)
@@ -117,30 +151,24 @@ class _Candidate:
         self.moment_E, self.square = rows_ED.new_zeros(num_experts), rows_ED.new_zeros(())
         self.weight, self.num_tokens = rows_ED.new_zeros(()), 0
 
-    def add(self, inputs_TD: Tensor, outputs_TD: Tensor) -> None:
-        block, num_tokens, top_k = self.block, len(inputs_TD), self.form.top_k
-        logits_TE = inputs_TD.float() @ self.rows_ED.T
-        weight_TK, expert_TK = logits_TE.softmax(-1).topk(top_k)
+    def choose(self, inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token [T, K] by these rows, and their weights [T, K] in a plain block."""
+        weight_TK, expert_TK = (inputs_TD.float() @ self.rows_ED.T).softmax(-1).topk(self.form.top_k)
         if self.form.normalised:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        rows_RD = inputs_TD.repeat_interleave(top_k, dim=0)
-        experts_RD = block.experts(rows_RD, expert_TK.reshape(-1, 1), torch.ones_like(rows_RD[:, :1]))
-        added_TKD = experts_RD.float().view(num_tokens, top_k, -1)
-        wanted_TD = outputs_TD.float()
-        if block.shared_expert is not None:
-            shared_TD = block.shared_expert(inputs_TD).float()
-            wanted_TD = wanted_TD - shared_TD
-            if block.config.shared_expert_weighting == "complement":
-                added_TKD = added_TKD - shared_TD[:, None]
-        added_TKD = added_TKD * weight_TK[..., None]
+        return expert_TK, weight_TK
+
+    def add(self, experts_TKD: Tensor, expert_TK: Tensor, weight_TK: Tensor, wanted_TD: Tensor, weight: Tensor) -> None:
+        """The outputs of the chosen experts, and the sum that is wanted of them; weight: the source's weights of all
+        these tokens together."""
+        added_TKD = experts_TKD * weight_TK[..., None]
         products_TKK = added_TKD @ added_TKD.transpose(1, 2)
         pairs = (expert_TK[:, :, None].expand_as(products_TKK), expert_TK[:, None].expand_as(products_TKK))
         self.gram_EE.index_put_(pairs, products_TKK, accumulate=True)
         self.moment_E.index_add_(0, expert_TK.flatten(), (added_TKD @ wanted_TD[..., None]).flatten())
         self.square += wanted_TD.square().sum()
-        _, scores_TE, _ = block.gate(inputs_TD)
-        self.weight += (scores_TE * block.routes(scores_TE)).sum()
-        self.num_tokens += num_tokens
+        self.weight += weight
+        self.num_tokens += len(wanted_TD)
 
     def scales(self) -> Tensor:
         """Never negative; where experts do not differ from the shared one, the mean sum of a token's weights."""

@@ -27,7 +27,7 @@ from ..checkpoints.source import DTYPES
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
-from .targets import EMPTY_WIDTH, OWN_CLASS, Target, plain_config, target_of
+from ..targets import EMPTY_WIDTH, OWN_CLASS, Target, plain_config, target_of
 
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 _BUFFERS = (".mlp.gate.threshold", ".mlp.gate.threshold_updates")

@@ -1,38 +1,49 @@
 """The conversion from end to end: plan, write, calibrate, verify, and only then give the folder its name."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
+from ecmoe.progress import progress_bar
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
+from ..arguments import check_arguments
 from ..checkpoints.digests import ROUTER_ROWS, Digests, fingerprints, router_digest
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.hub import check_hub
 from ..checkpoints.memory import ModelInMemory
+from ..checkpoints.places import check_disk, free_place, parse_size
 from ..checkpoints.provenance import RECORD_NAME, VERSIONS
 from ..checkpoints.source import Source
 from ..checkpoints.tokenizer import keep_tokenizer
-from ..checkpoints.workspace import Workspace, check_disk, free_place, produce
-from ..checkpoints.writer import overwrite_tensors, parse_size, write_shards, write_whole
+from ..checkpoints.workspace import Workspace, produce
+from ..checkpoints.writer import overwrite_tensors, write_shards, write_whole
 from ..errors import ConversionError
+from ..machine import announce_work, machine_at_hand
 from ..models import TOLERANCE, check_memory, load_model
-from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, check_same_tokenizer, read_texts
+from ..targets import ways_out
+from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, check_same_tokenizer, read_texts, text_name
 from .card import render_card
-from .estimate import estimate, parameters
-from .measure import estimated_thresholds, measured_router, one_per_replica
+from .estimate import estimate, parameters, seconds_to_convert
+from .measure import ESTIMATED, estimated_thresholds, measured_router, one_per_replica
+from .notes import notes_on
 from .plan import Plan, plan_conversion
 from .regimes import measure_regimes
 from .router import read_prompts
 from .settings import Settings
-from .verify import check, compare
+from .verify import check, compare, load_warning
+
+logger = logging.get_logger(__name__)
 
 
 def convert(
@@ -59,7 +70,7 @@ def convert(
     verify: bool = True,
     push_to_hub: str | None = None,
     dry_run: bool = False,
-    num_gpus: int = 8,
+    num_gpus: int | None = None,
     tokenizer: Any = None,
 ) -> dict[str, Any]:
     """Converts a dense checkpoint, or a mixture whose tokens choose, into an expert-choice one and returns what was
@@ -87,53 +98,65 @@ def convert(
         min_experts_per_token, max_experts_per_token: of such a source under expert choice, the bounds on the experts
             of a token; None is 1, or 0 where a shared expert covers every token, and no upper bound.
         max_shard_size: such as "5GB".
-        text: UTF-8 text file to calibrate the thresholds on; a little English of Python's own when None.
+        text: UTF-8 text file to calibrate the thresholds on, documents separated by <|endoftext|>, or .jsonl with
+            `text` or `messages` in each row, which the model's chat template makes text of; the package's sample of
+            several kinds of text when None.
         revision: of a Hub id.
         device: for calibration and verification; None is the first accelerator, or the CPU. "auto" spreads the models
             over all devices, memory and disk.
         verify: run dense and converted model side by side. Without it no model is run at all, and the thresholds are
             estimated from the router weights.
         push_to_hub: repository to upload the finished folder to.
-        dry_run: return the plan's figures and touch neither weights nor disk.
-        num_gpus: of the dry run's estimates.
+        dry_run: return the plan's figures and touch neither weights nor disk; what would be refused is refused, but for
+            a lack of disk and memory, which the figures show.
+        num_gpus: of the dry run's estimates; None is the machine at hand.
         tokenizer: of a model in memory; it is saved beside the weights, and needed unless verify=False.
 
     Raises:
         ConversionError: for anything the user can put right, and when an exact initialisation is not exact.
     """
+    check_arguments(locals())
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
     bounds = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
     settings = replace(settings, routing=routing, **bounds)
-    target = free_place(destination)
-    shard_size = parse_size(max_shard_size)
-    if num_gpus < 1:
-        raise ConversionError(f"num_gpus={num_gpus} must be at least 1")
+    target, shard_size = free_place(destination), parse_size(max_shard_size)
+    machine = machine_at_hand(device)
     sources = [open_source(source, revision, dry_run, tokenizer)]
     text = None if text is None else os.fspath(text)
-    if isinstance(mix_with, str | os.PathLike | nn.Module):
-        raise ConversionError("mix_with must be a list of checkpoints or models; put it into [...]")
     for other in mix_with or []:
         sources.append(open_source(other, revision if other == source else None, dry_run, None))
     plan = plan_conversion(sources, settings)
-    if dry_run:
-        return estimate(plan, num_gpus)
-    for held in sources:
-        held.check_tied(plan.tied)  # not in a dry run, which reads no weights
-
+    if not dry_run:  # which reads no weights
+        for held in sources:
+            held.check_tied(plan.tied)
     texts = _texts(plan, text, verify, seed)
     prompts = _prompts(plan, router_prompts)
-    _check_room(plan, target, verify, device)
     if push_to_hub:
         check_hub(push_to_hub)
+    notes = notes_on(plan.config, plan.settings)
+    for note in notes:
+        logger.warning(note)
+    if dry_run:
+        return estimate(plan, target, machine, num_gpus, verify)
+    _check_room(plan, target, verify, device)
     record = {
         "source": sources[0].source,
         "revision": sources[0].commit,
         "text": text or OWN_TEXT,
         "calibration_tokens": texts.calibration.numel() if texts and verify else 0,
+        "calibration_tokens_of_kinds": texts.tokens if texts and verify and len(texts.tokens) > 1 else {},
         **asdict(plan.settings),
         "parameters": parameters(plan),
+        "ways_out": ways_out(plan.config),
+        "notes": notes,
         "versions": VERSIONS,
     }
+    announce_work(
+        seconds_to_convert(plan, machine, verify),
+        f"writes {plan.nbytes / 1e9:,.2f} GB"
+        + f", then calibrates and verifies on {machine.name}" * verify
+        + f", from measurements on {machine.name}" * (not verify and router != "normal"),
+    )
     options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
     purpose = record | options | {"files": fingerprints(sources, text, router_prompts)}
     produce(
@@ -142,6 +165,8 @@ def convert(
         lambda work: _fill(plan, work, shard_size, texts, prompts, device, verify, record),
         push_to_hub,
     )
+    if warning := load_warning(record, destination):
+        logger.warning(warning)
     return record
 
 
@@ -194,6 +219,7 @@ def _fill(
             del dense
         plan.router_rows.update(measured)
     config: Any = plan.config
+    config.thresholds_from = ESTIMATED if texts is None else text_name(record["text"], texts)
     write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
     plan.sources[0].copy_companions(folder)
     keep_tokenizer(plan.sources[0], folder, config)
@@ -210,7 +236,7 @@ def _fill(
         assert texts is not None
         converted = load_model(type(plan.model), folder, plan.dtype, device, config)
         if thresholds is None and config.routing != "token_choice":
-            thresholds = _calibrate(converted, texts.calibration, plan.settings.num_shards)
+            thresholds = _calibrate(converted, texts.calibration, plan)
             work.keep("thresholds", thresholds)
             overwrite_tensors(folder, thresholds)
         with plan.sources[0].running(plan.dtype, device) as dense:
@@ -218,7 +244,7 @@ def _fill(
         check(verification, plan.is_exact, plan.dtype)
         record["verification"] = verification | {"loss_tolerance": TOLERANCE[plan.dtype]}
         if plan.mixture is not None and not plan.is_exact:
-            measured_on = texts.calibration, texts.verification
+            measured_on = texts.calibration, list(texts.verification.values())
             record["verification"] |= measure_regimes(converted, *measured_on, _biases(plan))
     if plan.mixture is not None:  # with it `export` knows whether the router is still the source's
         rows = (t for t in plan.tensors if t.name.endswith(ROUTER_ROWS))
@@ -256,16 +282,10 @@ def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> Texts | Non
 
 
 def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:
-    settings = plan.settings
-    if (settings.router == "hidden") != (router_prompts is not None):
-        raise ConversionError(
-            f"router={settings.router} and router_prompts={router_prompts}: router=hidden needs a file of prompts, and "
-            "no other router reads one"
-        )
     if router_prompts is None:
         return None
     config: Any = plan.config
-    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // settings.num_shards)
+    return read_prompts(Path(router_prompts).expanduser(), config.num_experts // plan.settings.num_shards)
 
 
 def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> None:
@@ -277,16 +297,47 @@ def _check_room(plan: Plan, target: Path, verify: bool, device: str | None) -> N
     check_memory(dense_bytes + plan.nbytes * verify, device, f"verify={verify}, router={router}", remedy)
 
 
-def _calibrate(model: Any, windows: Tensor, granularity: int) -> dict[str, Tensor]:
+def _calibrate(model: Any, windows: Tensor, plan: Plan) -> dict[str, Tensor]:
     """The thresholds and their counts, measured on the converted model.
 
     Raises:
         ConversionError: when its weights are finite and what it computes is not.
     """
+    is_dense = plan.settings.initialisation.shares == "all"
     try:
-        calibrate_thresholds(model, [{"input_ids": batch} for batch in windows.split(BATCH)])
+        with _shared_experts_alone(model) if is_dense else contextlib.nullcontext():
+            calibrate_thresholds(
+                model,
+                [{"input_ids": batch} for batch in windows.split(BATCH)],
+                progress=lambda batches: progress_bar(batches, desc="Calibrating", unit="batch"),
+            )
     except ValueError as error:
         raise ConversionError(f"the thresholds cannot be measured: {error}") from error
     for block in sparse_blocks(model).values():
-        block.gate.threshold.copy_(one_per_replica(block.gate.threshold, granularity))
+        block.gate.threshold.copy_(one_per_replica(block.gate.threshold, plan.settings.num_shards))
     return {name: buffer.cpu() for name, buffer in model.state_dict().items() if ".mlp.gate.threshold" in name}
+
+
+@contextlib.contextmanager
+def _shared_experts_alone(model: Any) -> Iterator[None]:
+    """While it is open a block runs its router and its shared expert, and no other.
+
+    Where the whole dense FFN stays as shared expert, that is what the block computes at step 0 whatever the routes,
+    which the verification checks afterwards, and half of the products.
+    """
+    blocks: list[Any] = list(sparse_blocks(model).values())
+
+    def forward_of(block: Any) -> Any:
+        def forward(hidden_states: Tensor) -> Tensor:
+            block.gate(hidden_states.flatten(0, -2))
+            return block.shared_expert(hidden_states)
+
+        return forward
+
+    for block in blocks:
+        block.forward = forward_of(block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

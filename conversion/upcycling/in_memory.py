@@ -1,6 +1,7 @@
 """Upcycling a model that is in memory: what `convert` writes into a folder becomes a model beside the dense one."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -10,7 +11,6 @@ import accelerate
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
@@ -18,11 +18,12 @@ from ..checkpoints.memory import ModelInMemory
 from ..checkpoints.source import Source
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
-from .measure import estimated_thresholds, one_per_replica
+from .measure import ESTIMATED, estimated_thresholds, one_per_replica
+from .notes import notes_on
 from .plan import Plan, plan_conversion
 from .settings import Settings
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -76,6 +77,7 @@ def upcycle(
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, "normal", mix_attention, seed)
     bounds = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
     settings = replace(settings, routing=routing, **bounds)
+    settings.check(1 + len(mix_with or []))
     if tokenizer is not None and calibrate_on is None:
         raise ConversionError("tokenizer is for the texts of calibrate_on, and there are none; leave it out")
     if isinstance(model, str | os.PathLike):
@@ -87,6 +89,8 @@ def upcycle(
         raise ConversionError("calibrate_on needs weights, and the model is on the meta device; leave it out")
     sources: list[Source] = [dense, *map(ModelInMemory, mix_with or [])]
     plan = plan_conversion(sources, settings)
+    for note in notes_on(plan.config, plan.settings):
+        logger.warning(note)
     for source in sources:
         source.check_tied(plan.tied)
     converted: Any = plan.model
@@ -160,13 +164,14 @@ def _set_thresholds(plan: Plan, converted: Any, calibrate_on: Any, tokenizer: An
     if calibrate_on is None:
         for name, value in estimated_thresholds(plan, None).items():
             converted.get_buffer(name).copy_(value)
+        converted.config.thresholds_from = ESTIMATED
         logger.warning(
             "The thresholds are estimates from the router's weights: train, or give calibrate_on or call "
             "calibrate_thresholds with text the model is meant for, before judging the model"
         )
         return
     try:
-        calibrate_thresholds(converted, calibrate_on, tokenizer)
+        calibrate_thresholds(converted, calibrate_on, tokenizer, "text given to upcycle")
     except ValueError as error:
         raise ConversionError(f"calibrate_on: {error}") from error
     for block in sparse_blocks(converted).values():

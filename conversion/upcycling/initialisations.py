@@ -6,14 +6,17 @@ up_proj and the columns of down_proj; y = down_proj (act(gate_proj x) * (up_proj
 families without a gate; each matrix may have a bias.
 """
 
+from __future__ import annotations  # torch is imported when a matrix is made: the command's options need not wait
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .dense import Part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class ExpertMatrix:
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Standard normal numbers on the CPU in float32, whatever the default device and dtype: the same everywhere."""
+    import torch
+
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
@@ -66,6 +71,8 @@ def _noisy(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
 
 def _redrawn(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     """A copy with a share of its neurons drawn anew from the mean and deviation of the block they replace."""
+    import torch
+
     if wanted.axis is None:
         return dense
     num_neurons = dense.shape[wanted.axis]
@@ -87,7 +94,7 @@ def num_shared_neurons(width: int, ratio: float) -> int:
 def _routed_neurons(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     """The neurons that `split` does not share; the bias of down_proj stays with those that it shares."""
     if wanted.axis is None:
-        return torch.zeros_like(dense)
+        return dense.new_zeros(dense.shape)
     width = dense.shape[wanted.axis]
     shared = num_shared_neurons(width, wanted.ratio)
     return dense.narrow(wanted.axis, shared, width - shared)
@@ -109,7 +116,7 @@ def _shard(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
 class Initialisation:
     """One way to make experts.
 
-    summary: one line for --help and the model card.
+    summary: one line for --help and the model card, with {shards}, {copies} and {rest} for `Settings.words`.
     source: the paper.
     exact: the converted model computes what the dense model computes, in eval mode at least.
     step_0: what it computes before any training.
@@ -181,7 +188,7 @@ INITIALISATIONS = {
         default_ratio=0.5,
     ),
     "split": Initialisation(
-        summary="the first neurons stay as shared expert, experts copy the others; active FLOPs of one FFN at c = 1",
+        summary="the first neurons stay as shared expert, experts copy the others; at capacity 1 the FLOPs of one FFN",
         source="a shared part as in DeepSeekMoE (arXiv 2401.06066) cut from the dense FFN",
         exact=True,
         step_0="what the dense model computes",
@@ -193,19 +200,19 @@ INITIALISATIONS = {
     ),
     # The shards of one replica have one router row, so a token takes all of them or none; the bound is theirs too.
     "granular": Initialisation(
-        summary="the dense FFN cut into G shards, each copied num_experts / G times; router rows shared by the shards",
-        source="virtual group initialisation (arXiv 2410.07524), scaled by G with normalised weights instead of by "
-        "the cube root for plain ones",
+        summary="the dense FFN cut into {shards} shards, each copied {copies} times; router rows shared by the shards",
+        source="virtual group initialisation (arXiv 2410.07524), scaled by the number of shards with normalised "
+        "weights instead of by the cube root for plain ones",
         exact=True,
         step_0="what the dense model computes",
         expert=_shard,
         config=_COVERED,
     ),
     "mix": Initialisation(
-        summary="the FFNs of several dense checkpoints become the experts; all else is averaged or the first's",
+        summary="the FFNs of several dense checkpoints become the experts; all else is {rest}",
         source="Branch-Train-MiX (arXiv 2403.07816)",
         exact=False,
-        step_0="what none of its sources does: attention of their average, FFNs of one or the other",
+        step_0="what none of its sources does: the FFNs of one or the other, and all else {rest}",
         config=_COVERED,
     ),
 }
@@ -213,7 +220,7 @@ INITIALISATIONS = {
 # Of a source that is a mixture already; it makes nothing, so it is none of those that can be chosen.
 KEPT = Initialisation(
     summary="experts and routers of the source as they are; who chooses whom is what changes",
-    source="the router's rule alone is replaced, as arXiv 2604.01622 does for diffusion models",
+    source="as arXiv 2604.01622 replaces the rule alone in diffusion models",
     exact=False,
     step_0="",
 )

@@ -5,11 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecmoe.progress import progress_bar
+
 from .plan import Plan, generator_of
 from .router import INPUT_TOKENS, centroid_rows, ffn_inputs, norm_inputs, rescaled_rows, thresholds_of
 
 # Sampling alone moves a load by a tenth then; more tokens would take longer than writing the shards.
 ESTIMATE_TOKENS = 1_024
+ESTIMATED = "no text: an estimate from the router's weights"  # what a config says of where its thresholds come from
 
 
 def sparse_layers(plan: Plan) -> list[int]:
@@ -27,7 +30,7 @@ def measured_router(
     inputs = ffn_inputs(dense, list(windows[: max(1, INPUT_TOKENS // windows.shape[1])].split(4)), layers)
     means = _prompt_means(dense, tokenizer, prompts, layers) if prompts else {}
     measured = {}
-    for layer in layers:
+    for layer in progress_bar(layers, desc="Router rows", unit="layer"):
         name, std = f"{_layer(plan, layer)}.mlp.gate.", config.initializer_range
         if prompts:
             rows_RD = rescaled_rows(means[layer], inputs[layer], std)

@@ -27,7 +27,7 @@ _PLAIN = {
 
 @torch.no_grad()
 def measure_regimes(
-    model: Any, calibration: Tensor, verification: Tensor, biases: dict[str, Tensor] | None = None
+    model: Any, calibration: Tensor, verification: list[Tensor], biases: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
     """Loss and load of the model by the source's own rule and under every bound, calibrated for each.
 
@@ -35,7 +35,8 @@ def measure_regimes(
 
     Args:
         model: a conversion of a mixture to expert choice.
-        calibration, verification: token ids [W, L] of text to set thresholds on, and of other text to measure on.
+        calibration: token ids [W, L] of text to set thresholds on.
+        verification: of each kind of other text to measure on.
         biases: of a source whose tokens choose by biased scores, by threshold's name what stands for them [E].
 
     Returns:
@@ -99,7 +100,7 @@ class _Counts:
     dropped: list[int] = field(default_factory=lambda: [0] * len(CAPACITIES))
 
 
-def _measure(model: Any, windows: Tensor) -> dict[str, Any]:
+def _measure(model: Any, kinds: list[Tensor]) -> dict[str, Any]:
     """Loss; experts per token; load over an equal share, least and most, and its coefficient of variation, mean over
     the layers; share of tokens without an expert."""
     config = model.config
@@ -125,7 +126,7 @@ def _measure(model: Any, windows: Tensor) -> dict[str, Any]:
     handles = [block.gate.register_forward_hook(hook_of(name, block)) for name, block in blocks.items()]
     total, predicted = 0.0, 0
     try:
-        for batch in windows.split(VERIFICATION_BATCH):
+        for batch in (batch for windows in kinds for batch in windows.split(VERIFICATION_BATCH)):
             logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1].float()
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="sum"

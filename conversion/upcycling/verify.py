@@ -1,30 +1,60 @@
 """The converter's check of its own work: dense and converted model side by side on the same tokens."""
 
+import contextlib
+import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modeling_ecmoe import record_routing
+from modeling_ecmoe import RoutingRecord, record_routing
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
 from ..errors import ConversionError
 from ..models import TOLERANCE, greedy_texts, side_by_side
 
+# An expert's tokens over its share: beyond these the thresholds are those of other text.
+LEAST_LOAD, LARGEST_LOAD = 0.5, 2.0
+LEAST_TOKENS = 64  # an expert's share of a kind of text that is long enough to tell
+
 
 @torch.no_grad()
-def compare(dense: Any, converted: Any, tokenizer: Any, windows: Tensor, batch_size: int) -> dict[str, Any]:
-    """Loss, divergence and greedy text of both models, and how the converted one routes, on windows [W, L] it was
-    not calibrated on. Losses and divergence are nats per token."""
-    with record_routing(converted) as record:
-        measured = side_by_side({"dense": dense, "converted": converted}, windows, batch_size)
-    measured["layer_errors"] = layer_errors(dense, converted, windows[:batch_size])
-    return measured | greedy_texts({"dense": dense, "converted": converted}, tokenizer, windows) | record.summary()
+def compare(dense: Any, converted: Any, tokenizer: Any, windows: dict[str, Tensor], batch_size: int) -> dict[str, Any]:
+    """Loss, divergence and greedy text of both models, and how the converted one routes, on windows [W, L] of each
+    kind of text it was not calibrated on. Losses and divergence are nats per token."""
+    records: dict[str, RoutingRecord] = {}
+
+    @contextlib.contextmanager
+    def recording(kind: str) -> Iterator[None]:
+        with record_routing(converted) as record:
+            yield
+        if kind in records:
+            record.merge(records[kind])
+        records[kind] = record
+
+    with layer_errors(dense, converted) as errors:
+        measured = side_by_side({"dense": dense, "converted": converted}, windows, batch_size, recording)
+    for kind, figures in measured.get("kinds", {}).items():
+        figures |= records[kind].summary()
+    whole = functools.reduce(_merged, records.values())
+    first = next(iter(windows.values()))
+    texts = greedy_texts({"dense": dense, "converted": converted}, tokenizer, first)
+    return measured | {"layer_errors": errors} | texts | whole.summary()
 
 
-def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[str, float]:
-    """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN on a batch.
+def _merged(one: RoutingRecord, other: RoutingRecord) -> RoutingRecord:
+    both = RoutingRecord(one.num_experts, one.capacity_factor)
+    both.merge(one)
+    both.merge(other)
+    return both
+
+
+@contextlib.contextmanager
+def layer_errors(dense: Any, converted: Any) -> Iterator[dict[str, float]]:
+    """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN in its first pass
+    while the context is open.
 
     The keys are the layers' numbers as text, as in the JSON record; none where the source has no module `mlp` whose
     output is the whole FFN's.
@@ -33,22 +63,60 @@ def layer_errors(dense: Any, converted: Any, batch: Tensor) -> dict[str, float]:
     blocks = {
         i: layer.mlp for i, layer in enumerate(converted.get_decoder().layers) if isinstance(layer.mlp, EcMoeBlock)
     }
+    handles: dict[int, Any] = {}
 
     def hook_of(layer: int) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            handles[layer].remove()
             found = blocks[layer](inputs[0].to(converted.device)).to(output.device)
             errors[str(layer)] = ((found.float() - output.float()).norm() / output.float().norm()).item()
 
         return hook
 
-    ffns = {i: getattr(dense.get_decoder().layers[i], "mlp", None) for i in blocks}
-    handles = [ffn.register_forward_hook(hook_of(i)) for i, ffn in ffns.items() if ffn is not None]
+    for i in blocks:
+        ffn = getattr(dense.get_decoder().layers[i], "mlp", None)
+        if ffn is not None:
+            handles[i] = ffn.register_forward_hook(hook_of(i))
     try:
-        dense(input_ids=batch.to(dense.device), use_cache=False)
+        yield errors
     finally:
-        for handle in handles:
+        for handle in handles.values():
             handle.remove()
-    return errors
+
+
+def load_warning(record: dict[str, Any], destination: str) -> str | None:
+    """What to say where experts are far from their share of text that the thresholds were not measured on.
+
+    record: of a conversion, with or without a verification.
+    """
+    measured = record["verification"]
+    if measured is None or is_near_share(measured):
+        return None
+    return (
+        f"Experts take {measured['load_min']:.2f} to {measured['load_max']:.2f} of their share of held-out text, which "
+        f"is far from 1: the thresholds are those of other text, or of too little. {remedy(destination)}"
+    )
+
+
+def far_kinds(record: dict[str, Any]) -> list[str]:
+    """The kinds of held-out text on which some expert is far from its share; not those so short that chance alone
+    would bring it there."""
+    share = record["capacity_factor"] / record["num_experts"]
+    kinds = (record["verification"] or {}).get("kinds", {})
+    return [kind for kind, part in kinds.items() if part["tokens"] * share >= LEAST_TOKENS and not is_near_share(part)]
+
+
+def remedy(destination: str) -> str:
+    """Which text to give, and how."""
+    return (
+        "Calibrate on text of the kind that the model is meant for: ecmoe-convert ... --text FILE, or "
+        f"ecmoe-inspect calibrate {destination} --text FILE"
+    )
+
+
+def is_near_share(summary: dict[str, Any]) -> bool:
+    """Whether the load of every expert is near its share."""
+    return summary["load_min"] >= LEAST_LOAD and summary["load_max"] <= LARGEST_LOAD
 
 
 def check(measured: dict[str, Any], is_exact: bool, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ecmoe.analysis import AnalysisError, compare
 from ecmoe.analysis import comparison as module
+from ecmoe.analysis.amounts import Amounts, choose, described, estimate, in_words
 from ecmoe.analysis.cli import main
 from ecmoe.analysis.text import fixed_batches, packed
 from ecmoe.analysis.variants import BALANCE_COEFFICIENT, DROPLESS, configure, variants_of
 from ecmoe.analysis.verdict import verdict
 from ecmoe.conversion import convert
-from modeling_ecmoe import calibrate_thresholds, sparse_blocks
+from modeling_ecmoe import EcMoeLlamaModel, calibrate_thresholds, sparse_blocks
 
 EXPERTS, TOKENS = 4, 512
 
@@ -305,7 +307,7 @@ def test_the_verdict_lists_only_what_dropped_choices() -> None:
 def test_help_says_what_takes_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
-    assert "that time a training step, also with --steps 0" in " ".join(capsys.readouterr().out.split())
+    assert "backward passes that time a training step" in " ".join(capsys.readouterr().out.split())
 
 
 REFUSALS = {
@@ -329,7 +331,98 @@ def test_other_refusals(place: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is a llama model without experts" in refused([str(place / "dense"), *data], capsys)
     assert "convert it with ecmoe-convert" in refused([str(place / "dense"), *data], capsys)
     assert "steps=-1 must not be negative" in refused([str(place / "ecmoe"), *data, "--steps=-1"], capsys)
-    assert "max_tokens=0 must be at least 1" in refused([str(place / "ecmoe"), *data, "--max-tokens=0"], capsys)
+    for option, message in {
+        "--max-tokens=0": "max_tokens=0 must be at least 2",
+        "--minutes=0": "minutes=0.0 must be a number above 0",
+        "--minutes=nan": "minutes=nan must be a number above 0",
+        "--routings=best": "routings=best is unknown; choose all or some of capacity-1.0, capacity-1.25, dropless",
+        "--routings=dropless:3": "with :1 or :2 for so many experts per token alone",
+    }.items():
+        assert message in refused([str(place / "ecmoe"), *data, option], capsys), option
+    assert "exclude each other" in refused([str(place / "ecmoe"), *data, "--minutes=3", "--quick"], capsys)
+
+
+def test_what_was_asked_for_is_what_is_compared(
+    place: Path, small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routings by name, with the reference that they are held against; no timing; and the figures of the whole."""
+    loads = []
+    load = module.load_expert_choice
+    monkeypatch.setattr(module, "load_expert_choice", lambda *args: loads.append(args) or load(*args))
+    arguments = [str(place / "ecmoe"), "--data", str(place / "text.txt"), "--tokens", str(TOKENS)]
+    main(["compare", *arguments, "--routings", "at-least-1:1", "threshold:2", "--no-timing"])
+    assert len(loads) == 1
+    printed = capsys.readouterr()
+    assert "against\ndropless" not in printed.out.split("Causal")[0] and "Time of a training step" not in printed.out
+    assert "nothing timed; cpu" in " ".join(printed.out.split())
+    assert "4 ways of routing, 512 tokens held out, 2 batches of 512 to calibrate, nothing timed" in printed.err
+    lines = [line for line in printed.err.splitlines() if re.match(r"\d of 4: ", line)]
+    assert [line.split(": ")[1] for line in lines] == [
+        "1 per token, token choice, dropless",
+        "1 per token, expert choice, at least 1",
+        "2 per token, token choice, dropless",
+        "2 per token, threshold",
+    ]
+    some = compare(*arguments[:3:2], max_tokens=TOKENS, routings=["at-least-1:1", "threshold:2"], timing=False)
+    whole = compare(*arguments[:3:2], max_tokens=TOKENS)
+    for entry in some["variants"]:
+        other = entry_of(whole, entry["name"], entry["num_choices"])
+        assert entry | {"step": None} == other | {"step": None} and entry["step"] is None and other["step"]
+        assert f"causal loss {entry['inference']['loss']:.4f};" in printed.err
+
+
+@pytest.mark.parametrize("tokens", [2, 100, 511, 513, 1_300])
+def test_no_more_tokens_are_held_out_than_asked_for(place: Path, small: None, tokens: int) -> None:
+    text = read(place, max_tokens=tokens)
+    found = sum(batch["input_ids"].numel() for batch in text.held_out)
+    assert 0 < found <= tokens and found > tokens / 2
+    assert len({batch["input_ids"].shape for batch in (*text.held_out, *text.training)}) == 1
+
+
+def everything(k: tuple[int, ...] = (1, 2)) -> Amounts:
+    variants = tuple(v for v in variants_of(8) if v.num_choices in k)
+    return Amounts(variants, held_out=32_768, calibration=8, rounds=5, step_tokens=4_096, pool=4_096)
+
+
+def test_less_is_done_where_time_is_short() -> None:
+    """Each level takes less than the one before; a small model does everything; what was asked for stays."""
+    fast, slow = ({1: rate, 2: 1.5 * rate} for rate in (1 / 50_000, 1 / 400))
+    assert choose(everything(), fast, 0, 540, 1, set()) == everything()
+    seconds, seen = 1e9, []
+    while not seen or choose(everything(), slow, 0, seconds, 1, set()) != seen[-1]:
+        seen.append(choose(everything(), slow, 0, seconds, 1, set()))
+        seconds = 0.999 * estimate(seen[-1], slow, 0)
+    assert len(seen) == 6 and seen[0] == everything()
+    own = choose(everything(), slow, 0, 540, 2, set())
+    assert estimate(own, slow, 0) <= 540 and {v.num_choices for v in own.variants} == {2}
+    for fixed in ("variants", "held_out", "rounds"):
+        least = choose(everything(), slow, 0, 1, 1, {fixed})
+        assert getattr(least, fixed) == getattr(everything(), fixed)
+        assert least.calibration == 1 and all(
+            getattr(least, f) < getattr(everything(), f) for f in {"held_out", "rounds"} - {fixed}
+        )
+    assert DROPLESS in {v.name for v in seen[-1].variants} and len(seen[-1].variants) == 2
+    said = described(seen[-1], everything(), slow, 0)
+    assert said["left_out"][0] == "2 experts per token" and "the time of a training step" in said["left_out"]
+    assert said["left_out"][1].startswith("capacity-1.0, capacity-1.25, at-least-1")
+    assert re.search(r"Everything takes about \d+ minutes: --minutes \d+$|hours: --minutes \d+$", in_words(said))
+    assert described(everything(), everything(), fast, 0)["left_out"] == []
+
+
+def test_an_estimate_counts_every_pass(place: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens that go through the model are those that the estimate is made of, training steps apart."""
+    seen = 0
+    forward = EcMoeLlamaModel.forward
+
+    def count(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        nonlocal seen
+        seen += input_ids.numel()
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(EcMoeLlamaModel, "forward", count)
+    monkeypatch.setattr(module, "seconds_per_token", lambda *_: 1.0)
+    result = compare(str(place / "ecmoe"), str(place / "text.txt"), max_tokens=2 * TOKENS, timing=False, minutes=1e6)
+    assert seen == result["amount"]["seconds"] == result["amount"]["seconds_of_everything"]
 
 
 def test_a_loss_that_is_no_number_is_no_tie(place: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:

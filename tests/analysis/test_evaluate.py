@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ecmoe
 from ecmoe.analysis import AnalysisError, evaluate
 from ecmoe.analysis.cli import main
-from ecmoe.analysis.text import _PIECE, batches, read_documents, windows
+from ecmoe.analysis.rows import Row, at_most, batches
+from ecmoe.analysis.text import _PIECE, read_documents, windows
 from ecmoe.conversion import convert
 
 
@@ -29,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_losses_are_those_of_the_model(place: Path) -> None:
     """Document by document, each window alone, by the model's own loss."""
-    result = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=None)
+    result = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=0)
     model = AutoModelForCausalLM.from_pretrained(place / "ecmoe").eval()
     tokenizer = AutoTokenizer.from_pretrained(place / "ecmoe")
     total = predicted = 0.0
@@ -59,16 +60,20 @@ def test_the_dense_parent_and_a_fresh_conversion_have_one_loss(
     dense, shared = (evaluate(str(folder), **options) for folder in (place / "dense", tmp_path / "shared"))
     assert dense["loss"] == pytest.approx(shared["loss"], abs=1e-5)
     assert (dense["tokens"], dense["pairs"]) == (shared["tokens"], shared["pairs"])
-    assert shared.keys() - dense.keys() == {"loss_top_k", "loss_gap", "routes"}
-    main(["evaluate", str(place / "dense"), f"--data={place / 'text.txt'}", "--max-tokens=1"])
+    extra = {"loss_top_k", "loss_gap", "top_k_tokens", "routes", "thresholds_from"}
+    assert shared.keys() - dense.keys() == extra
+    main(["evaluate", str(place / "dense"), f"--data={place / 'text.txt'}", "--max-tokens=100"])
     printed = capsys.readouterr().out
     assert "causal loss" in printed and "top-k" not in printed and "expert" not in printed
 
 
-def test_max_tokens_stops_early(place: Path) -> None:
-    few = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=1)
-    everything = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=None)
-    assert 4_096 <= few["tokens"] < everything["tokens"]
+@pytest.mark.parametrize("tokens", [2, 100, 129, 4_097])
+def test_no_more_tokens_are_read_than_asked_for(place: Path, tokens: int) -> None:
+    """All of them, but for a last one by itself, which nothing would predict."""
+    few = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=tokens)
+    assert tokens - 1 <= few["tokens"] <= tokens
+    everything = evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=0)
+    assert everything["tokens"] > 4_097
 
 
 def test_pairs_prefer_what_the_model_finds_likelier(place: Path, tmp_path: Path) -> None:
@@ -121,10 +126,10 @@ def test_batches_are_lazy() -> None:
         nonlocal read
         for _ in range(10_000):
             read += 1
-            yield [1, 2, 3, 4]
+            yield Row([1, 2, 3, 4], [True] * 4, read)
 
-    stream = batches(sequences(), pool=40, max_tokens=80, padding=0)
-    assert next(stream)["input_ids"].shape == (10, 4)
+    stream = batches(at_most(sequences(), 80), pool=40, padding=0)
+    assert next(stream).inputs["input_ids"].shape == (10, 4)
     assert read == 10
     assert len(list(stream)) == 1 and read == 20
 
@@ -162,7 +167,7 @@ def test_other_refusals(place: Path, tmp_path: Path) -> None:
     for device in ("gpu", "cuda:99"):
         with pytest.raises(AnalysisError, match=f"device={device} cannot be used .*; leave it out, or name cpu"):
             evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), device=device)
-    with pytest.raises(AnalysisError, match="max_tokens=-5 must not be negative"):
+    with pytest.raises(AnalysisError, match="max_tokens=-5 must be at least 2"):
         evaluate(str(place / "ecmoe"), data=str(place / "text.txt"), max_tokens=-5)
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"sentence_good": "a " * 400, "sentence_bad": "b"}) + "\n")
     with pytest.raises(AnalysisError, match="the model's context 128"):

@@ -249,6 +249,8 @@ def test_the_keyboard_alone(browser: Browser) -> None:
     press("Layer 1")
     press(Keys.TAB)
     assert focused() == "expert"
+    press(Keys.TAB, Keys.TAB)  # a layer of the picture, and the picture, which scrolls
+    assert browser.script("return document.activeElement.querySelector('canvas') !== null")
     press(Keys.TAB)
     assert focused() == "0"
     last = len(browser.numbers["ids"]) - 1
@@ -285,6 +287,108 @@ def test_for_screen_readers(browser: Browser) -> None:
     assert re.search(rf": {len(browser.numbers['layers'][0]['chosen'][0])} experts?$", label or "")
 
 
+def leaders(layer: dict[str, Any]) -> list[int | None]:
+    """Of each token the expert with the largest gate."""
+    return [
+        max(zip(gates, experts, strict=True), key=lambda pair: pair[0])[1] if experts else None
+        for experts, gates in zip(layer["chosen"], layer["gates"], strict=True)
+    ]
+
+
+def pixels(browser: Browser) -> list[list[tuple[int, ...]]]:
+    """The picture's colours, [layers][tokens]."""
+    size, data = browser.script(
+        "const c = document.getElementById('picture');"
+        "return [[c.width, c.height], [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
+    )
+    colours = [tuple(data[i : i + 4]) for i in range(0, len(data), 4)]
+    return [colours[row * size[0] : (row + 1) * size[0]] for row in range(size[1])]
+
+
+def chips(browser: Browser, inside: str) -> list[tuple[int, ...]]:
+    """The colours of a legend's experts, as pixels have them."""
+    colours = browser.script(
+        "return [...document.querySelectorAll(`${arguments[0]} .chip`)].map((e) => {"
+        "const pen = document.createElement('canvas').getContext('2d');"
+        "pen.fillStyle = getComputedStyle(e).backgroundColor; pen.fillRect(0, 0, 1, 1);"
+        "return [...pen.getImageData(0, 0, 1, 1).data]})",
+        inside,
+    )
+    return [tuple(colour) for colour in colours]
+
+
+def test_the_picture_of_all_layers(browser: Browser) -> None:
+    """One colour for each expert, none where nobody took the token; the legend has the same ones, in the dark too."""
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        browser.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+        shown, expected = pixels(browser), [leaders(layer) for layer in browser.numbers["layers"]]
+        pairs = {
+            (expert, colour)
+            for row, colours in zip(expected, shown, strict=True)
+            for expert, colour in zip(row, colours, strict=True)
+        }
+        assert len(pairs) == len({expert for expert, _ in pairs}) == len({colour for _, colour in pairs}) > 2
+        assert all((colour[3] == 0) == (expert is None) for expert, colour in pairs)
+        legend = chips(browser, "#overview-legend")
+        assert len(legend) == browser.numbers["num_experts"]
+        assert all(colour == legend[expert] for expert, colour in pairs if expert is not None)
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_from_the_picture_to_a_layer_and_a_token(browser: Browser) -> None:
+    """By a click, which lands where it points; and by the keyboard."""
+    layers, tokens = len(browser.numbers["layers"]), len(browser.numbers["ids"])
+    canvas = browser.driver.find_element(By.ID, "picture")
+    size = browser.script("const b = arguments[0].getBoundingClientRect(); return [b.width, b.height]", canvas)
+    for layer, token in ((1, 7), (0, 3)):
+        # Selenium counts from the middle of what is to be seen.
+        x, y = size[0] * (token + 0.5) / tokens - size[0] / 2, size[1] * (layer + 0.5) / layers - size[1] / 2
+        browser.script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+        ActionChains(browser.driver).move_to_element_with_offset(canvas, round(x), round(y)).click().perform()
+        check_details(browser, int(browser.script("return document.activeElement.dataset.token")), layer)
+        assert abs(int(browser.script("return document.activeElement.dataset.token")) - token) <= tokens / size[0] + 1
+        pressed = (
+            "return [...document.querySelectorAll('#layer-buttons [aria-pressed=true]')].map((e) => e.dataset.row)"
+        )
+        assert browser.script(pressed) == [str(layer)]
+    browser.driver.find_element(By.CSS_SELECTOR, "#layer-buttons [tabindex='0']").send_keys(Keys.ARROW_DOWN)
+    browser.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    assert browser.script("return document.getElementById('layer').value") == "1"
+    browser.select("All layers", "All experts")
+    assert browser.script(pressed) == []
+
+
+def test_tokens_with_one_number_of_experts_are_told_apart(
+    driver: webdriver.Chrome, tmp_path: Path, make_model: Callable[..., Any]
+) -> None:
+    """Where every token has as many experts as the next, the text has the colours of the leading experts."""
+    fields = {"routing": "token_choice", "inference_routing": "token_choice", "capacity_factor": 2}
+    make_model("Llama", vocab_size=300, **fields).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    report(str(tmp_path / "model"), str(tmp_path / "page.html"), text="The class of an object is its type.")
+    browser = Browser(driver, tmp_path / "page.html")
+    for number, layer in enumerate(browser.numbers["layers"]):
+        browser.select(f"Layer {number}", "All experts")
+        by_expert = set(zip(leaders(layer), browser.shades(), strict=True))
+        assert len(by_expert) == len({e for e, _ in by_expert}) == len({shade for _, shade in by_expert}) > 1
+        assert "Every token has 2 experts here" in browser.text("legend")
+        label = browser.driver.find_element(By.CSS_SELECTOR, "#text span").get_attribute("aria-label")
+        assert label == f"{browser.numbers['texts'][0]}: leading expert {leaders(layer)[0]}"
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        ink = luminance(browser.script("return getComputedStyle(document.body).color"))
+        for colour in chips(browser, "main"):
+            lighter, darker = sorted((ink, luminance(f"rgb{colour[:3]}")), reverse=True)
+            assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (scheme, colour)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    browser.select("All layers", "All experts")
+    assert "choose a layer, or an expert" in browser.text("legend")
+    assert browser.complaints() == []
+
+
 def luminance(colour: str) -> float:
     """WCAG's relative luminance of a computed colour, rgb() or color(srgb ...)."""
     scale = 1 if colour.startswith("color(srgb") else 255
@@ -317,4 +421,5 @@ def test_no_sideways_scrolling(browser: Browser, width: int) -> None:
     browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.select("All layers", "All experts")
     assert browser.script("return document.documentElement.scrollWidth") <= width
+    assert browser.script("return document.getElementById('picture').getBoundingClientRect().top") < 900
     browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -12,12 +12,15 @@ import torch
 from checkpoints import STORIES_MODEL, STORIES_TEXT, all_tensors, contents, tiny_tokenizer, write_dense
 from conftest import build_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ecmoe import conversion
 from ecmoe.conversion import ConversionError, convert, export
 from ecmoe.conversion.checkpoints.source import Source
 from ecmoe.conversion.cli import main
+from ecmoe.conversion.leaving import fit as fitting
+from ecmoe.conversion.leaving.plain import Form
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 FAMILIES = {"Llama": "Mixtral", "Mistral": "Mixtral", "Qwen2": "Qwen2Moe", "Qwen3": "Qwen3Moe"}
@@ -274,7 +277,12 @@ def test_killed_it_goes_on_with_the_same_bytes(
 
 OBSTACLES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "output bias": ("Llama", {"attention_bias": True}, "token-choice", "attention_bias=True: Mixtral has no bias"),
-    "dense layer": ("Llama", {"mlp_layer_types": ["dense", "sparse"]}, "token-choice", "every layer of Mixtral has"),
+    "dense layer, wide heads": (
+        "Llama",
+        {"mlp_layer_types": ["dense", "sparse"], "head_dim": 16},
+        "token-choice",
+        "head_dim=16: the heads of Qwen2-MoE are",
+    ),
     "late dense layer": (
         "Llama",
         BLEND | {"mlp_layer_types": ["sparse", "dense"]},
@@ -313,7 +321,7 @@ OPTIONS = {
     "--to=token-choice --num-gpus=8": "num_gpus=8 does not go with --to token-choice",
     "--num-experts-per-tok=2": "num_experts_per_tok=2 belongs to --to; leave it out",
     "--to=token-choice --num-experts-per-tok=5": "num_experts_per_tok=5 must be between 1 and num_experts=4",
-    "--to=token-choice --num-experts-per-tok=0": "num_experts_per_tok=0 must be between 1 and num_experts=4",
+    "--to=token-choice --num-experts-per-tok=0": "num_experts_per_tok=0 must be at least 1",
     "--to=token-choice --no-verify": "the scales that stand for the combine weights are measured on text",
     "--to=token-choice --text=missing.txt": "text=missing.txt cannot be read",
     "--to=token-choice --max-shard-size=5": "max_shard_size=5 is no size",
@@ -366,12 +374,12 @@ def test_an_embedding_that_is_said_to_be_tied_and_is_not(tmp_path: Path, blend: 
 def test_help_names_every_destination(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert set(conversion.leaving.targets.DESTINATIONS) <= set(capsys.readouterr().out.split())
+    assert set(conversion.targets.DESTINATIONS) <= set(capsys.readouterr().out.split())
 
 
 def test_another_family_is_refused(tmp_path: Path, blend: Path, refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that is added to the family and that no plain class was found for yet."""
-    monkeypatch.delitem(conversion.leaving.targets.DESTINATIONS["token-choice"], "ecmoe_llama")
+    monkeypatch.delitem(conversion.targets.DESTINATIONS["token-choice"], "ecmoe_llama")
     message = "model_type=ecmoe_llama: no plain class that --to token-choice writes computes its attention"
     refuse(["--to=token-choice", str(blend), str(tmp_path / "out")], message, left=[])
 
@@ -391,3 +399,37 @@ def test_a_real_model_whose_experts_differ(tmp_path: Path, monkeypatch: pytest.M
     print(moved["loss_change"], moved["kl_divergence"], left["loss_change"], left["kl_divergence"])
     assert abs(moved["loss_change"]) < abs(left["loss_change"])
     assert 0 < moved["kl_divergence"] < left["kl_divergence"] / 2
+
+
+def test_candidates_that_share_products_are_as_by_themselves(make_routed_model: Callable) -> None:
+    """A token that two routers send to the same expert goes through it once; each router gets what it would alone."""
+    model = make_routed_model("Llama", shared_expert_intermediate_size=16, shared_expert_weighting="complement")
+    block = model.get_decoder().layers[0].mlp
+    form = Form(2, 0, True, True, True, False, True)
+    inputs_TD = torch.randn(40, 32)
+    rows = [block.gate.weight.detach().clone(), torch.randn(4, 32)]
+    met: list[int] = []
+    block.experts.register_forward_pre_hook(lambda _module, arguments: met.append(len(arguments[0])))
+    with torch.no_grad():
+        outputs_TD, shared_TD = block(inputs_TD[None])[0], block.shared_expert(inputs_TD)
+        together = [fitting._Candidate(block, row, form) for row in rows]
+        met.clear()
+        fitting._add_to_all(together, inputs_TD, outputs_TD, shared_TD)
+        assert 80 < met[0] < 160  # of 40 tokens, each with two experts by either router
+        for row, candidate in zip(rows, together, strict=True):
+            alone = fitting._Candidate(block, row, form)
+            fitting._add_to_all([alone], inputs_TD, outputs_TD, shared_TD)
+            for name in ("gram_EE", "moment_E", "square", "weight"):
+                torch.testing.assert_close(getattr(candidate, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
+            logits_TE = inputs_TD @ row.T
+            weight_TK, expert_TK = logits_TE.softmax(-1).topk(2)
+            wanted = torch.zeros(())
+            for token, (weights, experts) in enumerate(
+                zip(weight_TK / weight_TK.sum(1, keepdim=True), expert_TK, strict=True)
+            ):
+                for weight, expert in zip(weights, experts, strict=True):
+                    x = inputs_TD[token]
+                    gate, up = (block.experts.gate_up_proj[expert] @ x).chunk(2)
+                    made = block.experts.down_proj[expert] @ (nn.functional.silu(gate) * up) - shared_TD[token]
+                    wanted += (weight * made) @ (outputs_TD[token] - shared_TD[token])
+            torch.testing.assert_close(candidate.moment_E.sum(), wanted, rtol=1e-3, atol=1e-4)

@@ -122,6 +122,9 @@ def test_experts_choose_causally_and_the_loss_is_measured(
     whole = logits_of(converted, ids)
     torch.testing.assert_close(logits_of(converted, ids[:, :16]), whole[:, :16], atol=1e-5, rtol=1e-4)
     assert converted.generate(ids[:, :8], max_new_tokens=4, do_sample=False).shape[1] > 8
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a mixture of experts whose tokens choose" in card and "| the source's rule |" in card
+    assert "{" not in card.partition("```")[0] and "dense" not in card.partition("## How to load it")[0]
     measured = record["verification"]
     assert [(bound["least"], bound["most"]) for bound in measured["bounds"]] == [(0, 4), (1, 4), (2, 2)]
     assert measured["source"]["loss"] == pytest.approx(measured["loss_dense"], abs=1e-5)

@@ -93,7 +93,7 @@ def write_hollow_llama_70b(folder: Path) -> None:
 def test_seventy_billion_parameters_in_seconds(tmp_path: Path, no_weights: None) -> None:
     write_hollow_llama_70b(tmp_path / "llama")
     began = time.monotonic()
-    plan = plan_of(tmp_path / "llama", num_experts=8, capacity_factor=2, num_gpus=64)
+    plan = plan_of(tmp_path / "llama", num_experts=8, capacity_factor=2, num_gpus=64, verify=False)
     assert time.monotonic() - began < 30
     dense, expert, router = 68_976_648_192, 3 * 8192 * 28672, 8 * 8192
     total = dense + 80 * (8 * expert + router)
@@ -208,7 +208,10 @@ def hub(tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> list[di
 
 
 def test_dry_run_of_a_hub_id_fetches_no_weights(tmp_path: Path, dense: Path, hub: list, no_weights: None) -> None:
-    assert plan_of("me/model@v2", num_experts=4) == plan_of(dense, num_experts=4)
+    of_hub, of_folder = plan_of("me/model@v2", num_experts=4), plan_of(dense, num_experts=4)
+    for plan in (of_hub, of_folder):  # what changes from one moment to the next
+        plan.pop("free_disk_bytes"), plan["conversion"].pop("free_bytes")
+    assert of_hub == of_folder
     download, headers = hub
     assert (download["repository"], download["revision"]) == ("me/model", "v2")
     assert not any("safetensors" in pattern or pattern == "*" for pattern in download["allow_patterns"])

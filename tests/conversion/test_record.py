@@ -122,6 +122,47 @@ def test_the_card_says_what_the_record_says(verified: tuple[Path, dict]) -> None
     assert "not verified" not in card.text and "## Licence" not in card.text
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second checkpoint, to mix."""
+    folder = tmp_path_factory.mktemp("other")
+    write_dense(folder, "Llama", num_hidden_layers=3, seed=1)
+    return folder
+
+
+WORDS = {
+    "granular": "cut into 4 shards, each copied 2 times; router rows",
+    "mix": "all else is averaged; after",
+    "drop": "| share of the neurons that is drawn anew | | 0.5 |",
+    "noise": "| the noise's deviation over that of the matrix | | 0.01 |",
+    "split": "| share of the neurons that every token passes through | | 0.5 |",
+}
+
+
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("init", INITIALISATIONS)
+def test_every_value_of_a_card_is_filled_in(
+    tmp_path: Path, dense: Path, other: Path, text: Path, init: str, verify: bool
+) -> None:
+    options: dict[str, Any] = {"granular": {"granularity": 4}, "mix": {"mix_with": [str(other)], "num_experts": 8}}
+    record = convert(
+        str(dense), str(tmp_path / "out"), init=init, verify=verify, text=str(text), **options.get(init, {})
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert not re.search(r"\bG\b|num_experts|[{}]|None|\bnan\b|Undefined|\|\s*\|\s*\|\s*$", card, re.MULTILINE)
+    assert WORDS.get(init, "") in card
+    rows = dict(re.findall(r"^\| ([^|]+?) \| (.*) \|$", card, re.MULTILINE))
+    assert rows["experts per layer"] == "| 8" and rows["router at the start"] == "| N(0, initializer_range)"
+    least = 0 if init in ("blend", "shared") else 4 if init == "granular" else 1
+    assert rows["experts of one token"] == f"| {least} to 8"
+    assert ("thresholds calibrated on" in rows) == ("greedy text" in rows) == verify
+    assert ("the router has no gradient" in card) == bool(record["notes"])
+    assert bool(record["notes"]) == (init in ("copy", "noise", "drop", "split", "mix"))  # one expert a token, weight 1
+    ways = "Mixtral (`--to token-choice`)" + (", GLM-4-MoE (`--to glm4-moe`)" if least == 0 else "")
+    assert f"with routes that differ: {ways}." in card
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_the_card_holds_no_path_of_this_machine(
     tmp_path: Path, dense: Path, text: Path, verify: bool, few_tokens: None
@@ -208,7 +249,7 @@ def test_the_report_on_the_screen_holds_the_records_figures(
 def test_the_report_says_on_which_text_and_how_to_go_on(
     tmp_path: Path, dense: Path, few_tokens: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = "easured on Python's own documentation; --text FILE takes yours.\n"
+    where = "easured on the package's sample of several kinds of text; --text FILE takes yours.\n"
     main([str(dense), str(tmp_path / "out")])
     assert f"Calibrated and m{where}" in capsys.readouterr().out
     main([str(tmp_path / "out"), str(tmp_path / "plain"), "--to=token-choice"])

@@ -236,7 +236,7 @@ OPTIONS = {
     "--capacity-factor=nan": "capacity_factor=nan must be above 0",
     "--init=clone": "init=clone is unknown; choose one of blend, shared, copy, noise",
     "--init=mix": "init=mix makes experts of several checkpoints; name the others with mix_with",
-    "--mix-attention=last": "mix_attention=last is unknown; choose average or first",
+    "--mix-attention=last": "mix_attention=last is unknown; choose one of average, first",
     "--ratio=0.5": "ratio=0.5 means nothing to init=shared",
     "--init=drop --ratio=1.5": "ratio=1.5 must be between 0 and 1",
     "--init=noise --ratio=-1": "ratio=-1.0 must be between 0 and inf",
@@ -244,7 +244,11 @@ OPTIONS = {
     "--init=split --ratio=0": "ratio=0.0 leaves one part of the 48 neurons empty",
     "--init=split --ratio=1": "ratio=1.0 leaves one part of the 48 neurons empty",
     "--granularity=2": "granularity=2 belongs to init=granular, not shared",
-    "--init=granular --capacity-factor=1": "capacity_factor=1.0 is less than granularity=2: a token takes all shards",
+    "--init=copy --capacity-factor=0.5": "capacity_factor=0.5: init=copy needs at least 1",
+    "--init=mix --capacity-factor=0.5 --mix-with x": "capacity_factor=0.5: init=mix needs at least 1",
+    "--init=granular --capacity-factor=1": "capacity_factor=1.0: init=granular needs at least its granularity, 2",
+    "--init=granular --capacity-factor=1.5": "init=granular needs at least its granularity, 2",
+    "--init=granular --capacity-factor=3 --granularity=4": "init=granular needs at least its granularity, 4",
     "--init=granular --granularity=0": "granularity=0 must be at least 1",
     "--init=granular --granularity=3": "granularity=3 does not divide num_experts=8",
     "--init=granular --granularity=5 --num-experts=10": "does not divide the dense intermediate_size=48",
@@ -255,7 +259,7 @@ OPTIONS = {
     "--router=hidden": "router=hidden needs a file of prompts",
     "--router=centroid --num-experts=1": "router rows are all the same",
     "--router-prompts=x.json": "no other router reads one",
-    "--router=hidden --router-prompts=missing.json": "router_prompts=missing.json cannot be read as JSON",
+    "--router=hidden --router-prompts=missing.json": "router_prompts=missing.json cannot be read (No such file",
     "--num-gpus=0": "num_gpus=0 must be at least 1",
     "--num-gpus=0 --dry-run": "num_gpus=0 must be at least 1",
     "--max-shard-size=5": "max_shard_size=5 is no size",
@@ -267,7 +271,11 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_wrong_option(tmp_path: Path, dense: Path, options: str, refuse) -> None:
-    refuse([str(dense), str(tmp_path / "out"), *options.split()], OPTIONS[options], left=[])
+    """Of a dry run as well, but for what only running a model shows."""
+    command = [str(dense), str(tmp_path / "out"), *options.split()]
+    refuse(command, OPTIONS[options], left=[])
+    if options != "--router=centroid --num-experts=1":
+        refuse([*command, "--dry-run"], OPTIONS[options], left=[])
 
 
 PROMPTS = {
@@ -288,7 +296,10 @@ def test_wrong_prompts(tmp_path: Path, dense: Path, content: str, refuse) -> Non
     path = tmp_path / "prompts.json"
     path.write_text(content)
     options = ["--num-experts=2", "--router=hidden", f"--router-prompts={path}"]
-    refuse([str(dense), str(tmp_path / "out"), *options], PROMPTS[content], left=["prompts.json"])
+    command = [str(dense), str(tmp_path / "out"), *options]
+    refuse(command, PROMPTS[content], left=["prompts.json"])
+    if "router rows" not in PROMPTS[content]:  # which only running the model shows
+        refuse([*command, "--dry-run"], PROMPTS[content], left=["prompts.json"])
 
 
 def test_prompts_of_another_vocabulary(tmp_path: Path, dense: Path, text: Path, refuse) -> None:
@@ -335,12 +346,15 @@ def test_places(tmp_path: Path, dense: Path, refuse) -> None:
     refuse([str(tmp_path / "taken" / "file"), str(tmp_path / "out")], "is a file", left=["taken"])
     empty = tmp_path / "taken" / "empty.txt"
     empty.write_text(" ")
-    refuse([str(dense), str(tmp_path / "out"), f"--text={empty}"], "is empty", left=["taken"])
+    for dry in ([], ["--dry-run"]):
+        refuse([str(dense), str(tmp_path / "out"), f"--text={empty}", *dry], "is empty", left=["taken"])
     short = tmp_path / "taken" / "short.txt"
     short.write_text("Too little.")
-    refuse([str(dense), str(tmp_path / "out"), f"--text={short}"], "need at least", left=["taken"])
+    for dry in ([], ["--dry-run"]):
+        refuse([str(dense), str(tmp_path / "out"), f"--text={short}", *dry], "need at least", left=["taken"])
     short.write_bytes(b"\xff\xfe\xfd")
-    refuse([str(dense), str(tmp_path / "out"), f"--text={short}"], "cannot be read as UTF-8", left=["taken"])
+    for dry in ([], ["--dry-run"]):
+        refuse([str(dense), str(tmp_path / "out"), f"--text={short}", *dry], "cannot be read as UTF-8", left=["taken"])
 
 
 @pytest.mark.parametrize("with_config", [False, True])
@@ -426,7 +440,8 @@ def test_no_login(tmp_path: Path, dense: Path, refuse, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(huggingface_hub.HfApi, "whoami", whoami)
         command = [str(dense), str(tmp_path / "out"), "--no-verify", "--push-to-hub=me/model"]
-        refuse(command, f"push_to_hub=me/model: {error}; log in with `hf auth login`", left=[])
+        for dry in ([], ["--dry-run"]):
+            refuse([*command, *dry], f"push_to_hub=me/model: {error}; log in with `hf auth login`", left=[])
 
 
 def test_a_converted_checkpoint_is_not_converted_again(

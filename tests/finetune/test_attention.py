@@ -73,16 +73,16 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], FakeFlash]:
         return fake.varlen(q, k, v, cu_seqlens_q, max_seqlen_q=max_seqlen_q, softmax_scale=softmax_scale)
 
     def choose(implementation: str) -> FakeFlash:
-        load = ecmoe.finetune.train.load
+        load = ecmoe.finetune.train.load_model
         monkeypatch.setattr(flash, "_lazy_imports", imports)
         monkeypatch.setattr(flash, "_loaded_implementation", None)
 
         def loaded(recipe: Any) -> Any:
-            model, tokenizer = load(recipe)
+            model = load(recipe)
             model.config._attn_implementation = implementation
-            return model, tokenizer
+            return model
 
-        monkeypatch.setattr(ecmoe.finetune.train, "load", loaded)
+        monkeypatch.setattr(ecmoe.finetune.train, "load_model", loaded)
         return fake
 
     return choose

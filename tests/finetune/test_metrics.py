@@ -25,6 +25,7 @@ from ecmoe.finetune.cli import main
 from ecmoe.finetune.curves import draw_curves
 from ecmoe.finetune.data import Collator
 from ecmoe.finetune.folder import last_whole_checkpoint
+from ecmoe.finetune.losses import standard_error
 from ecmoe.finetune.train import make_trainer
 from modeling_ecmoe import routing_report, sparse_blocks, use_inference_routing
 
@@ -130,6 +131,8 @@ def test_the_results(logged: SimpleNamespace) -> None:
     assert results.keys() == {
         *("model", "model_type", "parameters", "active_parameters", "trained_parameters", "loss_before", "steps"),
         *("tokens", "tokens_per_second", "seed", "loss_after", "loss_after_top_k", "loss_gap", "routing"),
+        *("loss_before_stderr", "loss_after_stderr", "loss_change", "loss_change_stderr"),
+        *("held_out_rows", "held_out_tokens"),
     }
     assert results["model"] == str(logged.base) and results["model_type"] == "ecmoe_llama"
     assert results["parameters"] == results["trained_parameters"] == sum(p.numel() for p in model.parameters())
@@ -139,6 +142,76 @@ def test_the_results(logged: SimpleNamespace) -> None:
     assert results["loss_gap"] == lines[-1]["eval_loss_gap"]
     assert results["routing"] == {name: lines[-1][f"eval_{name}"] for name in ROUTING}
     assert (results["steps"], results["tokens"], results["seed"]) == (6, 6 * 8 * 64, 5)
+
+
+def jackknife(totals: torch.Tensor, counts: torch.Tensor) -> float:
+    """The standard error of sum / count by leaving out one row after the other: another way than the run's."""
+    left = (totals.sum() - totals) / (counts.sum() - counts)
+    return ((len(left) - 1) * (left - left.mean()).square().mean()).sqrt().item()
+
+
+@torch.no_grad()
+def test_how_sure_the_losses_are(logged: SimpleNamespace) -> None:
+    """Standard errors over held-out rows, of each loss and of the change row by row; kept in the checkpoints."""
+    labels = logged.batch["labels"][:, 1:]
+    counts, rows = (labels != -100).sum(1).double(), []
+    for folder in (logged.base, logged.out):
+        logits = AutoModelForCausalLM.from_pretrained(folder).eval()(**logged.batch, use_cache=False).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        rows.append(losses.double().sum(1))
+    before, after = rows
+    results = logged.results
+    assert results["loss_before_stderr"] == pytest.approx(jackknife(before, counts), rel=0.05)
+    assert results["loss_after_stderr"] == pytest.approx(jackknife(after, counts), rel=0.05)
+    assert results["loss_change"] == pytest.approx(((after - before).sum() / counts.sum()).item(), abs=1e-5)
+    assert results["loss_change_stderr"] == pytest.approx(jackknife(after - before, counts), rel=0.05)
+    assert (results["held_out_rows"], results["held_out_tokens"]) == (len(counts), int(counts.sum()))
+    state = json.loads((logged.out / "checkpoint-3" / "trainer_state.json").read_text())
+    assert len(state["stateful_callbacks"]["ecmoe_losses_before"]) == len(counts)
+    evaluation = next(line for line in logged.seen.lines if "eval_loss" in line)
+    assert evaluation["eval_loss_stderr"] == results["loss_before_stderr"]
+
+
+def test_the_standard_error_of_rows_of_unlike_length() -> None:
+    """Of simulated data sets, whose losses by token scatter as it says; of one row it is not known."""
+    generator = torch.Generator().manual_seed(0)
+    means, errors = [], []
+    for _ in range(2000):
+        counts = torch.randint(5, 50, (40,), generator=generator)
+        totals = counts * (2 + 0.5 * torch.randn(40, generator=generator, dtype=torch.float64))
+        rows = list(zip(totals.tolist(), counts.tolist(), strict=True))
+        means.append(totals.sum().item() / counts.sum().item())
+        errors.append(standard_error(rows))
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.05)
+    assert standard_error([(3.0, 4)]) is None and standard_error([]) is None
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_tokens_per_second_are_those_that_went_through(
+    place: Path, recipe_of: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of unlike length, padded, logged and evaluated at other steps: their tokens by the seconds of steps."""
+    rows = place / "unlike.jsonl"
+    rows.write_text("".join(json.dumps({"text": "word " * (2 + 7 * n % 23)}) + "\n" for n in range(60)))
+    fields = {"dataset": rows, "packing": False, "max_length": 128, "per_device_train_batch_size": 2, "max_steps": 6}
+    fields |= {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3, "seed": 3}
+    trainer = make_trainer(recipe_of(**fields))
+    tokens: list[int] = []
+    step = Trainer.training_step
+
+    def count(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tokens.append(int(inputs["attention_mask"].sum()))
+        trainer.timer._seconds.append(float(len(tokens)))  # in place of the clock's
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", count)
+    monkeypatch.setattr(StepTimer, "on_step_end", lambda *args, **kwargs: None)
+    trainer.train()
+    lines = [row for row in trainer.state.log_history if "train_tokens_per_second" in row]
+    assert len(set(tokens)) > 3
+    expected = [sum(tokens[i : i + 2]) / (2 * i + 3) for i in (0, 2, 4)]
+    assert [line["train_tokens_per_second"] for line in lines] == pytest.approx(expected)
+    assert trainer.timed_tokens == sum(tokens)
 
 
 def test_the_curves(logged: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(__file__).with_name("remote_process.py")
 SHARED_FILES = {
+    "adapters_ecmoe.py",
     "auto_ecmoe.py",
     "context_ecmoe.py",
     "global_pool_ecmoe.py",

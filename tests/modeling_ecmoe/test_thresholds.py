@@ -1,7 +1,7 @@
 """The threshold each router keeps: when it is averaged, in which precision it lives, and calibration."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import oracle
@@ -14,7 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_accelerate_available
 
-from modeling_ecmoe import calibrate_thresholds, record_routing, routing_report, use_inference_routing
+from modeling_ecmoe import (
+    calibrate_thresholds,
+    calibration_ecmoe,
+    record_routing,
+    routing_report,
+    use_inference_routing,
+)
 from modeling_ecmoe.batches_ecmoe import as_batches
 from modeling_ecmoe.block_ecmoe import EcMoeRouter
 from modeling_ecmoe.calibration_ecmoe import sparse_blocks
@@ -290,6 +296,71 @@ def test_calibration_is_the_exact_quantile(
         assert torch.equal(gate.threshold, expected), name
         assert ((scores[name] > gate.threshold).sum(0) == wanted).all()
         assert gate.threshold_updates == 10
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_few_scores_are_kept_and_many_computed_again(
+    padded: bool, make_model: Callable, make_tokens: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass or two, the same bits; and never more than what may be kept."""
+    model = make_model("Llama")
+    batches = batches_of(make_tokens, padded)
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = []
+    num_scores = 2 * 4 * sum(batch["input_ids"].numel() for batch in batches)
+    for most, wanted in ((4 * num_scores, 1), (4 * num_scores - 1, 2)):
+        monkeypatch.setattr(calibration_ecmoe, "_KEPT_BYTES", most)
+        passes.clear()
+        calibrate_thresholds(model, batches)
+        assert len(passes) == wanted * len(batches)
+        found.append([gate.threshold.clone() for gate in gates(model).values()])
+    assert all(map(torch.equal, *found))
+
+
+def test_the_config_says_where_the_thresholds_come_from(
+    make_model: Callable, make_tokens: Callable, tmp_path: Path
+) -> None:
+    model = make_model("Llama")
+    assert model.config.thresholds_from is None
+    shown: list[int] = []
+
+    def progress(batches: list) -> Iterator:
+        for batch in batches:
+            shown.append(1)
+            yield batch
+
+    batches = batches_of(make_tokens, padded=False)
+    calibrate_thresholds(model, batches, progress=progress)
+    assert model.config.thresholds_from == "text given to calibrate_thresholds" and len(shown) == len(batches)
+    calibrate_thresholds(model, batches, text_name="letters of 1912")
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).config.thresholds_from == "letters of 1912"
+
+
+def test_conversations_are_texts_of_the_chat_template(make_model: Callable) -> None:
+    """As lists of messages, or rows of a dataset that hold them; without a template as plain text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    model = make_model("Llama", vocab_size=300)
+
+    def decoded(batches: object) -> list[str]:
+        return [tokenizer.decode(row[row > 0]) for b in as_batches(model, batches, tokenizer) for row in b["input_ids"]]
+
+    asked = "<user>Why?<assistant>Because."
+    assert decoded(chat) == [asked]
+    assert decoded([chat, "Plain."]) == [asked, "Plain."]
+    assert decoded([{"messages": chat, "id": 3}] * 2) == [asked] * 2
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
+    )
+    assert "Be brief.\\n\\nWhy?" in decoded([[{"role": "system", "content": "Be brief."}, *chat]])[0]
+    tokenizer.chat_template = "{{ raise_exception('it is Sunday') }}"
+    with pytest.raises(ValueError, match="the chat template refuses a conversation: it is Sunday"):
+        decoded([chat])
+    tokenizer.chat_template = None
+    assert decoded([chat]) == ["User: Why?\n\nAssistant: Because."]
 
 
 @pytest.mark.parametrize("padded", [False, True])

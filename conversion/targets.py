@@ -1,9 +1,11 @@
 """The plain Transformers classes that an expert-choice checkpoint can leave as, and what each has room for.
 
 All route by top-k: Mixtral, Qwen2-MoE and Qwen3-MoE weight the k experts of the highest router logits by a softmax,
-GLM-4-MoE takes the k highest sigmoid scores plus a bias and weights by the scores.
+GLM-4-MoE takes the k highest sigmoid scores plus a bias and weights by the scores. Known to conversions too, which say
+what they close.
 """
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from ..errors import ConversionError
+from .errors import ConversionError
 
 # Of a class that has a shared expert where the source has none: it adds nothing, so the width matters little; kernels
 # and quantisers want a round one.
@@ -123,9 +125,20 @@ def target_of(config: Any, to: str) -> Target:
         )
     if target is GRANITE_MOE and config.shared_expert_intermediate_size:
         target = GRANITE_MOE_SHARED
+    if target is MIXTRAL and _dense_layers(config):
+        target = QWEN2_MOE  # without biases its attention is the same, and it may have dense layers
     for reason in _obstacles(config, target):
         raise ConversionError(f"{reason}; keep this checkpoint as it is")
     return target
+
+
+def ways_out(config: Any) -> dict[str, str]:
+    """Which --to a model of this config can take, and the title of the class that it leaves as."""
+    found = {}
+    for to in DESTINATIONS:
+        with contextlib.suppress(ConversionError):
+            found[to] = target_of(config, to).title
+    return found
 
 
 def _obstacles(config: Any, target: Target) -> list[str]:
@@ -143,7 +156,7 @@ def _obstacles(config: Any, target: Target) -> list[str]:
         found.append(f"routed_scaling_factor={config.routed_scaling_factor}: {target.title} has none")
     if config.shared_expert_weighting == "gate" and not target.has_gated_shared:
         found.append(f"shared_expert_weighting=gate: {target.title} has no gate on a shared expert")
-    if dense and (target is MIXTRAL or is_granite):
+    if dense and is_granite:
         found.append(
             f"mlp_layer_types has dense layers ({_listed(dense)}), and every layer of {target.title} has experts"
         )
@@ -205,7 +218,7 @@ def plain_config(
         known = {field.name for field in dataclasses.fields(target.config_class)}
         fields |= {name: value for name, value in source.to_dict().items() if name in known}
     fields |= {"num_experts_per_tok": top_k, "router_aux_loss_coef": source.router_aux_loss_coef}
-    dense = _dense_layers(source)
+    dense, kind = _dense_layers(source), source.model_type
     head_dim = getattr(source, "head_dim", None)
     if target is MIXTRAL:
         fields |= {"num_local_experts": num_experts, "intermediate_size": width}
@@ -225,8 +238,8 @@ def plain_config(
         fields["routed_scaling_factor"] = source.routed_scaling_factor
         if source.model_type in OWN_CLASS:
             return _finished(target, fields, dtype)
-        fields |= {"attention_bias": source.model_type == "ecmoe_qwen2", "head_dim": head_dim}
-        fields |= {"use_qk_norm": source.model_type == "ecmoe_qwen3", "partial_rotary_factor": 1.0}
+        fields |= {"attention_bias": kind == "ecmoe_qwen2", "head_dim": head_dim}
+        fields |= {"use_qk_norm": kind == "ecmoe_qwen3", "partial_rotary_factor": 1.0}
         fields["head_dim"] = head_dim or source.hidden_size // source.num_attention_heads
     else:
         fields |= {"num_experts": num_experts, "moe_intermediate_size": width, "norm_topk_prob": normalised}
@@ -236,8 +249,10 @@ def plain_config(
         if target is QWEN3_MOE:
             fields |= {"head_dim": head_dim, "attention_bias": source.attention_bias}
         else:
-            fields |= {"qkv_bias": True, "shared_expert_intermediate_size": shared_width}
-            fields |= {"layer_types": source.layer_types, "max_window_layers": source.max_window_layers}
+            every = ["full_attention" if window is None else "sliding_attention"] * source.num_hidden_layers
+            fields |= {"qkv_bias": kind == "ecmoe_qwen2", "shared_expert_intermediate_size": shared_width}
+            fields |= {"layer_types": getattr(source, "layer_types", None) or every}
+            fields |= {"max_window_layers": getattr(source, "max_window_layers", 0)}
     return _finished(target, fields, dtype)
 
 

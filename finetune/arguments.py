@@ -1,0 +1,176 @@
+"""What a recipe's fields show before anything is loaded: read and checked before torch and TRL are imported."""
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ecmoe.hub import could_be_hub_id
+
+from .errors import RecipeError
+
+# What people write for a field, TRL's command line among them.
+ALIASES = {
+    "sequence_length": "max_length",
+    "text_column": "dataset_text_field",
+    "chat_template": "chat_template_path",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "grad_accum": "gradient_accumulation_steps",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "dataset_train_split": "dataset_split",
+    "dataset_streaming": "streaming",
+    "peft_config": "lora",
+}
+# Where the fields of a recipe are declared: package, file, class.
+_DECLARED = (
+    ("ecmoe", None, "Recipe"),
+    ("modeling_ecmoe", "configuration_ecmoe.py", "EcMoeConfigMixin"),
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("transformers", "training_args.py", "TrainingArguments"),
+)
+# What those classes declare and a recipe has not: what would change a weight's shape, and what is set for the run.
+OF_NO_RECIPE = {"num_experts", "moe_intermediate_size", "mlp_layer_types", "shared_expert_intermediate_size"}
+OF_NO_RECIPE |= {"output_router_logits", "training", "routing_fields", "dataset_kwargs", "pad_token"}
+_FILES = (".txt", ".jsonl", ".parquet")  # datasets that are files
+
+
+def check_arguments(path: str, overrides: Sequence[str]) -> None:
+    """Refuses what a recipe and its overrides show by themselves to be wrong.
+
+    Raises:
+        RecipeError: naming the first field that is, its value and the remedy.
+    """
+    content = read_recipe(path, overrides)
+    known = declared_fields()
+    for name, value in content.items():
+        if known and name not in known:
+            raise unknown_field(name, value, known)
+    refuse_missing(content)
+    if isinstance(content["model"], str):
+        check_model(content["model"])
+    for name in ("dataset", "validation_dataset"):
+        value = content.get(name)
+        if isinstance(value, str) and value.endswith(_FILES) and not Path(value).expanduser().exists():
+            raise RecipeError(f"{name}={value} does not exist; give a file of text or rows, or a Hub id")
+
+
+def check_model(model: str) -> None:
+    """Refuses what is neither a folder nor may be a Hub id.
+
+    Raises:
+        RecipeError: saying which of the two it could have been.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return
+    if path.exists():
+        raise RecipeError(f"model={model} is a file; give the checkpoint's folder")
+    if not could_be_hub_id(model):
+        raise RecipeError(f"model={model} does not exist; give a checkpoint folder or a Hub id")
+
+
+def declared_fields() -> set[str]:
+    """The names that the classes of a recipe's fields declare, read off their files; to import them takes seconds.
+
+    Empty where a file is not where it was: then the classes themselves have to say it.
+    """
+    found: set[str] = set()
+    for package, file, name in _DECLARED:
+        if file is None:
+            place = Path(__file__).parent / "recipe.py"
+        else:
+            spec = importlib.util.find_spec(package)
+            if spec is None or spec.origin is None:
+                return set()
+            place = Path(spec.origin).parent / file
+        if not place.is_file():
+            return set()
+        tree = ast.parse(place.read_text(encoding="utf-8"))
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+        if not classes:
+            return set()
+        found |= {
+            node.target.id
+            for node in classes[0].body
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        }
+    return found - OF_NO_RECIPE
+
+
+def unknown_field(name: str, value: Any, known: Iterable[str]) -> RecipeError:
+    """What is said of a field that no recipe has, with the nearest one that is known."""
+    if name == "num_experts":
+        return RecipeError(
+            f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "
+            "it out, or convert again with another one"
+        )
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    nearest = [ALIASES[name]] if name in ALIASES else nearest
+    hint = f"did you mean {nearest[0]}?" if nearest else "see ecmoe.finetune.Recipe and trl.SFTConfig"
+    return RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
+
+
+def refuse_missing(content: Mapping[str, Any]) -> None:
+    """A recipe without model, output_dir or dataset.
+
+    Raises:
+        RecipeError: naming the first that is missing.
+    """
+    missing = [name for name in ("model", "output_dir", "dataset") if content.get(name) is None]
+    if missing:
+        raise RecipeError(f"{missing[0]} is missing from the recipe; add it there, or as {missing[0]}=...")
+
+
+def shipped(ending: str) -> dict[str, Path]:
+    """The files with that ending that come with the package, by their name without it."""
+    folder = Path(str(resources.files("ecmoe.recipes")))
+    return {path.name.removesuffix(ending): path for path in sorted(folder.glob(f"*{ending}"))}
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The flat fields of a YAML file, or of the one that is shipped under that name, with `field=value` overrides.
+
+    Raises:
+        RecipeError: for a file that is no recipe, and an override that cannot be read.
+    """
+    place, known = Path(path).expanduser(), shipped(".yaml")
+    if not place.is_file() and str(path) in known:
+        place = known[str(path)]
+    try:
+        content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"recipe={path} does not exist; give a YAML file, or one of those that are shipped: {', '.join(known)}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe={path} cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe={path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe={path} must hold `field: value` lines")
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"override {override!r} must be written as field=value")
+        try:
+            content[name.strip()] = yaml.safe_load(value) if value.strip() else None
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from error
+    return content

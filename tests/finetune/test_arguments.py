@@ -1,0 +1,66 @@
+"""What is wrong with a recipe by itself is said before torch and TRL are loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ecmoe.finetune import recipe
+from ecmoe.finetune.arguments import check_arguments, declared_fields
+from ecmoe.finetune.cli import main
+
+GIVEN = ["model={tmp}", "output_dir={tmp}/out", "dataset=me/rows"]
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no recipe": (["fulll"], "recipe=fulll does not exist; give a YAML file, or one of"),
+    "no field": (["full", *GIVEN, "lrr=3"], "lrr=3 is no field of a recipe; did you mean "),
+    "short name": (["full", *GIVEN, "lr=3"], "lr=3 is no field of a recipe; did you mean learning_rate?"),
+    "experts": (["full", *GIVEN, "num_experts=3"], "the number of experts is fixed at conversion"),
+    "no equals": (["full", "packing"], "must be written as field=value"),
+    "no model": (["full", "model={tmp}/no", *GIVEN[1:]], "model={tmp}/no does not exist; give a checkpoint folder"),
+    "missing": (["full", *GIVEN[:1]], "output_dir is missing from the recipe"),
+    "no data": (["full", *GIVEN[:2], "dataset={tmp}/no.jsonl"], "dataset={tmp}/no.jsonl does not exist"),
+}
+
+
+def test_a_mistyped_argument_does_not_wait_for_torch(tmp_path: Path) -> None:
+    """One process for all of them, in which nothing that is slow was loaded at the end."""
+    commands = [[word.format(tmp=tmp_path) for word in words] for words, _ in WRONG.values()]
+    script = f"""
+import sys
+from ecmoe.finetune.cli import main
+for command in {commands!r}:
+    try:
+        main(command)
+    except SystemExit as stop:
+        assert stop.code == 2, command
+    else:
+        raise AssertionError(command)
+slow = [name for name in ("torch", "transformers", "trl", "datasets") if name in sys.modules]
+assert not slow, slow
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(WRONG)
+    for line, (_, message) in zip(lines, WRONG.values(), strict=True):
+        assert line.startswith("ecmoe-finetune: error: ") and message.format(tmp=tmp_path) in line
+
+
+def test_the_names_are_those_of_the_classes() -> None:
+    assert declared_fields() == recipe._OWN | recipe._TRAINING | recipe._ROUTING
+
+
+def test_a_good_recipe_passes(tmp_path: Path) -> None:
+    check_arguments("chat", [word.format(tmp=tmp_path) for word in GIVEN])
+
+
+def test_a_name_that_the_hub_does_not_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as stop:
+        main(["full", "model=qwen3-8xx", f"output_dir={tmp_path}/out", "dataset=me/rows"])
+    assert stop.value.code == 2
+    said = "model=qwen3-8xx is no local folder and could not be fetched from the Hub: it is not in the cache, and HF"
+    assert said in capsys.readouterr().err
