@@ -17,7 +17,7 @@ from ecmoe.conversion.cli import main
 from ecmoe.conversion.machine import Machine, flops_per_second, machine_at_hand
 from ecmoe.conversion.upcycling import estimate
 from ecmoe.finetune.adapters import add_lora
-from ecmoe.finetune.precision import TRAINING_BYTES
+from ecmoe.finetune.memory import TRAINING_BYTES
 
 
 @pytest.fixture(scope="module")
