@@ -127,15 +127,11 @@ class EcMoeExperts(EcMoeRaggedExperts):
 
     @torch.no_grad()
     def _counted_rows(self, hidden_states: Tensor, counts: list[int]) -> Tensor:
-        """Rows [R, D] sorted by expert, so many of each: its own slice of them through every expert that has some."""
+        """Rows [R, D] sorted by expert, so many of each: two products of every expert that has some, one activation."""
         into, into_bias, down, down_bias = self._stacks()
-        outputs = []
         with maybe_autocast(hidden_states.device.type, enabled=False):  # as in a grouped product
-            for expert, rows in enumerate(hidden_states.to(into.dtype).split(counts)):
-                if counts[expert]:
-                    hidden = self._activate(_product_of_few(rows, into[expert], into_bias, expert))
-                    outputs.append(_product_of_few(hidden, down[expert], down_bias, expert))
-        return torch.cat(outputs)
+            hidden = self._activate(_counted_product(hidden_states.to(into.dtype), into, into_bias, counts))
+            return _counted_product(hidden, down, down_bias, counts)
 
     def takes_counts(self) -> bool:
         """Whether `forward` takes the rows of each expert: where Transformers' grouped product, which on a CPU takes
@@ -165,17 +161,27 @@ class EcMoeExperts(EcMoeRaggedExperts):
         return into.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
-def _product_of_few(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    """`linear` of one expert's rows [C, D], its weight [W, D] and the biases of all [E, W] or None -> [C, W].
+def _counted_product(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+    """Rows [R, D] sorted by expert through their expert's linear layer, [E, W, D] and [E, W] or None -> [R, W].
 
     MKL reads a float32 weight two to three times as fast as the left factor of 2 or 3 rows, and a tall one somewhat
     faster up to 8 (docs/speed.md).
     """
-    few = 8 if weight.shape[0] > weight.shape[1] else 3
-    if 1 < len(rows) <= few and weight.dtype == torch.float32:
-        product = (weight @ rows.contiguous().mT).mT
-        return product if bias is None else product + bias[expert]
-    return nn.functional.linear(rows, weight, None if bias is None else bias[expert])
+    transposed = weight.mT
+    few = 0 if weight.dtype != torch.float32 else 8 if weight.shape[1] > weight.shape[2] else 3
+    output = rows.new_empty(len(rows), weight.shape[1])
+    end = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        part = slice(end, end := end + count)
+        if 1 < count <= few:
+            output[part] = (weight[expert] @ rows[part].mT).mT
+        else:
+            torch.mm(rows[part], transposed[expert], out=output[part])
+        if bias is not None:
+            output[part] += bias[expert]
+    return output
 
 
 def _linear(rows_ECD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

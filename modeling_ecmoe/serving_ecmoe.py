@@ -18,7 +18,7 @@ def unweighted_rows(experts: Any, rows_RD: Tensor, expert_R: Tensor, rows_per_ex
         parallelism
         `experts.forward` is a dispatcher with the contract's three arguments, and reads it off the module.
     """
-    ones_R1 = torch.ones_like(rows_RD[:, :1])  # weighted afterwards, in the router's precision
+    ones_R1 = rows_RD.new_ones(len(rows_RD), 1)  # weighted afterwards, in the router's precision
     if rows_per_expert is None:
         return experts(rows_RD, expert_R[:, None], ones_R1)
     if not getattr(experts, "_is_expert_parallel", False):
