@@ -82,8 +82,8 @@ REFUSALS = {
     # Datasets.
     "dataset=@x": "is not valid YAML",
     "dataset=/no/such.txt": "dataset=/no/such.txt does not exist",
-    "dataset=missing.txt": "dataset=missing.txt cannot be read",
-    "dataset=missing.jsonl": "dataset=missing.jsonl cannot be read",
+    "dataset=missing.txt": "dataset=missing.txt does not exist",
+    "dataset=missing.jsonl": "dataset=missing.jsonl does not exist",
     "dataset={empty.txt}": "empty.txt is empty",
     "dataset={empty.jsonl}": "empty.jsonl is empty",
     "dataset={empty.jsonl} streaming=true": "empty.jsonl is empty",
