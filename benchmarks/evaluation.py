@@ -41,7 +41,14 @@ def main() -> None:
     }
     path = save(
         f"evaluation-{Path(options.converted).resolve().name}",
-        vars(options) | {"threads": torch.get_num_threads(), "processor_seconds": seconds, "over_dense": ratios},
+        {
+            "models": [Path(folder).resolve().name for folder in (options.dense, options.converted)],
+            "layers": options.layers,
+            "tokens": options.tokens,
+            "threads": torch.get_num_threads(),
+            "processor_seconds": seconds,
+            "over_dense": ratios,
+        },
     )
     print("| part | processor seconds | over the dense forward pass |\n| --- | ---: | ---: |")
     for name, values in seconds.items():
