@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_dense
 
-from benchmarks import block, decode, gpu, machine, model, rejected, router, scaling
+from benchmarks import block, decode, evaluation, gpu, machine, model, rejected, router, scaling
 from benchmarks.gpu.parts import PARTS
 from benchmarks.harness import interleaved, interleaved_laps, summarize
 from benchmarks.peers import Sizes
@@ -219,3 +220,18 @@ def test_a_part_that_takes_too_long_leaves_the_rest(tmp_path: Path, capsys: Any,
     assert "tests: cut after 0 s" in said and "ceilings: done" in said
     assert json.loads((tmp_path / "ceilings.json").read_text())["flops"] > 0
     assert json.loads((tmp_path / "machine.json").read_text())["versions"]["torch"]
+
+
+def test_what_an_evaluation_costs(
+    results: Path, tmp_path: Path, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part is timed in every round, of the first layer alone."""
+    write_dense(tmp_path / "dense", "Llama", max_position_embeddings=512)
+    make_model("Llama", vocab_size=300, max_position_embeddings=512).save_pretrained(tmp_path / "moe")
+    arguments = ["evaluation", str(tmp_path / "dense"), str(tmp_path / "moe")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--layers=1", "--tokens=512", "--rounds=2"])
+    evaluation.main()
+    found = json.loads((results / "evaluation-moe.json").read_text())
+    assert len(found["processor_seconds"]) == 6 and all(len(row) == 2 for row in found["processor_seconds"].values())
+    assert found["over_dense"]["dense, forward pass"] == 1
+    assert evaluation.load(arguments[2], 1).config.num_hidden_layers == 1
