@@ -19,6 +19,7 @@ from .sources import say
 # A trained parameter's weight, gradient and moments: AdamW in float32, and in bfloat16 with moments of 8 bits. A frozen
 # one is its weight alone.
 TRAINING_BYTES = {"float32": 16, "bfloat16": 6}
+SPARE = 0.9  # of the free memory; nobody counts to the last byte
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 _TILE = (4096, 32768)  # tokens and vocabulary of what TRL's head computes at once
 # Copies of that, where Triton folds it in place and where torch does; measured on a CPU (docs/finetuning.md).
@@ -152,12 +153,12 @@ def warn_of_memory(recipe: Recipe, config: Any, precision: Any, rows: int, lengt
     """
     half = precision.autocast or precision.dtype in ("bfloat16", "float16")
     passing = passing_bytes(recipe, config, rows * length, 2 if half else 4)
-    if not precision.kept or precision.kept + passing <= precision.free or _is_divided(recipe):
+    if not precision.kept or precision.kept + passing <= SPARE * precision.free or _is_divided(recipe):
         return
     say(
         f"memory: weights, gradients and moments take {gigabytes(precision.kept)} on each device and a batch of {rows} "
-        f"rows of {length:,} tokens about {gigabytes(passing)} more; {gigabytes(precision.free)} are free, and a "
-        f"system without memory ends a run without a word. "
+        f"rows of {length:,} tokens about {gigabytes(passing)} more. That is beyond or close to the "
+        f"{gigabytes(precision.free)} that are free, and a system without memory ends a run without a word. "
         + _remedies(recipe, config, precision.needed, precision.kept, rows, length)
     )
 

@@ -16,12 +16,11 @@ from accelerate.utils import gather_object
 from transformers import AutoConfig
 
 from .errors import RecipeError
-from .memory import empty_model, free_bytes, kept_bytes
+from .memory import SPARE, empty_model, free_bytes, kept_bytes
 from .recipe import Recipe
 from .sources import say
 
 STOCHASTIC = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
-_SPARE = 0.9  # of the free memory; activations come on top of what is counted here
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def choose(recipe: Recipe, config: Any, resume: Path | None = None) -> Precision
     if dtype == "auto" and config.dtype == torch.float64:
         why = "as stored"
     elif dtype == "auto":
-        fits = needed["float32"] <= _SPARE * free
+        fits = needed["float32"] <= SPARE * free
         dtype = "float32" if fits else "bfloat16"
         sizes = f"{needed['float32'] / 1e9:.1f} GB with gradients and moments in float32, {free / 1e9:.1f} GB free"
         why = sizes if fits else f"for want of memory: {sizes}"
