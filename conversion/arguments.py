@@ -10,7 +10,16 @@ from .errors import ConversionError
 from .upcycling.settings import Settings
 
 WAYS_OUT = ("token-choice", "glm4-moe")  # what --to takes
-_OF_SETTINGS = ("init", "num_experts", "capacity_factor", "ratio", "granularity", "layers", "router", "mix_attention")
+_OF_SETTINGS: tuple[str, ...] = (
+    "init",
+    "num_experts",
+    "capacity_factor",
+    "ratio",
+    "granularity",
+    "layers",
+    "router",
+    "mix_attention",
+)
 _OF_SETTINGS += ("routing", "min_experts_per_token", "max_experts_per_token")
 # Options that have no meaning in one of the two directions.
 _ONLY_IN = {*_OF_SETTINGS, "router_prompts", "mix_with", "num_gpus"}

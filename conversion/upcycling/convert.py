@@ -117,7 +117,7 @@ def convert(
     """
     check_arguments(locals())
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
-    bounds = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
+    bounds: Any = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
     settings = replace(settings, routing=routing, **bounds)
     target, shard_size = free_place(destination), parse_size(max_shard_size)
     machine = machine_at_hand(device)

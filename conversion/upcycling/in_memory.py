@@ -75,7 +75,7 @@ def upcycle(
         ConversionError: for anything the user can put right.
     """
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, "normal", mix_attention, seed)
-    bounds = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
+    bounds: Any = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
     settings = replace(settings, routing=routing, **bounds)
     settings.check(1 + len(mix_with or []))
     if tokenizer is not None and calibrate_on is None:
