@@ -118,6 +118,13 @@ def test_biased_scores_express_thresholds(
     assert largest_error(source, tmp_path / "one", ids) > 1e-2  # 1.5 experts on average lose a third of them
 
 
+def test_dense_layers_that_come_first_stay_dense(tmp_path: Path, make_tokens: Callable[..., torch.Tensor]) -> None:
+    """As --layers last-half makes them."""
+    source = write_source(tmp_path / "source", "Llama", make_tokens, **BLEND, mlp_layer_types=["dense", "sparse"])
+    export(str(tmp_path / "source"), str(tmp_path / "out"), "glm4-moe", num_experts_per_tok=4, verify=False)
+    assert largest_error(source, tmp_path / "out", make_tokens(3, 40)) <= 5e-5
+
+
 WRITTEN = [("Llama", "blend"), ("Llama", "split"), ("Mistral", "copy"), ("Mistral", "shared"), ("Qwen2", "blend")]
 WRITTEN += [("Qwen2", "shared"), ("Qwen2", "plain"), ("Qwen3", "blend"), ("Qwen3", "split"), ("Qwen3", "plain")]
 BY_SCORE = [("Llama", "blend"), ("Mistral", "shared"), ("Qwen2", "shared"), ("Qwen3", "blend")]
