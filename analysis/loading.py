@@ -12,8 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_ecmoe  # noqa: F401  registers the family
+from ecmoe.progress import announce
 
 from .errors import AnalysisError
+
+_SILENT_BYTES = 1e9  # of a checkpoint that is loaded without a word
 
 
 def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
@@ -26,6 +29,9 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
     if (path.is_absolute() or checkpoint.startswith((".", "~"))) and not path.is_dir():
         raise AnalysisError(f"checkpoint={checkpoint} does not exist; give a checkpoint folder or a Hub id")
     place = _device(device)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
+    if size > _SILENT_BYTES:
+        announce(f"Loading {checkpoint}, {size / 1e9:.1f} GB.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
