@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_ecmoe  # noqa: F401  registers the family
 from ecmoe.hub import why_not_from_hub
+from ecmoe.progress import announce
 
 from .arguments import check_checkpoint
 from .errors import AnalysisError
+
+_SILENT_BYTES = 1e9  # of a checkpoint that is loaded without a word
 
 
 def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
@@ -27,6 +30,9 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
     path = Path(checkpoint).expanduser()
     check_checkpoint(checkpoint)
     place = _device(device)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
+    if size > _SILENT_BYTES:
+        announce(f"Loading {checkpoint}, {size / 1e9:.1f} GB.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
