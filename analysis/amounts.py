@@ -1,7 +1,7 @@
 """How much a comparison does: everything where that fits into its time, and less of it, level by level, elsewhere.
 
 Seconds are estimated from passes: a training step is taken for as long as PASSES_OF_A_STEP forward passes, and a
-calibration without bounds goes through its text twice.
+calibration goes through its text once.
 """
 
 import math
@@ -99,9 +99,8 @@ def estimate(amounts: Amounts, rates: Mapping[int, float], steps: int) -> float:
 
 
 def calibrated_tokens(amounts: Amounts, variant: Variant) -> int:
-    """That go through the model in one calibration."""
-    passes = (1 if variant.bounds_experts else 2) if variant.has_thresholds else 0
-    return passes * amounts.calibration * amounts.pool
+    """That go through the model in one calibration: once, as long as its scores are kept (calibration_ecmoe.py)."""
+    return amounts.calibration * amounts.pool if variant.has_thresholds else 0
 
 
 def named(variants: list[Variant], names: list[str] | None) -> list[Variant]:

@@ -1,13 +1,15 @@
 """What can be wrong with a command before there is a model: checked before torch and Transformers are imported."""
 
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .checkpoints.places import free_place, local_folder, parse_size
 from .errors import ConversionError
-from .upcycling.settings import Settings
+from .upcycling.settings import MIXTURE_TYPES, Settings
 
 WAYS_OUT = ("token-choice", "glm4-moe")  # what --to takes
 _OF_SETTINGS: tuple[str, ...] = (
@@ -64,6 +66,8 @@ def _check_upcycling(options: Mapping[str, Any]) -> None:
     if mix_with is not None and not isinstance(mix_with, list | tuple):
         raise ConversionError("mix_with must be a list of checkpoints or models; put it into [...]")
     settings = Settings(**{name: options[name] for name in (*_OF_SETTINGS, "seed") if name in options})
+    if _may_be_mixture(options["source"]):  # whose number of experts is its own
+        settings = replace(settings, num_experts=None, capacity_factor=None)
     settings.check(1 + len(mix_with or []))
     prompts = options.get("router_prompts")
     if (settings.router == "hidden") != (prompts is not None):
@@ -71,6 +75,19 @@ def _check_upcycling(options: Mapping[str, Any]) -> None:
             f"router={settings.router} and router_prompts={prompts}: router=hidden needs a file of prompts, and no "
             "other router reads one"
         )
+
+
+def _may_be_mixture(source: Any) -> bool:
+    """Whether a folder's config.json says that its experts are there already. Of a Hub id nothing is known yet."""
+    if not isinstance(source, str | os.PathLike):
+        return str(getattr(getattr(source, "config", None), "model_type", "")) in MIXTURE_TYPES
+    path = Path(source).expanduser() / "config.json"
+    if not path.is_file():
+        return True
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type") in MIXTURE_TYPES
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _check_file(name: str, value: str | os.PathLike[str]) -> None:

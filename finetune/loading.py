@@ -62,7 +62,7 @@ def load_model(recipe: Recipe) -> Any:
     if "dtype" in options:
         raise RecipeError(f"model_init_kwargs={options} names dtype; write dtype={options['dtype']} beside it")
     if recipe.distributed:
-        options["distributed_config"] = _distributed_config(recipe)
+        options["distributed_config"] = distributed_config(recipe)
     try:
         return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
     except _UNLOADABLE as error:
@@ -104,7 +104,12 @@ def _refuse_adapter(model: str, folder: Path) -> None:
     )
 
 
-def _distributed_config(recipe: Recipe) -> DistributedConfig:
+def distributed_config(recipe: Recipe) -> DistributedConfig:
+    """The parallel plan of a recipe.
+
+    Raises:
+        RecipeError: for a field that is unknown, or one that does not go with the recipe or with the processes here.
+    """
     content: dict[str, Any] = dict(recipe.distributed or {})
     refuse_unknown(content, [item.name for item in fields(DistributedConfig)], "distributed (DistributedConfig)")
     try:

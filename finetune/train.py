@@ -29,7 +29,7 @@ from .dry import SecondStep, estimate_run, two_batches
 from .encode import is_learned_from, stop_token
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
-from .loading import load_config, load_model, load_tokenizer
+from .loading import distributed_config, load_config, load_model, load_tokenizer
 from .losses import standard_error
 from .memory import peak_bytes, refuse_impossible, warn_of_memory
 from .mixin import is_flash
@@ -201,6 +201,8 @@ def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | 
     whole: the arguments of the run whose sequences are read, where the trainer takes a few steps of it.
     """
     config = load_config(recipe)
+    if recipe.distributed:
+        distributed_config(recipe)  # refused before any data is read
     precision = choose(recipe, config, resume)
     precision.say()
     if resume is None:

@@ -49,11 +49,23 @@ class _AdaptedRows:
         return None if _is_hooked(module) else cls(module, factors)
 
     def __call__(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, rows_per_expert: int | None = None
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        rows_per_expert: int | list[int] | None = None,
     ) -> Tensor:
-        """As `EcMoeExperts.forward`: [T, D], index and weights [T, K] -> [T, D]; or equal rows [E * C, D] of each."""
+        """As `EcMoeExperts.forward`: [T, D], index and weights [T, K] -> [T, D]; or the rows [R, D] of each expert in
+        turn, equally many or as many as a list says."""
         base = self.base
         into, into_bias, down, down_bias = base._stacks()
+        if isinstance(rows_per_expert, list):
+            outputs = []
+            for expert, rows in enumerate(hidden_states.split(rows_per_expert)):
+                if len(rows):
+                    hidden = base._activate(self._product(rows, into, into_bias, self.first, expert))
+                    outputs.append(self._product(hidden, down, down_bias, "down_proj", expert))
+            return torch.cat(outputs)
         if rows_per_expert is not None:
             rows_ECD = hidden_states.to(into.dtype).view(base.num_experts, rows_per_expert, -1)
             hidden_ECI = base._activate(self._product(rows_ECD, into, into_bias, self.first))

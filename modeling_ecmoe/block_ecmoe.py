@@ -88,7 +88,7 @@ class EcMoeBlock(nn.Module):
         if isinstance(chosen, Slots):
             output_TD = experts(tokens_TD, chosen.expert, chosen.weight).to(chosen.weight.dtype)
         else:
-            has_kernels = kernels_run_on(tokens_TD) and self.config.experts_kernels
+            has_kernels = self.config.experts_kernels and kernels_run_on(tokens_TD)
             pairs = list_pairs(chosen.token, len(tokens_TD)) if has_kernels else None
             rows_RD = dispatch(tokens_TD, chosen.token, pairs)
             rows_RD = unweighted_rows(experts, rows_RD, chosen.expert, chosen.rows_per_expert)

@@ -32,6 +32,9 @@ from .versions_ecmoe import slice_logits_to_keep
 logger = logging.get_logger(__name__)
 
 
+_loss_function: Any = PreTrainedModel.loss_function.fget  # type: ignore[attr-defined]  # a compiler traces no super()'s
+
+
 class EcMoeDecoderLayerMixin:
     """A dense decoder layer whose `mlp` is the sparse block, and which hands the real tokens to it.
 
@@ -117,8 +120,9 @@ class EcMoePreTrainedMixin:
     @property
     def loss_function(self) -> Any:
         """As Transformers', asked for where labels are given; in train mode without gradients says what it is not."""
-        warn_training_loss(self)
-        return super().loss_function
+        if not torch.compiler.is_compiling():
+            warn_training_loss(self)
+        return _loss_function(self)
 
     @loss_function.setter
     def loss_function(self, value: Any) -> None:

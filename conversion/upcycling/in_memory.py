@@ -21,7 +21,7 @@ from ..errors import ConversionError
 from .measure import ESTIMATED, estimated_thresholds, one_per_replica
 from .notes import notes_on
 from .plan import Plan, plan_conversion
-from .settings import Settings
+from .settings import MIXTURE_TYPES, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def upcycle(
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, "normal", mix_attention, seed)
     bounds: Any = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
     settings = replace(settings, routing=routing, **bounds)
-    settings.check(1 + len(mix_with or []))
+    if getattr(getattr(model, "config", None), "model_type", None) not in MIXTURE_TYPES:
+        settings.check(1 + len(mix_with or []))
     if tokenizer is not None and calibrate_on is None:
         raise ConversionError("tokenizer is for the texts of calibrate_on, and there are none; leave it out")
     if isinstance(model, str | os.PathLike):

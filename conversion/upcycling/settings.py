@@ -12,6 +12,17 @@ ROUTERS = {
     "centroid": "k-means centroids of the FFN's inputs on the text (arXiv 2604.13508)",
     "hidden": "the mean FFN input of each expert's prompts, from router_prompts",
 }
+# The sources that are mixtures already (mixtures.py), by model_type.
+MIXTURE_TYPES = (
+    "deepseek_v3",
+    "glm4_moe",
+    "granitemoe",
+    "granitemoeshared",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 NAMED_LAYERS = ("all", "every-second", "last-half")
 MIX_ATTENTION = ("average", "first")
 
@@ -76,10 +87,7 @@ class Settings:
         """
         self._check_types()
         if self.init is None:
-            made = replace(self, init="shared")
-            if self.num_experts is None and self.capacity_factor is not None:  # it may be that of a mixture
-                made = replace(made, capacity_factor=None)
-            return replace(made.check(num_sources), capacity_factor=self.capacity_factor)
+            return replace(self, init="shared").check(num_sources)
         for field, known in (("init", INITIALISATIONS), ("router", ROUTERS), ("mix_attention", MIX_ATTENTION)):
             if getattr(self, field) not in known:
                 raise ConversionError(f"{field}={getattr(self, field)} is unknown; choose one of {', '.join(known)}")

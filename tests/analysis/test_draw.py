@@ -111,7 +111,7 @@ REFUSALS = {
     "--experts=1": "num_experts=1 must be at least 2",
     "--output=walk.gif": "must end in .svg or .png",
     "--output=missing/walk.png": "cannot be written",
-    "--matrices=missing.json": "cannot be read as JSON",
+    "--matrices=missing.json": "matrices=missing.json does not exist",
 }
 
 

@@ -247,7 +247,7 @@ REFUSALS = {
     "--text-file=empty": "text_file=empty is empty",
     "--text-file=junk": "text_file=junk is no UTF-8 text (byte 0)",
     "--text-file=nul": "text_file=nul holds bytes that are no text",
-    "--text-file=missing": "text_file=missing cannot be read",
+    "--text-file=missing": "text_file=missing does not exist",
     "--text-file=.": "text_file=. cannot be read",
     "--text-file=/dev/zero": "has more than 4 MiB",
     "": "give the text itself or a text_file",

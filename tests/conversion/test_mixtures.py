@@ -21,6 +21,7 @@ from ecmoe.conversion import convert, export
 from ecmoe.conversion.cli import main
 from ecmoe.conversion.upcycling.mixtures import MIXTURES
 from ecmoe.conversion.upcycling.plan import _EXPERT_CHOICE_FIELDS
+from ecmoe.conversion.upcycling.settings import MIXTURE_TYPES
 from modeling_ecmoe import sparse_blocks
 
 COMMON = {
@@ -204,6 +205,10 @@ def test_in_memory_the_experts_choose_by_default(make_tokens: Callable[..., torc
     loss = converted.train()(input_ids=make_tokens(2, 16), labels=make_tokens(2, 16)).loss
     loss.backward()
     assert all(block.gate.weight.grad.any() for block in sparse_blocks(converted).values())
+
+
+def test_arguments_are_checked_with_their_names_alone() -> None:
+    assert sorted(MIXTURES) == list(MIXTURE_TYPES)
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
