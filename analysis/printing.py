@@ -10,6 +10,8 @@ from rich.table import Table
 Result = dict[str, Any]
 # Of more experts than these, or beside another checkpoint, a layer's row says how far the loads lie apart.
 _LOADS = 8
+# More layers than these have one row together; --json has each.
+_LAYERS = 12
 # A standard error above WIDE says little: 0.05 nats are 5 % of a perplexity. That of FEW documents is a guess.
 WIDE, FEW = 0.05, 10
 
@@ -98,10 +100,26 @@ def _routes(table: Table, entries: list[Result]) -> None:
     table.add_row("chosen by no expert", *(summary(entry, "uncovered", "{:.1%}") for entry in entries))
     names = list(dict.fromkeys(name for e in entries if "routes" in e for name in e["routes"]["layers"]))
     table.add_section()
+    if len(names) > _LAYERS:
+        cells = [_load_over_layers(entry) for entry in entries]
+        table.add_row(f"load, {len(names)} layers", *(all_layers for all_layers, _ in cells))
+        table.add_row("  least even in", *(where for _, where in cells))
+        return
     for name in names:
         layers = [entry["routes"]["layers"].get(name) if "routes" in entry else None for entry in entries]
         cells = [_load(layer, is_short=len(entries) > 1) for layer in layers]
         table.add_row(f"load, {name.removesuffix('.mlp').removeprefix('model.')}", *cells)
+
+
+def _load_over_layers(entry: Result) -> tuple[str, str]:
+    """The least and the largest load over all layers, and the layers where they lie furthest apart."""
+    if "routes" not in entry:
+        return "", ""
+    layers = {name: layer["load"] for name, layer in entry["routes"]["layers"].items()}
+    furthest = sorted(layers, key=lambda name: min(layers[name]) - max(layers[name]))[:3]
+    numbers = ", ".join(name.removesuffix(".mlp").rpartition(".")[2] for name in furthest)
+    every = [load for loads in layers.values() for load in loads]
+    return f"{min(every):.2f} to {max(every):.2f}", f"layers {numbers}"
 
 
 def _load(layer: Result | None, is_short: bool) -> str:

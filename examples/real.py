@@ -19,6 +19,7 @@ from rich.console import Console
 
 EXAMPLES = Path(__file__).parent
 CONVERSATIONS = EXAMPLES / "conversations.jsonl"
+TRAINED_ON, HELD_OUT = "conversations.jsonl", "held_out.jsonl"
 QUESTIONS = ("How tall is the Eiffel Tower?", "How many hours are in two days?", "What is the capital of France?")
 ANSWER_TOKENS = 60
 REPORTED = "The Moon goes round the Earth in about 27 days. A day has 24 hours, so that is 648 hours."
@@ -76,10 +77,14 @@ class Road:
         )
 
     def _dense(self) -> None:
-        """The weights and the tokenizer of the GGUF file in the package, written by `save_pretrained`.
+        """The weights and the tokenizer of the GGUF file in the package, written by `save_pretrained`; and the
+        conversations, every fifth of them held out.
 
         In a process of its own: Transformers reads such a file with the package gguf, which nothing else here needs.
         """
+        rows = CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True)
+        for name, chosen in ((HELD_OUT, rows[::5]), (TRAINED_ON, [row for n, row in enumerate(rows) if n % 5])):
+            (self.output / name).write_text("".join(chosen), encoding="utf-8")
         file = next(self.packages.rglob("*.gguf"))
         done = subprocess.run(
             [sys.executable, "-c", _READ_GGUF, str(self.packages), str(file), str(self.output / "dense")]
@@ -157,15 +162,10 @@ AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(sys.argv[3
 """
 
 CONVERT = ("dense", "converted", "--num-experts", "8")
-EVALUATE = ("ecmoe.analysis", "evaluate", "converted", "--against", "dense", "--data", str(CONVERSATIONS))
-FINETUNE = (
-    "chat_lora",
-    "model=converted",
-    f"dataset={CONVERSATIONS}",
-    "output_dir=tuned",
-    "merge=true",
-)
-EVALUATE_TUNED = ("ecmoe.analysis", "evaluate", "tuned/merged", "--against", "dense", "--data", str(CONVERSATIONS))
+EVALUATE = ("ecmoe.analysis", "evaluate", "converted", "--against", "dense", "--data", HELD_OUT)
+FINETUNE = ("chat_lora", "model=converted", f"dataset={TRAINED_ON}", f"validation_dataset={HELD_OUT}")
+FINETUNE += ("output_dir=tuned", "merge=true")
+EVALUATE_TUNED = ("ecmoe.analysis", "evaluate", "tuned/merged", "--against", "dense", "--data", HELD_OUT)
 REPORT = ("ecmoe.analysis", "report", "tuned/merged", "--text", REPORTED, "--output", "report.html")
 LEAVE = ("--to", "token-choice", "tuned/merged", "plain")
 

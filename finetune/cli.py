@@ -39,11 +39,16 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         check_arguments(options.recipe, options.overrides)
+        import datasets
         from accelerate import PartialState
+        from transformers.utils import logging
 
         from .recipe import load_recipe
         from .train import dry_run, run
 
+        if not sys.stderr.isatty():  # a log gets lines of its own
+            logging.disable_progress_bar()
+            datasets.disable_progress_bars()
         recipe = load_recipe(options.recipe, options.overrides)
         results = dry_run(recipe) if options.dry_run else run(recipe)
     except RecipeError as error:

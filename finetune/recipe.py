@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -240,6 +241,7 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     replaced by a better one in the log, and products are in the weights' precision (`precision` says otherwise)."""
     # TRL turns recomputation on under a name that Transformers has given up.
     silent: dict[str, Any] = {"report_to": "none", "logging_nan_inf_filter": False, "bf16": False}
+    silent["dataloader_pin_memory"] = torch.accelerator.is_available()  # without one torch warns at every loader
     silent["activation_checkpointing"] = recipe.training.get("gradient_checkpointing", True)
     if recipe.training.get("loss_type", "nll") != "nll" or recipe.training.get("label_smoothing_factor"):
         silent |= {"metric_for_best_model": "nll", "greater_is_better": False}  # what runs are compared by

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_dense, write_text
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ecmoe
 from ecmoe.analysis import AnalysisError, evaluate
 from ecmoe.analysis.cli import main
+from ecmoe.analysis.printing import evaluation_table
 from ecmoe.analysis.rows import Row, at_most, batches
 from ecmoe.analysis.text import _PIECE, read_documents, windows
 from ecmoe.conversion import convert
@@ -221,3 +223,12 @@ def test_a_model_in_memory_is_evaluated_as_its_folder(place: Path, tmp_path: Pat
     dense = AutoModelForCausalLM.from_pretrained(place / "dense")
     with pytest.raises(AnalysisError, match="is a llama model without experts"):
         ecmoe.report(dense, str(tmp_path / "none.html"), text="a", tokenizer=tokenizer)
+
+
+def test_many_layers_have_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {f"model.layers.{n}.mlp": {"load": [1 - n / 40, 1 + n / 40]} for n in range(30)}
+    summary = {"experts_per_token": 1.0, "uncovered": 0.0}
+    Console(width=100).print(evaluation_table({"checkpoint": "many", "routes": {"summary": summary, "layers": layers}}))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "load, 30 layers 0.28 to 1.73" in said and "least even in layers 29, 28, 27" in said
+    assert "load, layers" not in said
