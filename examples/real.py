@@ -58,15 +58,15 @@ class Road:
 
     def run(self) -> None:
         """Every part, and the seconds that each took."""
-        self.part("dense", "1. SmolLM2-135M-Instruct as a folder of Transformers", 1, self._dense)
-        self.part("convert", "2. Eight experts in each layer", 4, lambda: self.command("ecmoe.conversion", *CONVERT))
-        self.part("evaluate", "3. Dense and converted side by side", 2, lambda: self.command(*EVALUATE))
-        self.part("finetune", "4. LoRA on a few conversations", 6, lambda: self.command("ecmoe.finetune", *FINETUNE))
-        self.part("after", "5. The same conversations afterwards", 2, lambda: self.command(*EVALUATE_TUNED))
-        self.part("answers", "6. Three questions, before and after", 2, self._answers)
-        self.part("report", "7. Who goes where", 1, lambda: self.command(*REPORT))
+        self.part("dense", "1. SmolLM2-135M-Instruct as a folder of Transformers", 0.5, self._dense)
+        self.part("convert", "2. Eight experts in each layer", 2, lambda: self.command("ecmoe.conversion", *CONVERT))
+        self.part("evaluate", "3. Dense and converted side by side", 1, lambda: self.command(*EVALUATE))
+        self.part("finetune", "4. LoRA on a few conversations", 2, lambda: self.command("ecmoe.finetune", *FINETUNE))
+        self.part("after", "5. The held-out conversations afterwards", 1, lambda: self.command(*EVALUATE_TUNED))
+        self.part("answers", "6. Three questions, before and after", 1, self._answers)
+        self.part("report", "7. Who goes where", 0.5, lambda: self.command(*REPORT))
         self.part(
-            "export", "8. A plain checkpoint for other tools", 4, lambda: self.command("ecmoe.conversion", *LEAVE)
+            "export", "8. A plain checkpoint for other tools", 3, lambda: self.command("ecmoe.conversion", *LEAVE)
         )
         seconds = {name: part["seconds"] for name, part in self.done.items()}
         self.console.print(
