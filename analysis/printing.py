@@ -101,9 +101,9 @@ def _routes(table: Table, entries: list[Result]) -> None:
     names = list(dict.fromkeys(name for e in entries if "routes" in e for name in e["routes"]["layers"]))
     table.add_section()
     if len(names) > _LAYERS:
-        cells = [_load_over_layers(entry) for entry in entries]
-        table.add_row(f"load, {len(names)} layers", *(all_layers for all_layers, _ in cells))
-        table.add_row("  least even in", *(where for _, where in cells))
+        over = [_load_over_layers(entry) for entry in entries]
+        table.add_row(f"load, {len(names)} layers", *(loads for loads, _ in over))
+        table.add_row("  least even in", *(where for _, where in over))
         return
     for name in names:
         layers = [entry["routes"]["layers"].get(name) if "routes" in entry else None for entry in entries]
