@@ -47,7 +47,15 @@ _DECLARED = (
 )
 # What those classes declare and a recipe has not: what would change a weight's shape, and what is set for the run.
 OF_NO_RECIPE = {"num_experts", "moe_intermediate_size", "mlp_layer_types", "shared_expert_intermediate_size"}
-OF_NO_RECIPE |= {"output_router_logits", "training", "routing_fields", "dataset_kwargs", "pad_token"}
+OF_NO_RECIPE |= {
+    "thresholds_from",
+    "shared_expert_weighting",
+    "output_router_logits",
+    "training",
+    "routing_fields",
+    "dataset_kwargs",
+    "pad_token",
+}
 _FILES = (".txt", ".jsonl", ".parquet")  # datasets that are files
 
 

@@ -201,14 +201,14 @@ def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | 
     whole: the arguments of the run whose sequences are read, where the trainer takes a few steps of it.
     """
     config = load_config(recipe)
-    if recipe.distributed:
-        distributed_config(recipe)  # refused before any data is read
     precision = choose(recipe, config, resume)
     precision.say()
     if resume is None:
         refuse_impossible(recipe, config, precision.needed, precision.kept)
     recipe = precision.settle(recipe)
     arguments = training_arguments(recipe)
+    if recipe.distributed:  # with the arguments the processes have found each other; refused before any data is read
+        distributed_config(recipe)
     tokenizer = load_tokenizer(recipe, config)
     if arguments.max_length is None:
         arguments.max_length = getattr(config, "max_position_embeddings", None)
