@@ -1,6 +1,7 @@
 """The benchmarks run and write what they measured; and bounds on a few ratios, generous because machines are noisy."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from checkpoints import write_dense
 
-from benchmarks import block, decode, evaluation, gpu, machine, model, rejected, router, scaling
+from benchmarks import block, decode, evaluation, gpu, machine, model, operations, rejected, router, scaling
 from benchmarks.gpu.parts import PARTS
 from benchmarks.harness import interleaved, interleaved_laps, summarize
 from benchmarks.peers import Sizes
@@ -235,3 +236,10 @@ def test_what_an_evaluation_costs(
     assert len(found["processor_seconds"]) == 6 and all(len(row) == 2 for row in found["processor_seconds"].values())
     assert found["over_dense"]["dense, forward pass"] == 1
     assert evaluation.load(arguments[2], 1).config.num_hidden_layers == 1
+
+
+def test_operations_of_one_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["operations", "--calls", "2"])
+    operations.main()
+    said = capsys.readouterr().out
+    assert said.count("| aten::mm | ") == 2 and "expert choice: " in said and "Mixtral: " in said
