@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ecmoe.hub import could_be_hub_id
+from ecmoe.hub import why_no_checkpoint
 
 from .errors import AnalysisError
 
@@ -46,13 +46,9 @@ def check_checkpoint(checkpoint: str, name: str = "checkpoint") -> None:
     Raises:
         AnalysisError: saying which of the two it could have been.
     """
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        return
-    if path.exists():
-        raise AnalysisError(f"{name}={checkpoint} is a file; give the checkpoint's folder")
-    if not could_be_hub_id(checkpoint):
-        raise AnalysisError(f"{name}={checkpoint} does not exist; give a checkpoint folder or a Hub id")
+    wrong = why_no_checkpoint(checkpoint)
+    if wrong:
+        raise AnalysisError(f"{name}={checkpoint} {wrong}")
 
 
 def _listed(value: Any) -> list[str]:

@@ -6,7 +6,6 @@ others do, and what it finds out is of use only in the folder that was looked at
 
 import datetime
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,12 +17,14 @@ from torch import Tensor, nn
 from ecmoe.progress import announce, progress_bar
 from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks
 from modeling_ecmoe.batches_ecmoe import is_conversation, token_ids
+from modeling_ecmoe.report_ecmoe import is_near_share
 
 from .errors import AnalysisError
 from .limits import CALIBRATION_TOKENS
 from .loading import load_expert_choice, padding_id
+from .rows import Columns, read_rows
 from .shards import Calibrated, threshold_shards
-from .text import pad, read_documents
+from .text import pad
 
 Batch = dict[str, Tensor]
 
@@ -31,8 +32,6 @@ WINDOW = 512  # tokens; shorter where the model's context is
 POOL = 4_096  # tokens of a batch, among which experts choose meanwhile
 LOGITS = 1_024  # tokens of a batch whose logits are held at once
 HELD_OUT = 5  # one document in so many is looked at and not calibrated on
-# An expert's tokens over its share: beyond these the thresholds are those of other text.
-LEAST_LOAD, LARGEST_LOAD = 0.5, 2.0
 
 
 def calibrate(
@@ -51,8 +50,8 @@ def calibrate(
 
     Args:
         checkpoint: folder of an expert-choice checkpoint in safetensors.
-        text: text file or folder of text files, see `text.read_documents`; rows of .jsonl may hold `messages`, of
-            which the model's chat template makes text.
+        text: file or folder of files with text, conversations, or prompts with completions, see `rows.read_rows`; the
+            model's chat template makes text of the latter two.
         tokens: to calibrate on, at most; a quarter as many are held out.
         text_column: of .jsonl and .parquet files.
         device: the first accelerator, or the CPU, when None.
@@ -106,7 +105,7 @@ def calibrate(
 def load_warning(found: dict[str, Any]) -> str | None:
     """What to say where the experts are far from their share of the held-out text with the new thresholds too."""
     least, largest = found["after"]["load_min"], found["after"]["load_max"]
-    if least >= LEAST_LOAD and largest <= LARGEST_LOAD:
+    if is_near_share(found["after"]):
         return None
     return (
         f"experts take {least:.2f} to {largest:.2f} of their share of held-out text: {found['tokens']:,} tokens are "
@@ -123,33 +122,23 @@ def _refuse_token_choice(model: Any, checkpoint: Any) -> None:
 
 
 def _documents(text: str, text_column: str) -> Iterator[Any]:
-    """Texts, or of a .jsonl file whose rows hold `messages` conversations."""
-    path = Path(text).expanduser()
-    if path.suffix == ".jsonl" and path.is_file():
-        rows = _json_rows(path)
-        number, first = next(rows, (0, None))
-        if isinstance(first, dict) and "messages" in first:
-            for line, row in itertools.chain([(number, first)], rows):
-                messages = row.get("messages") if isinstance(row, dict) else None
-                if not is_conversation(messages):
-                    raise AnalysisError(f"text={path}, line {line}: messages must be a list with role and content")
-                yield messages
-            return
+    """Texts, and of rows with messages, or a prompt and its completion, conversations."""
+    columns = Columns(text=None if text_column == "text" else text_column)
     try:
-        yield from read_documents(text, text_column)
+        for document in read_rows(text, columns):
+            yield document if isinstance(document, str) else _conversation(document)
     except AnalysisError as error:
         raise AnalysisError(str(error).replace("data=", "text=", 1)) from error
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a .jsonl file, with the numbers of their lines."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AnalysisError(f"text={path} cannot be read as a .jsonl file ({error})") from error
+def _conversation(row: dict[str, Any]) -> Any:
+    """Messages; what cannot be read as such is refused when it is made tokens of."""
+    if "messages" in row:
+        return row["messages"]
+    if isinstance(row["completion"], str) and isinstance(row["prompt"], str | None):
+        turns = (("user", row["prompt"]), ("assistant", row["completion"]))
+        return [{"role": role, "content": content} for role, content in turns if content]
+    return [*(row["prompt"] or []), *row["completion"]]
 
 
 def _rows(
@@ -162,6 +151,10 @@ def _rows(
         part = 0 if number % HELD_OUT == HELD_OUT - 1 else 1
         missing = wanted[part] - sum(map(len, parts[part]))
         if missing > 0:
+            if not isinstance(document, str) and not is_conversation(document):
+                raise AnalysisError(
+                    f"text={text}, document {number + 1}: messages must be a list with role and content"
+                )
             try:
                 ids = token_ids(tokenizer, document)[:missing]
             except Exception as error:  # tokenizers raises bare ones

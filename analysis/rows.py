@@ -152,19 +152,30 @@ def tokens_of(tokenizer: Any, documents: Iterator[Document], window: int, longes
         window: tokens of a window.
         longest: tokens of a conversation; a longer one is cut.
     """
-    from .chat import Encoder  # it takes TRL's templates, which take seconds to import
-
-    encoder = None
+    encoders: dict[str, Any] = {}
     for number, document in enumerate(documents):
         if isinstance(document, str):
             for ids in windows(tokenizer, iter([document]), window):
                 yield Row(ids, [True] * len(ids), number)
             continue
-        encoder = encoder or Encoder(tokenizer)
-        row = Row(*encoder(document), number)
+        row = _encoded(document, tokenizer, encoders, number)
         row = replace(row.cut(longest), is_cut=len(row.ids) > longest)
         if row.predicts:
             yield row
+
+
+def _encoded(document: dict[str, Any], tokenizer: Any, encoders: dict[str, Any], number: int) -> Row:
+    """A conversation, or a prompt with its completion, by the rule of fine-tuning; encoders: by kind, made once."""
+    from ecmoe.encoding import IGNORE, Encoder, EncodingError  # it takes TRL's templates, seconds to import
+
+    kind = "messages" if "messages" in document else "prompt"
+    try:
+        if kind not in encoders:
+            encoders[kind] = Encoder(tokenizer, kind)
+        found = encoders[kind](document)
+    except EncodingError as error:
+        raise AnalysisError(str(error)) from error
+    return Row(found["input_ids"], [label != IGNORE for label in found["labels"]], number)
 
 
 def at_most(rows: Iterator[Row], max_tokens: int | None) -> Iterator[Row]:

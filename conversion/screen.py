@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ecmoe.progress import duration
+from modeling_ecmoe.report_ecmoe import LARGEST_LOAD, LEAST_LOAD
 
 from .checkpoints.provenance import RECORD_NAME
 from .texts import OWN_TEXT
-from .upcycling.verify import LARGEST_LOAD, LEAST_LOAD, far_kinds, remedy
+from .upcycling.verify import far_kinds, remedy
 
 
 def print_conversion(record: dict[str, Any], destination: str) -> None:

@@ -5,6 +5,7 @@ setting that forbids the network look alike. Imported by conversion, finetune an
 """
 
 import re
+from pathlib import Path
 
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
 
@@ -12,6 +13,16 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
 def could_be_hub_id(name: str) -> bool:
     """Whether a name that is no folder may be one of the Hub's: gpt2, Qwen/Qwen3-0.6B, me/model@v2."""
     return bool(_ID.fullmatch(name)) and not name.startswith((".", "~"))
+
+
+def why_no_checkpoint(name: str) -> str | None:
+    """What is wrong with a name that is neither a folder nor may be one of the Hub's; None of a good one."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return None
+    if path.exists():
+        return "is a file; give the checkpoint's folder"
+    return None if could_be_hub_id(name) else "does not exist; give a checkpoint folder or a Hub id"
 
 
 def why_not_from_hub(error: BaseException) -> str:

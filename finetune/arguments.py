@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ecmoe.hub import could_be_hub_id
+from ecmoe.hub import why_no_checkpoint
 
 from .errors import RecipeError
 
@@ -85,13 +85,9 @@ def check_model(model: str) -> None:
     Raises:
         RecipeError: saying which of the two it could have been.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return
-    if path.exists():
-        raise RecipeError(f"model={model} is a file; give the checkpoint's folder")
-    if not could_be_hub_id(model):
-        raise RecipeError(f"model={model} does not exist; give a checkpoint folder or a Hub id")
+    wrong = why_no_checkpoint(model)
+    if wrong:
+        raise RecipeError(f"model={model} {wrong}")
 
 
 def declared_fields() -> set[str]:

@@ -13,9 +13,10 @@ from datasets import Dataset, IterableDataset
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ecmoe.encoding import IGNORE
+
 from .encode import Encoder, fit, wrap
 from .errors import RecipeError
-from .losses import IGNORE
 from .recipe import Recipe, learned_of
 from .sources import Rows, load_rows, say
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IGNORE = -100
+from ecmoe.encoding import IGNORE
 
 
 class RowLengths:

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from ecmoe.encoding import IGNORE
 from modeling_ecmoe import record_routing, use_inference_routing
 
 from .adapters import group_of
@@ -30,7 +31,7 @@ from .calibration import Calibration
 from .callbacks import LogBeforeSaving, Progress, StepTimer, is_expert_choice, thresholds_of
 from .errors import RecipeError
 from .folder import last_whole_checkpoint, step_of
-from .losses import IGNORE, LossSums, RowLengths, router_losses, standard_error
+from .losses import LossSums, RowLengths, router_losses, standard_error
 
 LOSSES_BEFORE = "ecmoe_losses_before"  # among what Trainer's state keeps of callbacks
 

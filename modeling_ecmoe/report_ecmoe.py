@@ -46,6 +46,15 @@ class LayerCounts:
         return LayerCounts(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
 
+# An expert's tokens over its share: beyond these the thresholds are those of other text.
+LEAST_LOAD, LARGEST_LOAD = 0.5, 2.0
+
+
+def is_near_share(summary: Mapping[str, Any]) -> bool:
+    """Whether the load of every expert, load_min to load_max, is near its share."""
+    return bool(summary["load_min"] >= LEAST_LOAD and summary["load_max"] <= LARGEST_LOAD)
+
+
 @dataclass
 class RoutingRecord:
     """Counts of the routes of a model's real tokens, as inference takes them, one entry per sparse layer."""

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from modeling_ecmoe import RoutingRecord, record_routing
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
+from modeling_ecmoe.report_ecmoe import is_near_share
 
 from ..errors import ConversionError
 from ..models import TOLERANCE, greedy_texts, side_by_side
 
-# An expert's tokens over its share: beyond these the thresholds are those of other text.
-LEAST_LOAD, LARGEST_LOAD = 0.5, 2.0
 LEAST_TOKENS = 64  # an expert's share of a kind of text that is long enough to tell
 
 
@@ -112,11 +111,6 @@ def remedy(destination: str) -> str:
         "Calibrate on text of the kind that the model is meant for: ecmoe-convert ... --text FILE, or "
         f"ecmoe-inspect calibrate {destination} --text FILE"
     )
-
-
-def is_near_share(summary: dict[str, Any]) -> bool:
-    """Whether the load of every expert is near its share."""
-    return summary["load_min"] >= LEAST_LOAD and summary["load_max"] <= LARGEST_LOAD
 
 
 def check(measured: dict[str, Any], is_exact: bool, dtype: torch.dtype) -> None:

@@ -1,8 +1,8 @@
 """What is wrong with a command of ecmoe-inspect by itself is said before torch is loaded."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+from first_answers import answered_without_torch
 
 WRONG = [
     (["evaluate", "{tmp}/no", "--data={tmp}"], "checkpoint={tmp}/no does not exist; give a checkpoint folder or a Hub"),
@@ -19,25 +19,8 @@ WRONG = [
 
 
 def test_a_mistyped_argument_does_not_wait_for_torch(tmp_path: Path) -> None:
-    """One process for all of them, in which nothing that is slow was loaded at the end."""
     (tmp_path / "file").touch()
     commands = [[word.format(tmp=tmp_path) for word in words] for words, _ in WRONG]
-    script = f"""
-import sys
-from ecmoe.analysis.cli import main
-for command in {commands!r}:
-    try:
-        main(command)
-    except SystemExit as stop:
-        assert stop.code == 2, command
-    else:
-        raise AssertionError(command)
-slow = [name for name in ("torch", "transformers", "matplotlib") if name in sys.modules]
-assert not slow, slow
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(WRONG)
+    lines = answered_without_torch("analysis", commands)
     for line, (_, message) in zip(lines, WRONG, strict=True):
         assert line.startswith("ecmoe-inspect: error: ") and message.format(tmp=tmp_path) in line

@@ -251,7 +251,7 @@ def test_one_line_for_what_cannot_be(checkpoint: Path, place: Path, tmp_path: Pa
         (("someone/model", text), "is no local folder, and thresholds are replaced in place; download it first"),
         ((checkpoint, tmp_path / "none.txt"), r"text=.*none.txt does not exist"),
         ((checkpoint, tmp_path / "tiny.txt"), "holds too few tokens"),
-        ((checkpoint, tmp_path / "bad.jsonl"), "line 2: messages must be a list with role and content"),
+        ((checkpoint, tmp_path / "bad.jsonl"), "line 2: messages holds int, not messages"),
         ((checkpoint, tmp_path / "no.jsonl"), r"cannot be read as a \.jsonl file"),
         ((checkpoint, text, 0), "tokens=0 must be at least 1"),
         ((place / "dense", text), "holds no thresholds in safetensors files"),

@@ -15,14 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ecmoe.analysis import AnalysisError, evaluate
-from ecmoe.analysis.chat import Encoder
 from ecmoe.analysis.cli import main
 from ecmoe.analysis.planning import halved_until
 from ecmoe.analysis.printing import in_words, remarks
-from ecmoe.analysis.rows import Columns, read_rows
+from ecmoe.analysis.rows import Columns, read_rows, tokens_of
 from ecmoe.conversion import convert
+from ecmoe.encoding import IGNORE
 from ecmoe.finetune.encode import Encoder as FineTuning
-from ecmoe.finetune.losses import IGNORE
 from ecmoe.finetune.recipe import make_recipe
 from ecmoe.finetune.train import make_trainer
 
@@ -61,15 +60,21 @@ def test_tokens_and_what_is_predicted_are_those_of_fine_tuning(name: str, templa
     row, tokenizer = ROWS[name], tiny_tokenizer()
     tokenizer.chat_template = template
     if template is None and not isinstance(row.get("completion"), str):
-        with pytest.raises(AnalysisError, match="no chat template and the data holds conversations"):
-            Encoder(tokenizer)(row)
+        with pytest.raises(AnalysisError, match="no chat template and the dataset holds conversations"):
+            encoded(tokenizer, row)
         return
     kind = "prompt" if "completion" in row else "messages"
     expected = FineTuning(tokenizer, kind, len(tokenizer))(row)
-    ids, is_learned = Encoder(tokenizer)(row)
+    ids, is_learned = encoded(tokenizer, row)
     assert ids == expected["input_ids"]
     assert is_learned == [label != IGNORE for label in expected["labels"]]
     assert any(is_learned) and (not all(is_learned) or name == "no prompt")
+
+
+def encoded(tokenizer: Any, row: Any) -> tuple[list[int], list[bool]]:
+    """As an evaluation has it: tokens, and which of them are predicted."""
+    (found,) = tokens_of(tokenizer, iter([row]), 512, 4096)
+    return found.ids, found.is_learned
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +131,7 @@ def test_models_side_by_side_and_their_errors(place: Path) -> None:
     (other,) = found["against"]
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML
-    rows = [Encoder(tokenizer)(row) for row in read_rows(data, Columns())]
+    rows = [encoded(tokenizer, row) for row in read_rows(data, Columns())]
     sums, counts = by_hand(place / "ecmoe", rows)
     its_sums, _ = by_hand(place / "dense", rows)
     assert found["loss"] == pytest.approx(float(sums.sum() / counts.sum()), abs=1e-5)

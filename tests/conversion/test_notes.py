@@ -1,13 +1,13 @@
 """What is said of a conversion before it is done: a router that cannot learn, and ways out that are closed."""
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import write_dense
+from first_answers import answered_without_torch
 from transformers import AutoModelForCausalLM
 
 import ecmoe
@@ -150,27 +150,9 @@ WRONG = [
 
 
 def test_a_mistyped_argument_does_not_wait_for_torch(tmp_path: Path, dense: Path) -> None:
-    """One process for all of them, in which nothing that is slow was loaded at the end."""
-    import subprocess
-
     commands = [[word.format(tmp=tmp_path, dense=dense) for word in command] for command in WRONG]
-    script = f"""
-import sys
-from ecmoe.conversion.cli import main
-for command in {commands!r}:
-    try:
-        main(command)
-    except SystemExit as stop:
-        assert stop.code == 2, command
-    else:
-        raise AssertionError(command)
-slow = [name for name in ("torch", "transformers", "safetensors") if name in sys.modules]
-assert not slow, slow
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(WRONG) and all(line.startswith("ecmoe-convert: error: ") for line in lines)
+    lines = answered_without_torch("conversion", commands)
+    assert all(line.startswith("ecmoe-convert: error: ") for line in lines)
 
 
 def test_functions_check_the_same(tmp_path: Path, dense: Path) -> None:

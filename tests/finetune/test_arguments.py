@@ -1,10 +1,9 @@
 """What is wrong with a recipe by itself is said before torch and TRL are loaded."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from first_answers import answered_without_torch
 
 from ecmoe.finetune import recipe
 from ecmoe.finetune.arguments import check_arguments, declared_fields
@@ -24,25 +23,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 
 def test_a_mistyped_argument_does_not_wait_for_torch(tmp_path: Path) -> None:
-    """One process for all of them, in which nothing that is slow was loaded at the end."""
     commands = [[word.format(tmp=tmp_path) for word in words] for words, _ in WRONG.values()]
-    script = f"""
-import sys
-from ecmoe.finetune.cli import main
-for command in {commands!r}:
-    try:
-        main(command)
-    except SystemExit as stop:
-        assert stop.code == 2, command
-    else:
-        raise AssertionError(command)
-slow = [name for name in ("torch", "transformers", "trl", "datasets") if name in sys.modules]
-assert not slow, slow
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(WRONG)
+    lines = answered_without_torch("finetune", commands)
     for line, (_, message) in zip(lines, WRONG.values(), strict=True):
         assert line.startswith("ecmoe-finetune: error: ") and message.format(tmp=tmp_path) in line
 
