@@ -18,17 +18,19 @@ from .upcycling.verify import far_kinds, remedy
 def print_conversion(record: dict[str, Any], destination: str) -> None:
     """Dense and converted side by side."""
     verification, parameters = record["verification"], record["parameters"]
+    tokens_choose = record["routing"] == "token_choice"
     table = _dense_beside_sparse(f"{record['source']} -> {destination} ({record['init']})", parameters)
     console = Console()
     if verification is None:
         console.print(table)
         advice = "train, or call ecmoe.calibrate_thresholds(model, batches), before judging the model"
-        console.print(f"Not verified. The thresholds are estimates: {advice}.", soft_wrap=True, highlight=False)
+        said = "" if tokens_choose else f" The thresholds are estimates: {advice}."
+        console.print(f"Not verified.{said}", soft_wrap=True, highlight=False)
     else:
         load = f"{verification['load_min']:.2f} to {verification['load_max']:.2f} of its share"
         table.add_row("causal loss", f"{verification['loss_dense']:.6f}", f"{verification['loss_converted']:.6f}")
         table.add_row("divergence, nats per token", "", f"{verification['kl_divergence']:.1e}")
-        if verification["layer_errors"]:
+        if verification.get("layer_errors"):
             table.add_row("largest error of a layer", "", f"{max(verification['layer_errors'].values()):.1e}")
         table.add_row("experts per token", "", f"{verification['experts_per_token']:.2f}")
         table.add_row("expert load", "", load)
@@ -44,19 +46,20 @@ def print_conversion(record: dict[str, Any], destination: str) -> None:
         same = "the same" if verification["greedy_same"] else "different"
         change = f"The loss changed by {verification['loss_change']:+.1e}."
         console.print(f"Greedy text: {same}. {change}", highlight=False)
-        console.print(f"Calibrated and measured on {_text_of(record)}.", soft_wrap=True, highlight=False)
+        done = "Measured" if tokens_choose else "Calibrated and measured"
+        console.print(f"{done} on {_text_of(record)}.", soft_wrap=True, highlight=False)
     _print_ways_out(console, record["ways_out"])
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)
 
 
 def _regimes(verification: dict[str, Any]) -> Table:
     """The source's own rule and every bound on the experts of a token, side by side."""
-    table = Table(title="Who chooses whom: the source's rule, and expert choice within bounds")
-    table.add_column("experts of a token")
-    for column in ("causal loss", "change", "mean", "load of an expert", "varies by", "without any"):
-        table.add_column(column, justify="right")
+    table = Table(title="Experts of a token: the source's rule, and expert choice within bounds", padding=0)
+    table.add_column("bounds", no_wrap=True)
+    for column in ("causal loss", "change", "mean", "load", "varies by", "without any"):
+        table.add_column(column, justify="right", no_wrap=True)
     source = verification["source"]
-    rows = [("the source's rule", source)]
+    rows = [("the source's", source)]
     rows += [(f"from {bound['least']} to {bound['most']}", bound) for bound in verification["bounds"]]
     for title, figures in rows:
         table.add_row(
@@ -69,7 +72,7 @@ def _regimes(verification: dict[str, Any]) -> Table:
             f"{figures['uncovered']:.1%}",
         )
     dropped = " and ".join(f"{share:.1%} at {capacity}" for capacity, share in source["dropped"].items())
-    table.caption = f"Of the source's choices a capacity would drop {dropped}."
+    table.caption = f"Load: 1 is an expert's share. Of the source's choices a capacity would drop {dropped}."
     return table
 
 
@@ -141,8 +144,9 @@ def print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
     parameters, flops, conversion = plan["parameters"], plan["flops_per_token"], plan["conversion"]
     table = _dense_beside_sparse(f"Plan: {options['source']} -> {options['destination']} ({plan['init']})", parameters)
     ratio = flops["converted"] / flops["dense"]
-    table.add_row("FLOPs per token", f"{flops['dense']:.3g}", f"{flops['converted']:.3g} ({ratio:.2f} of dense)")
-    table.add_row("layers with experts", "0", f"{plan['sparse_layers']} of {plan['num_layers']}")
+    table.add_row("FLOPs per token", f"{flops['dense']:.3g}", f"{flops['converted']:.3g} ({ratio:.2f} of it)")
+    before = f"{plan['sparse_layers']} of {plan['num_layers']}" if _is_of_mixture(parameters) else "0"
+    table.add_row("layers with experts", before, f"{plan['sparse_layers']} of {plan['num_layers']}")
     experts = plan["experts_per_token"]
     table.add_row("experts per token", "", f"{experts['mean']:g} on average, {experts['least']} to {experts['most']}")
     memory = max(conversion["writing_bytes"], conversion["running_bytes"])
@@ -193,9 +197,14 @@ def _side_by_side(title: str, left: str, right: str) -> Table:
     return table
 
 
+def _is_of_mixture(parameters: dict[str, int]) -> bool:
+    """Whether the source was a mixture already: a token meets a part of it."""
+    return parameters["dense_active"] < parameters["dense"]
+
+
 def _dense_beside_sparse(title: str, parameters: dict[str, int]) -> Table:
     """What a conversion and the plan of one begin with."""
-    is_mixture = parameters["dense_active"] < parameters["dense"]
+    is_mixture = _is_of_mixture(parameters)
     table = _side_by_side(title, "source" if is_mixture else "dense", "converted" if is_mixture else "expert choice")
     table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['total']:,}")
     table.add_row("active per token", f"{parameters['dense_active']:,}", f"{parameters['active']:,}")

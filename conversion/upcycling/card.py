@@ -33,6 +33,7 @@ def render_card(plan: Plan, record: dict[str, Any]) -> str:
         paper=initialisation.source,
         step_0=_step_0(plan),
         is_mixture=plan.mixture is not None,
+        tokens_choose=config.routing == "token_choice",
         options=_options(plan),
         router=ROUTERS[record["router"]],
         experts_per_token=f"{config.min_experts_per_token} to {config.max_experts_per_token or config.num_experts}",

@@ -139,12 +139,13 @@ def convert(
     if dry_run:
         return estimate(plan, target, machine, num_gpus, verify)
     _check_room(plan, target, verify, device)
+    calibrates = verify and not tokens_choose(plan.config)
     record = {
         "source": sources[0].source,
         "revision": sources[0].commit,
         "text": text or OWN_TEXT,
-        "calibration_tokens": texts.calibration.numel() if texts and verify else 0,
-        "calibration_tokens_of_kinds": texts.tokens if texts and verify and len(texts.tokens) > 1 else {},
+        "calibration_tokens": texts.calibration.numel() if texts and calibrates else 0,
+        "calibration_tokens_of_kinds": texts.tokens if texts and calibrates and len(texts.tokens) > 1 else {},
         **asdict(plan.settings),
         "parameters": parameters(plan),
         "ways_out": ways_out(plan.config),
@@ -168,6 +169,11 @@ def convert(
     if warning := load_warning(record, destination):
         logger.warning(warning)
     return record
+
+
+def tokens_choose(config: Any) -> bool:
+    """Whether there are no thresholds to measure."""
+    return bool(config.routing == "token_choice")
 
 
 def open_source(source: Any, revision: str | None, headers_only: bool, tokenizer: Any) -> Source:
@@ -219,14 +225,15 @@ def _fill(
             del dense
         plan.router_rows.update(measured)
     config: Any = plan.config
-    config.thresholds_from = ESTIMATED if texts is None else text_name(record["text"], texts)
+    if not tokens_choose(config):
+        config.thresholds_from = ESTIMATED if texts is None else text_name(record["text"], texts)
     write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
     plan.sources[0].copy_companions(folder)
     keep_tokenizer(plan.sources[0], folder, config)
     custom_object_save(plan.model, folder)
 
     thresholds = work.recall("thresholds")
-    if thresholds is None and not verify and config.routing != "token_choice":
+    if thresholds is None and not verify and not tokens_choose(config):
         thresholds = estimated_thresholds(plan, measured)
         work.keep("thresholds", thresholds)
     if thresholds is not None:
@@ -235,7 +242,7 @@ def _fill(
     if verify:
         assert texts is not None
         converted = load_model(type(plan.model), folder, plan.dtype, device, config)
-        if thresholds is None and config.routing != "token_choice":
+        if thresholds is None and not tokens_choose(config):
             thresholds = _calibrate(converted, texts.calibration, plan)
             work.keep("thresholds", thresholds)
             overwrite_tensors(folder, thresholds)
@@ -244,6 +251,7 @@ def _fill(
         check(verification, plan.is_exact, plan.dtype)
         record["verification"] = verification | {"loss_tolerance": TOLERANCE[plan.dtype]}
         if plan.mixture is not None and not plan.is_exact:
+            del record["verification"]["layer_errors"]  # of other routes, not of rounding
             measured_on = texts.calibration, list(texts.verification.values())
             record["verification"] |= measure_regimes(converted, *measured_on, _biases(plan))
     if plan.mixture is not None:  # with it `export` knows whether the router is still the source's

@@ -89,7 +89,7 @@ def load_warning(record: dict[str, Any], destination: str) -> str | None:
     record: of a conversion, with or without a verification.
     """
     measured = record["verification"]
-    if measured is None or is_near_share(measured):
+    if measured is None or record["routing"] == "token_choice" or is_near_share(measured):
         return None
     return (
         f"Experts take {measured['load_min']:.2f} to {measured['load_max']:.2f} of their share of held-out text, which "
@@ -100,6 +100,8 @@ def load_warning(record: dict[str, Any], destination: str) -> str | None:
 def far_kinds(record: dict[str, Any]) -> list[str]:
     """The kinds of held-out text on which some expert is far from its share; not those so short that chance alone
     would bring it there."""
+    if record["routing"] == "token_choice":  # whose load is the source's own
+        return []
     share = record["capacity_factor"] / record["num_experts"]
     kinds = (record["verification"] or {}).get("kinds", {})
     return [kind for kind, part in kinds.items() if part["tokens"] * share >= LEAST_TOKENS and not is_near_share(part)]
