@@ -191,7 +191,7 @@ def test_the_warning_says_what_to_do() -> None:
     near = {"load_min": 0.5, "load_max": 2.0, "tokens": 512}
 
     def record(verification: dict[str, Any] | None) -> dict[str, Any]:
-        return {"verification": verification, "num_experts": 8, "capacity_factor": 1}
+        return {"verification": verification, "num_experts": 8, "capacity_factor": 1, "routing": "expert_choice"}
 
     assert load_warning(record(None), "out") is None
     assert load_warning(record(near), "out") is None
@@ -203,7 +203,7 @@ def test_the_warning_says_what_to_do() -> None:
 
 def test_kinds_are_named_where_they_are_long_enough_to_tell() -> None:
     near, far = {"load_min": 0.5, "load_max": 2.0, "tokens": 512}, {"load_min": 0.05, "load_max": 6.5, "tokens": 512}
-    record = {"num_experts": 8, "capacity_factor": 1, "verification": None}
+    record = {"num_experts": 8, "capacity_factor": 1, "verification": None, "routing": "expert_choice"}
     assert far_kinds(record) == []
     assert far_kinds(record | {"verification": near}) == []
     kinds = {"chat": near, "prose": far, "code": far | {"tokens": 511}}  # 64 tokens of an expert
