@@ -39,7 +39,7 @@ _LEVELS: tuple[tuple[str, float, float, float, float], ...] = (
     ("few", 1 / 8, 1 / 8, 2 / 5, 1 / 8),
     ("two", 1 / 8, 1 / 8, 0, 1 / 8),
 )
-_FEW = ("dropless", "expert-choice", "at-least-1", "threshold")
+_FEW = ("dropless", "nudged-bias", "quantiles", "expert-choice", "threshold")
 _TWO = ("dropless", "expert-choice")
 
 

@@ -6,10 +6,8 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from random import Random
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ecmoe.progress import announce, progress_bar
-from modeling_ecmoe import calibrate_thresholds
+from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 
 from .amounts import Amounts, calibrated_tokens, choose, described, in_words, named
 from .counting import held_out_figures, inputs_of, routes_of_inference, routes_of_training
@@ -25,6 +23,7 @@ from .errors import AnalysisError
 from .limits import COMPARED_TOKENS, COMPARISON_SECONDS, QUICK_SECONDS
 from .loading import load_expert_choice
 from .planning import MEASURED_TOKENS, seconds_per_token
+from .step_times import step_times
 from .text import Batch, fixed_batches, packed, read_documents, windows
 from .uncertainty import paired_difference
 from .variants import BALANCE_COEFFICIENT, DROPLESS, Variant, configure, variants_of
@@ -53,13 +52,13 @@ def compare(
 ) -> dict[str, Any]:
     """Measures token choice, expert choice and threshold routing on one checkpoint and one text.
 
-    Every variant is the checkpoint with other routing fields, for one and for two experts per token (`variants_of`).
-    Each sees the same batches: POOL tokens in full rows, documents packed so that none sees another. Every tenth
-    document is held out; of the others come the training batches, gone through again where there are too few, and the
-    first CALIBRATION_BATCHES of them set the thresholds: after training, and before it as well for threshold routing,
-    which trains by them. Training is AdamW at LEARNING_RATE after a short warm-up, in float32; without steps
-    everything runs in the checkpoint's dtype, and what variants have in common is computed once. The text is read as
-    far as it is needed, and one model is in memory at a time.
+    Every variant is the checkpoint with other routing fields, for one and for two experts per token, or for as many as
+    a checkpoint of more has (`variants_of`). Each sees the same batches: POOL tokens in full rows, documents packed so
+    that none sees another. Every tenth document is held out; of the others come the training batches, gone through
+    again where there are too few, and the first CALIBRATION_BATCHES of them set the thresholds: after training, and
+    before it as well for threshold routing, which trains by them. Training is AdamW at LEARNING_RATE after a short
+    warm-up, in float32; without steps everything runs in the checkpoint's dtype, and what variants have in common is
+    computed once. The text is read as far as it is needed, and one model is in memory at a time.
 
     What does not fit into the time, by a rate measured on one small pass, is left out by `amounts.choose`: other
     numbers of experts per token, some ways of routing, tokens, rounds.
@@ -87,7 +86,7 @@ def compare(
         inference, causal: loss in nats per token, and the same figures of its routes;
         gap, the causal loss minus the loss with training's routes;
         loss_against_dropless, difference and standard_error (paired over rows of text) of the causal loss to
-            dropless token choice with as many experts per token;
+            dropless token choice with as many experts per token; loss_against_lowest, to the variant with the lowest;
         step, of forward and backward pass on one batch: seconds, ratio to that reference (medians), and the ratio of
             each round; None where nothing was timed;
         auxiliary_losses, what training adds to the loss;
@@ -101,7 +100,7 @@ def compare(
     checkpoint = os.fspath(checkpoint)
     _refuse_numbers(steps, max_tokens, minutes, quick)
     model, tokenizer = load_expert_choice(checkpoint, device)
-    everything, fixed = _everything(model.config, routings, max_tokens, timing)
+    everything, fixed = _everything(model.config, routings, max_tokens, timing, steps)
     text = _read(tokenizer, data, text_column or "text", _row_length(model.config), steps, everything.held_out)
     found = sum(batch["input_ids"].numel() for batch in text.held_out)
     everything = replace(everything, held_out=found, calibration=min(CALIBRATION_BATCHES, len(text.training)))
@@ -114,7 +113,7 @@ def compare(
     announce(f"Comparing {checkpoint}: {in_words(result['amount'])}")
     # The step time comes first: it is one model's, in the checkpoint's dtype, whatever is trained afterwards.
     variants = list(amounts.variants)
-    times = _step_times(model, variants, _part(text.training[0], amounts.step_tokens), amounts.rounds)
+    times = step_times(model, variants, _part(text.training[0], amounts.step_tokens), amounts.rounds, SEED)
     if steps:
         del model
         loaded = _load_anew(checkpoint, device)
@@ -142,10 +141,13 @@ def _row_length(config: Any) -> int:
 
 
 def _everything(
-    config: Any, routings: list[str] | None, max_tokens: int | None, timing: bool
+    config: Any, routings: list[str] | None, max_tokens: int | None, timing: bool, steps: int
 ) -> tuple[Amounts, set[str]]:
-    """What is compared where time is no matter, and what of it was asked for."""
-    found = named(variants_of(config.num_experts), routings)
+    """What is compared where time is no matter, and what of it was asked for; a bias that no step nudges is none."""
+    possible = variants_of(config.num_experts, config.capacity_factor, config.token_choice_bias_update_rate)
+    found = named(possible, routings)
+    if routings is None and not steps:
+        found = [variant for variant in found if variant.key != "nudged-bias"]
     held_out = COMPARED_TOKENS if max_tokens is None else max_tokens
     pool = min(POOL, held_out)
     amounts = Amounts(tuple(found), held_out, CALIBRATION_BATCHES, ROUNDS if timing else 0, pool, pool)
@@ -316,6 +318,9 @@ def _measure(
     """batches: of the training text, to calibrate on. known: what was found, by `Variant.inference_key`; it is used
     and added to."""
     configure(model, variant)
+    if variant.starts_without_bias:
+        for block in sparse_blocks(model).values():
+            block.gate.threshold.zero_()
     calibration = [inputs_of(batch) for batch in text.training[:batches]]
     torch.manual_seed(SEED)  # of the router's jitter and of dropout, where the checkpoint has any
     if steps:
@@ -356,48 +361,14 @@ def train(model: Any, batches: list[Batch], steps: int, on_pass: Callable[[int],
         on_pass(batch["input_ids"].numel())
 
 
-def _step_times(model: Any, variants: list[Variant], batch: Batch, rounds: int) -> list[list[float]]:
-    """Seconds of a training step's forward and backward pass, [variants][rounds]; empty for no rounds.
-
-    One model takes every variant's fields in turn, since blocks read them at each call; in every round all variants
-    run once, in another order, so that whatever else the machine does meets all of them alike.
-    """
-    random = Random(SEED)
-    seconds: list[list[float]] = [[] for _ in variants]
-    if not rounds:
-        return seconds
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    model.train()
-    total = (1 + rounds) * len(variants)
-    with progress_bar(total=total, desc="Timing steps", unit="step") as bar:
-        for is_warm in (False, *[True] * rounds):
-            order = list(range(len(variants)))
-            random.shuffle(order)
-            for number in order:
-                configure(model, variants[number])
-                model.zero_grad()
-                _wait(model.device)
-                begin = time.perf_counter()
-                model(**batch, use_cache=False).loss.backward()
-                _wait(model.device)
-                if is_warm:
-                    seconds[number].append(time.perf_counter() - begin)
-                bar.update()
-    return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _entries(variants: list[Variant], measured: list[_Measured], times: list[list[float]]) -> list[dict[str, Any]]:
-    """The figures of each variant, and against dropless token choice with as many experts per token."""
+    """The figures of each variant, and against dropless token choice with as many experts per token and the best."""
     reference = {v.num_choices: number for number, v in enumerate(variants) if v.name == DROPLESS}
+    by_loss = sorted(range(len(variants)), key=lambda number: -measured[number].inference["loss"])
+    lowest = {variants[number].num_choices: number for number in by_loss}
     entries = []
     for number, (variant, own) in enumerate(zip(variants, measured, strict=True)):
         other = reference[variant.num_choices]
-        difference, error = paired_difference(own.nll, measured[other].nll, own.predicted)
         ratios = [mine / its for mine, its in zip(times[number], times[other], strict=True)]
         entries.append(
             {
@@ -408,7 +379,8 @@ def _entries(variants: list[Variant], measured: list[_Measured], times: list[lis
                 "training": own.training,
                 "inference": {name: value for name, value in own.inference.items() if name != "dropped"},
                 "gap": own.inference["loss"] - own.training["loss"],
-                "loss_against_dropless": {"difference": difference, "standard_error": error},
+                "loss_against_dropless": _difference(own, measured[other]),
+                "loss_against_lowest": _difference(own, measured[lowest[variant.num_choices]]),
                 "step": {
                     "seconds": statistics.median(times[number]),
                     "ratio": statistics.median(ratios),
@@ -420,3 +392,8 @@ def _entries(variants: list[Variant], measured: list[_Measured], times: list[lis
             }
         )
     return entries
+
+
+def _difference(own: _Measured, other: _Measured) -> dict[str, float]:
+    difference, error = paired_difference(own.nll, other.nll, own.predicted)
+    return {"difference": difference, "standard_error": error}

@@ -9,6 +9,7 @@ DROPLESS = "token choice, dropless"  # the reference: the strongest token choice
 # Of token choice's balance loss, the layers' mean; Switch Transformer (arXiv 2101.03961, section 2.2) weighs their sum
 # with 0.01. With 0.01 of the mean upcycled routers of five layers collapse: part `balance` of benchmarks/quality.
 BALANCE_COEFFICIENT = 0.1
+BIAS_UPDATE_RATE = 1e-3  # of the paper (arXiv 2408.15664, section 4.1)
 CAPACITIES = (1.0, 1.25)
 
 
@@ -18,20 +19,21 @@ class Variant:
 
     Threshold training alone computes more: its slots are static, (1 + threshold_capacity_clamp) times the capacity.
     key: by which a user chooses it, the same for every number of experts per token.
+    is_token_choice: every token has exactly k experts at inference, whatever balances them.
+    starts_without_bias: the thresholds that the checkpoint has are those of expert choice, and no bias of token choice.
     """
 
     key: str
     name: str
     num_choices: int
     fields: dict[str, Any]
-
-    @property
-    def is_token_choice(self) -> bool:
-        return self.fields["routing"] == "token_choice"
+    is_token_choice: bool = False
+    starts_without_bias: bool = False
 
     @property
     def has_thresholds(self) -> bool:
-        return not self.is_token_choice
+        """Whether they are calibrated on text."""
+        return self.fields["routing"] != "token_choice"
 
     @property
     def trains_by_threshold(self) -> bool:
@@ -45,25 +47,34 @@ class Variant:
     def inference_key(self) -> tuple[Any, ...]:
         """The same for variants whose inference is the same, as long as none of them was trained."""
         fields = ("inference_routing", "capacity_factor", "min_experts_per_token", "max_experts_per_token")
-        return tuple(self.fields[name] for name in fields)
+        has_bias = self.fields["token_choice_bias_update_rate"] is not None and not self.starts_without_bias
+        return *(self.fields[name] for name in fields), has_bias
 
     @property
     def auxiliary_losses(self) -> list[str]:
         return ["balance"] if self.fields["router_aux_loss_coef"] else []
 
 
-def variants_of(num_experts: int) -> list[Variant]:
-    """Every variant that a model with so many experts can have, for one and for two experts per token.
+def variants_of(num_experts: int, own: float = 1, bias_update_rate: float | None = None) -> list[Variant]:
+    """Every variant that a model can have: for one and for two experts per token, or for as many as it has itself.
+
+    Args:
+        num_experts: of each block.
+        own: the checkpoint's experts per token, `capacity_factor`; above 2 they alone are compared.
+        bias_update_rate: the checkpoint's `token_choice_bias_update_rate`. Where there is one, its thresholds are the
+            bias of token choice, and every token choice here begins with them.
 
     Raises:
         AnalysisError: with a single expert.
     """
     if num_experts < 2:
         raise AnalysisError(f"num_experts={num_experts} leaves nothing to choose; convert with more experts")
-    return [variant for k in (1, 2) if k < num_experts for variant in _with_choices(k, num_experts)]
+    numbers = (round(own),) if 2.5 < own < num_experts - 0.5 else (1, 2)
+    has_bias = bias_update_rate is not None
+    return [variant for k in numbers if k < num_experts for variant in _with_choices(k, num_experts, has_bias)]
 
 
-def _with_choices(k: int, num_experts: int) -> list[Variant]:
+def _with_choices(k: int, num_experts: int, has_bias: bool) -> list[Variant]:
     neutral = {
         "routing": "expert_choice",
         "inference_routing": "threshold",
@@ -72,31 +83,36 @@ def _with_choices(k: int, num_experts: int) -> list[Variant]:
         "min_experts_per_token": 0,
         "max_experts_per_token": None,
         "token_choice_capacity_factor": None,
+        "token_choice_bias_update_rate": None,
         "threshold_after_steps": 0,
         "router_aux_loss_coef": 0.0,
     }
-    token_choice = {
-        "routing": "token_choice",
-        "inference_routing": "token_choice",
+    tokens_choose = {"routing": "token_choice", "inference_routing": "token_choice"}
+    balanced = tokens_choose | {
         "router_aux_loss_coef": BALANCE_COEFFICIENT,
+        "token_choice_bias_update_rate": 0.0 if has_bias else None,
     }
-    found = [
-        (
-            f"capacity-{factor}",
-            f"token choice, capacity {factor}",
-            token_choice | {"token_choice_capacity_factor": factor},
-        )
+    nudged = tokens_choose | {"token_choice_bias_update_rate": BIAS_UPDATE_RATE}
+    by_tokens: list[tuple[str, str, dict[str, Any]]] = [
+        (f"capacity-{factor}", f"token choice, capacity {factor}", balanced | {"token_choice_capacity_factor": factor})
         for factor in CAPACITIES
     ]
-    found += [
-        ("dropless", DROPLESS, token_choice),
+    by_tokens += [
+        ("dropless", DROPLESS, balanced),
+        ("nudged-bias", "token choice, nudged bias", nudged),
+        ("quantiles", "token choice, by quantiles", {"min_experts_per_token": k, "max_experts_per_token": k}),
+    ]
+    by_experts: list[tuple[str, str, dict[str, Any]]] = [
         ("expert-choice", "expert choice", {}),
         ("at-least-1", "expert choice, at least 1", {"min_experts_per_token": 1}),
     ]
     if k + 1 < num_experts:  # a bound of all experts is none
-        found.append(("at-most", f"expert choice, at most {k + 1}", {"max_experts_per_token": k + 1}))
-    found.append(("threshold", "threshold", {"routing": "threshold"}))
-    return [Variant(key, name, k, neutral | changed) for key, name, changed in found]
+        by_experts.append(("at-most", f"expert choice, at most {k + 1}", {"max_experts_per_token": k + 1}))
+    by_experts.append(("threshold", "threshold", {"routing": "threshold"}))
+    return [
+        Variant(key, name, k, neutral | changed, True, key == "nudged-bias" and not has_bias)
+        for key, name, changed in by_tokens
+    ] + [Variant(key, name, k, neutral | changed) for key, name, changed in by_experts]
 
 
 def configure(model: Any, variant: Variant) -> None:

@@ -14,6 +14,14 @@ STANDARD_ERRORS = 2.0
 _TOLERANCE = 0.005
 # Losses that differ by less look the same in the tables, and do where all variants compute the same function.
 _UNSEEN = 0.00005
+_NOT_SHOWN = "no difference that this text can show"
+_WAYS = {
+    DROPLESS: "balance loss",
+    "token choice, nudged bias": "nudged bias",
+    "token choice, by quantiles": "quantiles",
+    "expert choice": "expert choice",
+    "threshold": "thresholds",
+}
 
 Entry = dict[str, Any]
 
@@ -25,7 +33,8 @@ def verdict(result: dict[str, Any]) -> list[str]:
         entries = [entry for entry in result["variants"] if entry["num_choices"] == k]
         reference = next(entry for entry in entries if entry["name"] == DROPLESS)
         others = [entry for entry in entries if not entry["is_token_choice"]]
-        lines.append(f"{k} expert{'s' if k > 1 else ''} per token: {_lowest_loss(entries)}")
+        lines.append(f"{k} expert{'s' if k > 1 else ''} per token: {_winner(entries)}")
+        lines += _ways(entries)
         lines += _routers_that_do_not_learn(result, k)
         lines.append(_dropped(entries))
         parts = (_loss, _time, _no_expert, _load) if reference["step"] else (_loss, _no_expert, _load)
@@ -33,30 +42,44 @@ def verdict(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _lowest_loss(entries: list[Entry]) -> str:
-    best = min(entries, key=lambda entry: entry["inference"]["loss"])
-    loss = best["inference"]["loss"]
-    tied = [entry["name"] for entry in entries if entry["inference"]["loss"] - loss < _UNSEEN]
-    lowest = f"the lowest held-out causal loss has {best['name']}, {loss:.4f}"
-    if len(tied) > 1:
-        lowest = f"the lowest held-out causal loss is a tie, {loss:.4f}: {'; '.join(tied)}"
-    if DROPLESS in tied:
-        return f"{lowest}."
-    return f"{lowest} ({_difference(best)} to dropless token choice{_no_difference(best)})."
+def _winner(entries: list[Entry]) -> str:
+    """Who has the lowest loss, and by how much, where the text can tell."""
+    ordered = sorted(entries, key=lambda entry: entry["inference"]["loss"])
+    loss = ordered[0]["inference"]["loss"]
+    tied = [entry for entry in ordered if entry["inference"]["loss"] - loss < _UNSEEN]
+    names, rest = "; ".join(entry["name"] for entry in tied), ordered[len(tied) :]
+    held_out = f"causal loss {loss:.4f} on held-out text"
+    if not rest:
+        return f"a tie of all, {held_out}."
+    above = rest[0]["loss_against_lowest"]
+    following = f"the next, {rest[0]['name']}, {_in_figures(above)}"
+    if not _exceeds_error(above):
+        return f"{names} has the lowest {held_out}; {following}: {_NOT_SHOWN}."
+    return f"a tie, {held_out}: {names}; {following}." if len(tied) > 1 else f"{names} wins, {held_out}; {following}."
 
 
-def _difference(entry: Entry) -> str:
-    against = entry["loss_against_dropless"]
+def _ways(entries: list[Entry]) -> list[str]:
+    """What the field balances by, in the order of their losses."""
+    found = [(entry["inference"]["loss"], _WAYS[entry["name"]]) for entry in entries if entry["name"] in _WAYS]
+    if len(found) < 3:
+        return []
+    return [f"  Ways by their causal loss: {', '.join(f'{name} {loss:.4f}' for loss, name in sorted(found))}."]
+
+
+def _in_figures(against: dict[str, float]) -> str:
     return f"{against['difference']:+.4f} ± {against['standard_error']:.4f}"
 
 
-def _is_clear(entry: Entry) -> bool:
-    against = entry["loss_against_dropless"]
+def _difference(entry: Entry) -> str:
+    return _in_figures(entry["loss_against_dropless"])
+
+
+def _exceeds_error(against: dict[str, float]) -> bool:
     return abs(against["difference"]) > max(STANDARD_ERRORS * against["standard_error"], _UNSEEN)
 
 
-def _no_difference(entry: Entry) -> str:
-    return "" if _is_clear(entry) else ": no difference that this text can show"
+def _is_clear(entry: Entry) -> bool:
+    return _exceeds_error(entry["loss_against_dropless"])
 
 
 def _routers_that_do_not_learn(result: dict[str, Any], k: int) -> list[str]:
@@ -102,7 +125,7 @@ def _loss(reference: Entry, others: list[Entry]) -> str:
         return 1 if entry["loss_against_dropless"]["difference"] < 0 else -1
 
     measure = "Causal loss against dropless token choice, ± standard error"
-    return _sentence(measure, others, judge, _difference, tie="No difference that this text can show")
+    return _sentence(measure, others, judge, _difference, tie=_NOT_SHOWN.capitalize())
 
 
 def _time(reference: Entry, others: list[Entry]) -> str:

@@ -26,6 +26,7 @@ from ecmoe.conversion import convert
 from modeling_ecmoe import EcMoeLlamaModel, calibrate_thresholds, sparse_blocks
 
 EXPERTS, TOKENS = 4, 512
+TOKENS_CHOOSE = {"routing": "token_choice", "inference_routing": "token_choice", "min_experts_per_token": 0}
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,10 @@ def figures(pairs_of_passes: list[oracle.Pairs], asked: int | None = None) -> di
 def test_figures_are_those_of_a_naive_count(place: Path, small: None) -> None:
     """The oracle's routes, counted pair by pair, and the model's own loss."""
     result = compare(str(place / "ecmoe"), str(place / "text.txt"), max_tokens=2 * TOKENS)
-    assert (result["held_out_tokens"], result["steps"], len(result["variants"])) == (2 * TOKENS, 0, 14)
+    assert (result["held_out_tokens"], result["steps"], len(result["variants"])) == (2 * TOKENS, 0, 16)
     text = read(place)
     for variant in variants_of(EXPERTS):
-        if "at " in variant.name or variant.trains_by_threshold:
+        if variant.bounds_experts or variant.trains_by_threshold or variant.key == "nudged-bias":
             continue  # bounded choice has no oracle of its own; threshold training is in test_report
         model = AutoModelForCausalLM.from_pretrained(place / "ecmoe")
         configure(model, variant)
@@ -128,6 +129,11 @@ def test_what_each_way_of_routing_promises(place: Path, small: None) -> None:
             assert entry["training"]["load_max"] == 1 and entry["training"]["load_cv"] == 0
             assert entry["training"]["dropped"] == 0 and entry["training"]["experts_per_token"] == k
             assert entry["auxiliary_losses"] == []
+        by_quantiles = entry_of(result, "token choice, by quantiles", k)
+        for phase in ("training", "inference"):
+            assert by_quantiles[phase]["experts_per_token"] == k and by_quantiles[phase]["no_expert"] == 0
+        assert by_quantiles["training"]["load_max"] == 1 and by_quantiles["training"]["dropped"] == 0
+        assert by_quantiles["is_token_choice"] and by_quantiles["auxiliary_losses"] == []
         covered = entry_of(result, "expert choice, at least 1", k)
         assert covered["training"]["no_expert"] == covered["inference"]["no_expert"] == 0
         dropless = entry_of(result, DROPLESS, k)
@@ -153,15 +159,54 @@ def test_training_changes_the_loss_on_the_same_batches(
     before = compare(str(place / "ecmoe"), str(place / "text.txt"), max_tokens=TOKENS)
     monkeypatch.setattr(module, "train", watch)
     after = compare(str(place / "ecmoe"), str(place / "text.txt"), steps=8, max_tokens=TOKENS)
-    assert len(seen) == 14 and all(batches == seen[0] for batches in seen) and len(set(seen[0])) == 8
-    for one, two in zip(before["variants"], after["variants"], strict=True):
+    assert len(seen) == 18 and all(batches == seen[0] for batches in seen) and len(set(seen[0])) == 8
+    for one in before["variants"]:
+        two = entry_of(after, one["name"], one["num_choices"])
         assert two["inference"]["loss"] < one["inference"]["loss"] - 0.05, one["name"]
-    assert len({e["inference"]["loss"] for e in after["variants"]}) > 12
+    assert len({e["inference"]["loss"] for e in after["variants"]}) > 15
+    nudged, dropless = (entry_of(after, name, 2) for name in ("token choice, nudged bias", DROPLESS))
+    assert nudged["inference"]["loss"] != dropless["inference"]["loss"] and nudged["auxiliary_losses"] == []
 
 
 def test_the_balance_loss_is_token_choices_alone() -> None:
     for variant in variants_of(8):
-        assert variant.fields["router_aux_loss_coef"] == (BALANCE_COEFFICIENT if variant.is_token_choice else 0)
+        by_loss = variant.is_token_choice and variant.key not in ("nudged-bias", "quantiles")
+        assert variant.fields["router_aux_loss_coef"] == (BALANCE_COEFFICIENT if by_loss else 0)
+
+
+@pytest.mark.parametrize(("own", "numbers"), [(1.0, {1, 2}), (2, {1, 2}), (4, {4}), (7.5, {1, 2}), (8, {1, 2})])
+def test_a_checkpoint_of_many_experts_per_token_is_compared_with_as_many(own: float, numbers: set[int]) -> None:
+    """But for one whose tokens have all of the experts, which leaves nothing to choose."""
+    assert {v.num_choices for v in variants_of(8, own)} == numbers
+
+
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_every_token_choice_begins_with_the_bias_of_the_checkpoint(
+    place: Path, small: None, rate: float | None
+) -> None:
+    """Of one whose tokens choose, as GLM-4-MoE's conversion; thresholds of expert choice are no such bias."""
+    routing = TOKENS_CHOOSE if rate is not None else {}
+    folder = place / f"bias-{rate}"
+    if not folder.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(place / "ecmoe", token_choice_bias_update_rate=rate, **routing)
+        for block in sparse_blocks(model).values():
+            block.gate.threshold.copy_(torch.tensor([0.3, 0.0, -0.2, 0.1]))
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(place / "ecmoe").save_pretrained(folder)
+    result = compare(
+        str(folder), str(place / "text.txt"), max_tokens=TOKENS, routings=["dropless:1", "nudged-bias:1"], timing=False
+    )
+    dropless, nudged = (entry_of(result, name, 1)["inference"] for name in (DROPLESS, "token choice, nudged bias"))
+    assert dropless == nudged
+    batch = read(place, max_tokens=TOKENS).held_out[0]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    configure(model, next(v for v in variants_of(EXPERTS, 1, rate) if v.name == DROPLESS))
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False, output_router_logits=True).router_logits
+    bias = 0 if rate is None else torch.tensor([0.3, 0.0, -0.2, 0.1])
+    loads = [(each.softmax(-1) - bias).argmax(-1).bincount(minlength=EXPERTS) for each in logits]
+    expected = sum(float(load.max() / (TOKENS / EXPERTS)) for load in loads) / len(loads)
+    assert dropless["load_max"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_few_experts_leave_out_what_they_cannot_have() -> None:
@@ -169,11 +214,13 @@ def test_few_experts_leave_out_what_they_cannot_have() -> None:
         (1, "token choice, capacity 1.0"),
         (1, "token choice, capacity 1.25"),
         (1, DROPLESS),
+        (1, "token choice, nudged bias"),
+        (1, "token choice, by quantiles"),
         (1, "expert choice"),
         (1, "expert choice, at least 1"),
         (1, "threshold"),
     ]
-    assert len(variants_of(3)) == 13 and len(variants_of(4)) == 14
+    assert len(variants_of(3)) == 17 and len(variants_of(4)) == 18
     with pytest.raises(AnalysisError, match="num_experts=1 leaves nothing to choose"):
         variants_of(1)
 
@@ -235,15 +282,28 @@ def made_up(name: str, difference: float, **changes: float) -> dict[str, Any]:
     }
 
 
+def said_of(*entries: dict[str, Any], normalize: bool = False) -> str:
+    """The verdict, with the differences to the lowest loss that these entries have."""
+    found = [dict(entry) for entry in entries]
+    lowest = min(entry["inference"]["loss"] for entry in found)
+    for entry in found:
+        error = entry["loss_against_dropless"]["standard_error"]
+        entry["loss_against_lowest"] = {"difference": entry["inference"]["loss"] - lowest, "standard_error": error}
+    return "\n".join(verdict({"variants": found, "normalize_combine_weights": normalize}))
+
+
 def sentences(*entries: dict[str, Any]) -> str:
     dropless = made_up(DROPLESS, 0.0, load_max=1.5)
-    full = made_up("token choice, capacity 1.0", 0.004, dropped=0.125)
-    return "\n".join(verdict({"variants": [full, dropless, *entries], "normalize_combine_weights": False}))
+    return said_of(made_up("token choice, capacity 1.0", 0.004, dropped=0.125), dropless, *entries)
 
 
 def test_the_verdict_says_what_was_won() -> None:
     said = sentences(made_up("expert choice", -0.005, ratio=0.8), made_up("expert choice, at least 1", -0.003))
-    assert "1 expert per token: the lowest held-out causal loss has expert choice, 1.4950 (-0.0050 ± 0.0010" in said
+    won = "1 expert per token: expert choice wins, causal loss 1.4950 on held-out text; the next, "
+    assert f"{won}token choice, dropless, +0.0050 ± 0.0010.\n" in sentences(made_up("expert choice", -0.005))
+    shown = made_up("expert choice, at least 1", -0.003, standard_error=0.0005)
+    assert f"{won}expert choice, at least 1, +0.0020 ± 0.0005.\n" in sentences(made_up("expert choice", -0.005), shown)
+    assert "by their causal loss" not in said
     assert "capacity 1.0 (12.5%); expert choice none, by construction" in said
     assert "Expert choice wins: plain -0.0050 ± 0.0010, at least 1 -0.0030 ± 0.0010.\n" in said
     assert "Expert choice wins: plain 0.80x. Not the same in every round: at least 1 1.00x.\n" in said
@@ -255,7 +315,11 @@ def test_the_verdict_says_plainly_what_was_not_won() -> None:
     said = sentences(
         made_up("expert choice", 0.005, ratio=1.3, no_expert=0.25, load_max=1.7), made_up("threshold", -0.0015)
     )
-    assert "loss has threshold, 1.4985 (-0.0015 ± 0.0010 to dropless token choice: no difference that" in said
+    lowest = (
+        "threshold has the lowest causal loss 1.4985 on held-out text; the next, token choice, dropless, +0.0015 ± "
+    )
+    assert f"{lowest}0.0010: no difference that this text can show.\n" in said
+    assert "  Ways by their causal loss: thresholds 1.4985, balance loss 1.5000, expert choice 1.5050.\n" in said
     loss = next(line for line in said.splitlines() if "Causal loss" in line)
     assert "wins" not in loss
     assert "No difference that this text can show: trained by threshold -0.0015 ± 0.0010. Expert" in loss
@@ -270,7 +334,7 @@ def test_the_verdict_says_where_no_router_learns() -> None:
     """With normalised weights and one expert for every token; with two, or other weights, it is silent."""
     for k, normalize, is_said in ((1, True, True), (1, False, False), (2, True, False)):
         entries = [made_up(DROPLESS, 0.0) | {"num_choices": k}, made_up("expert choice", 0.0) | {"num_choices": k}]
-        said = "\n".join(verdict({"variants": entries, "normalize_combine_weights": normalize}))
+        said = said_of(*entries, normalize=normalize)
         assert ("the router learns from the balance loss alone" in said) == is_said
 
 
@@ -280,19 +344,26 @@ def test_the_verdict_reads_the_figures_alone() -> None:
     won = copy.deepcopy(lost)
     won["loss_against_dropless"]["difference"] = -0.005
     won["inference"]["loss"] = 1.495
-    assert "does not win: plain +0.0050" in sentences(lost) and "lowest held-out causal loss has token" in sentences(
-        lost
+    assert "does not win: plain +0.0050" in sentences(lost) and "token choice, dropless wins" in said_of(
+        made_up(DROPLESS, 0.0), lost
     )
-    assert "wins: plain -0.0050" in sentences(won) and "lowest held-out causal loss has expert" in sentences(won)
+    assert "wins: plain -0.0050" in sentences(won) and "expert choice wins, causal loss" in sentences(won)
 
 
 def test_the_verdict_names_no_winner_among_equals() -> None:
     """As of untrained copies, all of which compute the same function but for rounding."""
     said = sentences(made_up("expert choice", -1e-8, standard_error=1e-9), made_up("threshold", 0.0))
-    assert "a tie, 1.5000: token choice, dropless; expert choice; threshold.\n" in said
+    tie = (
+        "a tie, causal loss 1.5000 on held-out text: expert choice; token choice, dropless; threshold; the next, token"
+    )
+    assert f"{tie} choice, capacity 1.0, +0.0040 ± 0.0010.\n" in said
+    assert "a tie of all, causal loss 1.5000 on" in said_of(made_up(DROPLESS, 0.0), made_up("expert choice", -1e-8))
     assert "No difference that this text can show: plain -0.0000 ± 0.0000, trained by threshold" in said
     said = sentences(made_up("expert choice", -0.005), made_up("expert choice, at least 1", -0.005))
-    assert "a tie, 1.4950: expert choice; expert choice, at least 1 (-0.0050 ± 0.0010 to dropless token" in said
+    tie = (
+        "a tie, causal loss 1.4950 on held-out text: expert choice; expert choice, at least 1; the next, token choice, "
+    )
+    assert f"{tie}dropless, +0.0050 ± 0.0010.\n" in said
 
 
 def test_the_verdict_lists_only_what_dropped_choices() -> None:
@@ -300,8 +371,8 @@ def test_the_verdict_lists_only_what_dropped_choices() -> None:
     assert "Choices dropped for capacity in training: token choice, capacity 1.0 (12.5%); expert" in said
     said = sentences(made_up("threshold", 0.0, dropped=0.01))
     assert "capacity 1.0 (12.5%), threshold (1.0%); expert choice none" in said
-    nothing = {"variants": [made_up(DROPLESS, 0.0), made_up("threshold", 0.0)], "normalize_combine_weights": False}
-    assert "No choices were dropped for capacity in training." in "\n".join(verdict(nothing))
+    nothing = said_of(made_up(DROPLESS, 0.0), made_up("threshold", 0.0))
+    assert "No choices were dropped for capacity in training." in nothing
 
 
 def test_help_says_what_takes_the_time(capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +438,9 @@ def test_what_was_asked_for_is_what_is_compared(
     whole = compare(*arguments[:3:2], max_tokens=TOKENS)
     for entry in some["variants"]:
         other = entry_of(whole, entry["name"], entry["num_choices"])
-        assert entry | {"step": None} == other | {"step": None} and entry["step"] is None and other["step"]
+        assert entry["step"] is None and other["step"]
+        own = {"step": None, "loss_against_lowest": None}  # the lowest of some is not that of all
+        assert entry | own == other | own
         assert f"causal loss {entry['inference']['loss']:.4f};" in printed.err
 
 
@@ -404,7 +477,7 @@ def test_less_is_done_where_time_is_short() -> None:
     assert DROPLESS in {v.name for v in seen[-1].variants} and len(seen[-1].variants) == 2
     said = described(seen[-1], everything(), slow, 0)
     assert said["left_out"][0] == "2 experts per token" and "the time of a training step" in said["left_out"]
-    assert said["left_out"][1].startswith("capacity-1.0, capacity-1.25, at-least-1")
+    assert said["left_out"][1].startswith("capacity-1.0, capacity-1.25, nudged-bias, quantiles")
     assert re.search(r"Everything takes about \d+ minutes: --minutes \d+$|hours: --minutes \d+$", in_words(said))
     assert described(everything(), everything(), fast, 0)["left_out"] == []
 
