@@ -3,7 +3,9 @@
 The mixture: stories260K with eight copies of each FFN, two experts a token, trained by token choice with a balance loss
 on four domains until its experts differ, and saved as a Mixtral. It is converted, measured under every bound on the
 experts of a token, and trained for some more steps by each way of routing, on equal tokens; losses are causal, of
-held-out documents, the mean over the domains. Each training run is a file of its own and is not run again.
+held-out documents, the mean over the domains. Expert choice is also begun warm, by the source's own rule whose loads
+are evened out before the experts choose, with the loss along the way. Each training run is a file of its own and is not
+run again.
 """
 
 import argparse
@@ -12,10 +14,12 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ecmoe.analysis.variants import BALANCE_COEFFICIENT
@@ -30,6 +34,7 @@ from .quality.store import rounded
 from .quality.train import train
 
 TOP_K, EXPERTS = 2, 8
+AT_LEAST_1 = "expert choice, at least 1"
 TOKENS_CHOOSE = {"routing": "token_choice", "inference_routing": "token_choice"}
 EXPERTS_CHOOSE = {"routing": "expert_choice", "inference_routing": "threshold"}
 NEUTRAL = {
@@ -37,6 +42,7 @@ NEUTRAL = {
     "max_experts_per_token": None,
     "router_aux_loss_coef": 0.0,
     "token_choice_bias_update_rate": None,
+    "token_choice_capacity_factor": None,
     "threshold_after_steps": 0,
 }
 WAYS: dict[str, dict[str, Any]] = {
@@ -44,10 +50,29 @@ WAYS: dict[str, dict[str, Any]] = {
     "token choice, nudged bias": TOKENS_CHOOSE | {"token_choice_bias_update_rate": 1e-3},
     "token choice, balanced by quantiles": EXPERTS_CHOOSE
     | {"min_experts_per_token": TOP_K, "max_experts_per_token": TOP_K},
-    "expert choice, at least 1": EXPERTS_CHOOSE | {"min_experts_per_token": 1},
+    AT_LEAST_1: EXPERTS_CHOOSE | {"min_experts_per_token": 1},
     "expert choice": EXPERTS_CHOOSE,
     "thresholds": {"routing": "threshold", "inference_routing": "threshold"},
 }
+WARM_STEPS = 50
+
+
+def _capacity_closing(step: int) -> dict[str, Any]:
+    """Token choice that drops what exceeds a capacity, which falls from twice the equal share to the share itself."""
+    return TOKENS_CHOOSE | {"token_choice_capacity_factor": 2 - step / WARM_STEPS}
+
+
+def _bias_nudged(_step: int) -> dict[str, Any]:
+    """Ten times the usual rate: the loads are to be even within WARM_STEPS."""
+    return TOKENS_CHOOSE | {"token_choice_bias_update_rate": 1e-2}
+
+
+STARTS: dict[str, Callable[[int], dict[str, Any]] | None] = {
+    "experts choose at once": None,
+    "capacity closes first": _capacity_closing,
+    "bias is nudged first": _bias_nudged,
+}
+ROUTER_RATES = (0.0, 0.1, 1.0, 10.0)  # over the rate of the rest; of one seed
 BOUNDS = {"from 0 to 8": (0, None), "from 1 to 8": (1, None), "from 1 to 4": (1, 4), "from 2 to 2": (2, 2)}
 
 
@@ -65,14 +90,42 @@ def main() -> None:
     bench = Bench(options.data, pairs_per_file=0)
     parent = _once(options.runs / "parent.json", lambda: train_parent(bench, options.runs, options.parent_steps))
     before = _once(options.runs / "before.json", lambda: measure_bounds(bench, options.runs / "mixtral"))
-    after: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    for seed in range(options.seeds):
-        for way in WAYS:
-            file = options.runs / f"{way.replace(', ', '-').replace(' ', '_')}-{seed}.json"
-            after[way].append(_once(file, lambda way=way, seed=seed: go_on(bench, options, way, seed)))  # type: ignore[misc]
-    path = save("mixtures", {"parent": parent, "before": before, "after": after, "steps": options.steps})
-    print("\n".join(table(before, after)))
+    after = {
+        way: [
+            _once(
+                options.runs / f"{_file_name(way)}-{seed}.json",
+                lambda way=way, seed=seed: go_on(bench, options, way, seed),
+            )  # type: ignore[misc]
+            for seed in range(options.seeds)
+        ]
+        for way in WAYS
+    }
+    starts = {
+        start: [
+            _once(
+                options.runs / f"{_file_name(start)}-{seed}.json",
+                lambda start=start, seed=seed: begin(bench, options, start, seed),
+            )  # type: ignore[misc]
+            for seed in range(options.seeds)
+        ]
+        for start in STARTS
+    }
+    rates = {
+        str(rate): _once(
+            options.runs / f"router_rate-{rate}.json", lambda rate=rate: go_on(bench, options, AT_LEAST_1, 0, rate)
+        )  # type: ignore[misc]
+        for rate in ROUTER_RATES
+    }
+    figures = {"parent": parent, "before": before, "after": after, "starts": starts, "router_rates": rates}
+    path = save("mixtures", figures | {"steps": options.steps, "learning_rate": options.learning_rate})
+    print("\n".join([*table(before, after), "", *curves(starts), ""]))
+    for rate, run in rates.items():
+        print(f"router's rate {rate} of the rest: {run['end']['loss']:.4f}")
     print(f"\n{path}")
+
+
+def _file_name(title: str) -> str:
+    return title.replace(", ", "-").replace(" ", "_")
 
 
 def _once(path: Path, work: Any) -> Any:
@@ -112,15 +165,49 @@ def measure_bounds(bench: Bench, mixtral: Path) -> dict[str, Any]:
     return found
 
 
-def go_on(bench: Bench, options: Any, way: str, seed: int) -> dict[str, Any]:
+def go_on(bench: Bench, options: Any, way: str, seed: int, router_rate: float = 1.0) -> dict[str, Any]:
     """One way of routing, trained for so many steps; thresholds are calibrated before and after."""
     torch.manual_seed(seed)
     model = _converted(options.runs / "mixtral")
     _set(model, WAYS[way])
     start = _figures(bench, model)
-    run = Run("ec-copy2", seed, "mixtures", way, steps=options.steps, learning_rate=options.learning_rate)
-    _train(bench, model, run, seed)
+    rates = {"learning_rate": options.learning_rate, "router_rate": router_rate}
+    _train(bench, model, Run("ec-copy2", seed, "mixtures", way, steps=options.steps, **rates), seed)
     return {"start": start, "end": _figures(bench, model)}
+
+
+def begin(bench: Bench, options: Any, start: str, seed: int) -> list[dict[str, Any]]:
+    """Expert choice, at least 1, begun in one of STARTS: loss, load and steps at each checkpoint of the training."""
+    torch.manual_seed(seed)
+    model = _converted(options.runs / "mixtral")
+    fields_of = STARTS[start]
+    found: list[dict[str, Any]] = []
+
+    def measure_at(step: int) -> None:
+        figures = _figures(bench, model)
+        found.append({"step": step, "loss": figures["loss"], "routes": figures["routes"]})
+
+    def in_turn(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Sets the fields of each step before its batch."""
+        for step, batch in enumerate(batches):
+            is_warm = fields_of is None or step >= WARM_STEPS
+            _set(model, WAYS[AT_LEAST_1] if fields_of is None or is_warm else fields_of(step))
+            yield batch
+
+    _set(model, WAYS[AT_LEAST_1] if fields_of is None else fields_of(0))
+    run = Run("ec-copy2", seed, "mixtures", start, steps=options.steps, learning_rate=options.learning_rate)
+    _train(bench, model, run, seed, in_turn, measure_at)
+    return found
+
+
+def curves(starts: dict[str, list[list[dict[str, Any]]]]) -> list[str]:
+    """The causal loss along the way, means over the seeds, as a table in Markdown."""
+    steps = [point["step"] for point in next(iter(starts.values()))[0]]
+    lines = [f"| causal loss after steps | {' | '.join(map(str, steps))} |", f"| --- |{' ---: |' * len(steps)}"]
+    for start, seeds in starts.items():
+        means = [statistics.fmean(points[number]["loss"] for points in seeds) for number in range(len(steps))]
+        lines.append(f"| {start} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
+    return lines
 
 
 def table(before: dict[str, Any], after: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -156,9 +243,16 @@ def _set(model: Any, fields: dict[str, Any]) -> None:
     model.config.validate()
 
 
-def _train(bench: Bench, model: Any, run: Run, seed: int) -> None:
+def _train(
+    bench: Bench,
+    model: Any,
+    run: Run,
+    seed: int,
+    in_turn: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda batches: batches,
+    measure_at: Callable[[int], None] = lambda _step: None,
+) -> None:
     pools = {domain: bench.windows[domain].train for domain in MIXTURE}
-    train(model, training_batches(pools, run.rows, run.steps, seed), run, run.steps, lambda _step: None)
+    train(model, in_turn(training_batches(pools, run.rows, run.steps, seed)), run, run.steps, measure_at)
 
 
 def _figures(bench: Bench, model: Any) -> dict[str, Any]:

@@ -12,10 +12,14 @@ from ecmoe.progress import progress_bar
 from modeling_ecmoe import sparse_blocks
 
 
+def has_experts(model: Any) -> bool:
+    """Whether a model of the family, its token-choice baseline among them."""
+    return str(model.config.model_type).startswith("ecmoe_")
+
+
 def is_expert_choice(model: Any) -> bool:
     """Whether a model of the family, not its token-choice baseline."""
-    config = model.config
-    return str(config.model_type).startswith("ecmoe_") and config.routing != "token_choice"
+    return has_experts(model) and model.config.routing != "token_choice"
 
 
 class StepTimer(TrainerCallback):

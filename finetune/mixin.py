@@ -28,7 +28,7 @@ from modeling_ecmoe import record_routing, use_inference_routing
 
 from .adapters import group_of
 from .calibration import Calibration
-from .callbacks import LogBeforeSaving, Progress, StepTimer, is_expert_choice, thresholds_of
+from .callbacks import LogBeforeSaving, Progress, StepTimer, has_experts, is_expert_choice, thresholds_of
 from .errors import RecipeError
 from .folder import last_whole_checkpoint, step_of
 from .losses import LossSums, RowLengths, router_losses, standard_error
@@ -77,7 +77,7 @@ class ExpertChoiceTrainerMixin:
         self.timed_tokens = 0  # that are no padding, of the steps since this process began, on all ranks
         self._logged = (0, 0)  # of these tokens, and of the steps, at the last line of the log
         self.losses: list[tuple[float, int]] = []  # of the rows of the last evaluation: summed, and learned tokens
-        self.routing: dict[str, float] | None = None  # how the thresholds routed in the last evaluation
+        self.routing: dict[str, float] | None = None  # the load in the last evaluation
         self.calibration.watch()
 
     def _freeze(self) -> None:
@@ -230,13 +230,15 @@ class ExpertChoiceTrainerMixin:
             )
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The causal loss; beside it how the thresholds route, and the top-k loss, which looks at the future.
+        """The causal loss; beside it the load of the experts and, where they choose, the top-k loss, which looks at the
+        future.
 
         A loss is the sum over learned tokens by their number. The trainers' own is a mean of the batches' means, in
         which a token of a short answer counts more than one of a long answer, and the more the larger the batch. A
         loss that is another than the likelihood stays the trainer's, and `nll` stands beside it.
         """
-        if not self.routes or self.args.torch_compile:  # a compiled model runs past the hooks that count routes
+        # A compiled model runs past the hooks that count routes.
+        if not has_experts(self.model) or self.args.torch_compile:
             return self._causal_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         with record_routing(self.model) as record:
             output = self._causal_pass(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -244,7 +246,7 @@ class ExpertChoiceTrainerMixin:
         first, *others = gather_object([record])  # each rank evaluated its share of the held-out rows
         for other in others:
             first.merge(other)
-        if f"{metric_key_prefix}_loss" in metrics:
+        if self.routes and f"{metric_key_prefix}_loss" in metrics:
             self._close_progress_bar()
             logged = {name: list(values) for name, values in getattr(self, "_metrics", {}).get("eval", {}).items()}
             with use_inference_routing(self.model, "expert_choice"):

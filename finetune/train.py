@@ -373,7 +373,7 @@ def _evaluation_before(trainer: EcMoeTrainer) -> dict[str, Any]:
 
 
 def _evaluate(trainer: EcMoeTrainer) -> dict[str, Any]:
-    """The causal loss after training, how sure it and its change are, and how the calibrated thresholds route."""
+    """The causal loss after training, how sure it and its change are, and the load of the experts."""
     if is_expert_choice(trainer.model):
         trainer.calibration.run()
     found, before = trainer.evaluate(), _evaluation_before(trainer)
@@ -386,5 +386,6 @@ def _evaluate(trainer: EcMoeTrainer) -> dict[str, Any]:
     results |= {"held_out_rows": len(trainer.losses), "held_out_tokens": sum(tokens for _, tokens in trainer.losses)}
     if "eval_loss_top_k" in found:
         results |= {"loss_after_top_k": found["eval_loss_top_k"], "loss_gap": found["eval_loss_gap"]}
+    if trainer.routing is not None:
         results["routing"] = trainer.routing
     return results

@@ -133,7 +133,7 @@ def convert(
     prompts = _prompts(plan, router_prompts)
     if push_to_hub:
         check_hub(push_to_hub)
-    notes = notes_on(plan.config, plan.settings)
+    notes = notes_on(plan)
     for note in notes:
         logger.warning(note)
     if dry_run:

@@ -109,7 +109,7 @@ def estimate(plan: Plan, target: Path, machine: Machine, num_gpus: int | None, v
         "all_to_all_bytes_per_step": 4 * sparse_layers * rows * row_bytes * (gpus - 1) // gpus,
         "tokens_per_gpu": TOKENS_PER_GPU,
         "ways_out": ways_out(config),
-        "notes": notes_on(config, plan.settings),
+        "notes": notes_on(plan),
     }
 
 

@@ -90,7 +90,7 @@ def upcycle(
         raise ConversionError("calibrate_on needs weights, and the model is on the meta device; leave it out")
     sources: list[Source] = [dense, *map(ModelInMemory, mix_with or [])]
     plan = plan_conversion(sources, settings)
-    for note in notes_on(plan.config, plan.settings):
+    for note in notes_on(plan):
         logger.warning(note)
     for source in sources:
         source.check_tied(plan.tied)

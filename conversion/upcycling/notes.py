@@ -4,12 +4,19 @@ import copy
 from typing import Any
 
 from ..targets import ways_out
-from .settings import Settings
+from .plan import Plan
 
 
-def notes_on(config: Any, settings: Settings) -> list[str]:
-    """One line each, with the remedy, for a config and the settings that it was made with."""
+def notes_on(plan: Plan) -> list[str]:
+    """One line each, with the remedy."""
+    config, settings = plan.config, plan.settings
     found = []
+    balance = getattr(plan.sources[0].config(), "router_aux_loss_coef", 0) if plan.mixture else 0
+    if balance and settings.routing != "token_choice":
+        found.append(
+            f"router_aux_loss_coef={balance} of the source is switched off: the experts take equal shares without a "
+            "balance loss; routing=token_choice keeps it"
+        )
     if not router_learns(config):
         other = "" if settings.init == "mix" else ", init=granular (the FLOPs of one, in two halves), or init=shared"
         found.append(
