@@ -220,9 +220,11 @@ def plain_config(
     fields |= {"num_experts_per_tok": top_k, "router_aux_loss_coef": source.router_aux_loss_coef}
     dense, kind = _dense_layers(source), source.model_type
     head_dim = getattr(source, "head_dim", None)
+    if head_dim is not None:  # also where no field of the class says so: its attention looks for it
+        fields["head_dim"] = head_dim
     if target is MIXTRAL:
         fields |= {"num_local_experts": num_experts, "intermediate_size": width}
-        fields |= {"head_dim": head_dim, "sliding_window": _window(source)}
+        fields |= {"router_jitter_noise": source.router_jitter_noise, "sliding_window": _window(source)}
     elif target in (GRANITE_MOE, GRANITE_MOE_SHARED):
         fields |= {"num_local_experts": num_experts, "intermediate_size": width}
         fields |= {name: getattr(source, name) for name in _GRANITE}
@@ -238,7 +240,7 @@ def plain_config(
         fields["routed_scaling_factor"] = source.routed_scaling_factor
         if source.model_type in OWN_CLASS:
             return _finished(target, fields, dtype)
-        fields |= {"attention_bias": kind == "ecmoe_qwen2", "head_dim": head_dim}
+        fields["attention_bias"] = kind == "ecmoe_qwen2"
         fields |= {"use_qk_norm": kind == "ecmoe_qwen3", "partial_rotary_factor": 1.0}
         fields["head_dim"] = head_dim or source.hidden_size // source.num_attention_heads
     else:

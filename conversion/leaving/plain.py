@@ -109,6 +109,7 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
         top_k = min(most, top_k or int(_ROOM_BY_SCORE * config.capacity_factor + 0.5) or 1)
         idle, is_exact = top_k - min(config.min_experts_per_token, top_k), top_k == most
         return Form(top_k, idle, complement, False, False, is_exact, normalised=False)
+    has_bias = token_choice and config.token_choice_bias_update_rate is not None
     is_joined = config.shared_expert_intermediate_size > 0 and (complement or not target.shared_expert)
     softmax, normalised = config.router_score_function == "softmax", config.normalize_combine_weights
     keeps_raw = softmax and target.any_weights and not normalised and not is_joined
@@ -119,7 +120,7 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
         is_joined=is_joined,
         is_scaled=not keeps_weights,
         is_shifted=not token_choice and not keeps_router,
-        is_exact=token_choice and keeps_weights,
+        is_exact=token_choice and keeps_weights and not has_bias,  # by which the class ranks no expert
         normalised=not keeps_raw,
     )
 
@@ -154,6 +155,8 @@ def plan_plain(source: Checkpoint, to: str, top_k: int | None, kept: dict[str, l
     config = plain_config(
         source_config, target, source.dtype, num_experts, form.top_k, width, shared_width, form.normalised
     )
+    if source_config.routing == "token_choice":  # its thresholds are minus the biases, also where training moved them
+        kept = None
     biases = {layer: torch.tensor(values) for layer, values in (kept or {}).items()}
     plan = PlainPlan(source, target, form, source_config, config, tied, [], {}, biases)
     maker = _Maker(plan, width, shared_width)

@@ -59,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM-4-MoE": ("Glm4Moe", SIGMOID | {"head_dim": 8, "use_qk_norm": True, "routed_scaling_factor": 2.5}),
     "DeepSeek-V3": ("DeepseekV3", SIGMOID | LATENT | {"n_shared_experts": 2}),
     "GraniteMoE": ("GraniteMoe", {"num_local_experts": 4, "logits_scaling": 3.0, "residual_multiplier": 0.5}),
+    "GLM-4-MoE, wide heads": ("Glm4Moe", SIGMOID | {"head_dim": 16}),
+    "GraniteMoE, wide heads": ("GraniteMoe", {"num_local_experts": 4, "head_dim": 16}),
     "GraniteMoE-Shared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 24}),
 }
 
@@ -166,6 +168,62 @@ def test_it_leaves_as_it_came(case: str, routing: str, text: Path, tmp_path: Pat
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("source", "back")]
     assert configs[0]["architectures"] == configs[1]["architectures"]
     assert configs[0]["num_experts_per_tok"] == configs[1]["num_experts_per_tok"]
+
+
+@pytest.mark.parametrize("case", ["GLM-4-MoE, wide heads", "GraniteMoE, wide heads"])
+def test_what_leaves_computes_what_came(case: str, tmp_path: Path, make_tokens: Callable[..., torch.Tensor]) -> None:
+    """Also where heads are wider than the hidden size divided among them, of which some classes have no field."""
+    source = write_mixture(tmp_path / "source", case)
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)
+    ids = make_tokens(2, 24)
+    expected = logits_of(source, ids)
+    assert (logits_of(load(tmp_path / "back"), ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_the_class_reads_in_training_leaves_too(tmp_path: Path) -> None:
+    own = {"router_jitter_noise": 0.1, "router_aux_loss_coef": 0.05}
+    write_mixture(tmp_path / "source", "Mixtral", **own)
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: config[name] for name in own} == own
+
+
+def _train_biases(folder: Path, ids: torch.Tensor) -> PreTrainedModel:
+    """Ten steps that move nothing but the thresholds, which tokens rank their experts by; saved, in eval mode."""
+    model = AutoModelForCausalLM.from_pretrained(folder, token_choice_bias_update_rate=0.05).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(10):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_biases_that_training_moved_leave_though_the_router_is_the_source_s(
+    tmp_path: Path, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    write_mixture(tmp_path / "source", "GLM-4-MoE")
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    ids = make_tokens(2, 24)
+    trained = _train_biases(tmp_path / "out", ids)
+    assert export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)["is_exact"]
+    torch.testing.assert_close(logits_of(load(tmp_path / "back"), ids), logits_of(trained, ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("few_tokens")
+def test_biases_that_the_class_has_no_room_for_are_said(
+    text: Path, tmp_path: Path, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """Mixtral ranks by scores alone, and its export of such a model is measured as any other that is not exact."""
+    write_mixture(tmp_path / "source", "Mixtral")
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    _train_biases(tmp_path / "out", make_tokens(2, 24))
+    record = export(str(tmp_path / "out"), str(tmp_path / "back"), text=str(text))
+    assert not record["is_exact"] and record["verification"]["kl_divergence"] > 1e-3
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "Not exact: the routes" in card and "Exact: the routes" not in card
 
 
 def test_a_trained_router_does_not_pass_for_the_source_s(tmp_path: Path) -> None:
