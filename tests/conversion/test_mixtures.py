@@ -137,6 +137,14 @@ def test_experts_choose_causally_and_the_loss_is_measured(
     assert measured["source"]["dropped"]["1.0"] >= measured["source"]["dropped"]["1.25"]
 
 
+@pytest.mark.usefixtures("few_tokens")
+def test_the_bounds_that_are_compared_differ(text: Path, tmp_path: Path) -> None:
+    """Also where twice the experts of a token are more than there are."""
+    write_mixture(tmp_path / "source", "Mixtral", num_local_experts=3)
+    measured = convert(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))["verification"]
+    assert [(bound["least"], bound["most"]) for bound in measured["bounds"]] == [(0, 3), (1, 3), (2, 2)]
+
+
 def test_an_idle_expert_of_the_source_gets_its_share(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
