@@ -185,6 +185,11 @@ def config_fields(source: Any, settings: Settings) -> dict[str, Any]:
             f"n_group={source.n_group}, topk_group={source.topk_group}: a token of this source chooses among its best "
             "groups of experts alone, which this family cannot say; only n_group=1 can be converted"
         )
+    if "sparse" not in fields["mlp_layer_types"]:
+        named = (f"{name}={value}" for name in _DENSE_LAYERS if (value := getattr(source, name, None)))
+        raise ConversionError(
+            f"{', '.join(named)}: no layer of this source has experts; give one whose config leaves it some"
+        )
     if kind == "qwen2_moe" and not source.qkv_bias:
         raise ConversionError("qkv_bias=False: the attention of Qwen2, which this source's becomes, has biases")
     if kind == "qwen3_moe" and source.sliding_window is not None:  # of all layers
@@ -202,6 +207,9 @@ def _shared_width(source: Any) -> int:
         return int(source.n_shared_experts * source.moe_intermediate_size)
     width = getattr(source, "shared_expert_intermediate_size", 0) or getattr(source, "shared_intermediate_size", 0)
     return int(width or 0)
+
+
+_DENSE_LAYERS = ("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace")  # the fields that say which
 
 
 def _layer_types(source: Any) -> list[str]:

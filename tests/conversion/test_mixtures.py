@@ -307,6 +307,22 @@ def test_refusals_are_one_line(case: str, tmp_path: Path, refuse: Callable[..., 
     refuse([str(tmp_path / "source"), str(tmp_path / "out"), "--no-verify", *options], message, ["source"])
 
 
+NO_EXPERTS = {
+    "Qwen2-MoE": {"mlp_only_layers": [0, 1, 2]},
+    "Qwen3-MoE": {"decoder_sparse_step": 5},
+    "GLM-4-MoE": {"first_k_dense_replace": 3},
+}
+
+
+@pytest.mark.parametrize("case", NO_EXPERTS)
+def test_a_mixture_without_experts_is_refused(case: str, tmp_path: Path, refuse: Callable[..., None]) -> None:
+    source = write_mixture(tmp_path / "source", case, **NO_EXPERTS[case])
+    ((field, value),) = NO_EXPERTS[case].items()
+    refuse([str(tmp_path / "source"), str(tmp_path / "out"), "--no-verify"], f"{field}={value}", ["source"])
+    with pytest.raises(conversion.ConversionError, match="no layer of this source has experts"):
+        ecmoe.upcycle(source)
+
+
 def test_a_dense_source_has_no_routing_to_choose(tmp_path: Path, refuse: Callable[..., None]) -> None:
     write_dense(tmp_path / "source", "Llama")
     refuse(
