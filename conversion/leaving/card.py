@@ -42,8 +42,8 @@ def _exactness(plan: PlainPlan) -> list[str]:
     lines = ["Exact: embeddings, attention, norms, dense layers and output layer are the source's tensors."]
     if config.routing == "token_choice" and config.token_choice_bias_update_rate is not None and not form.is_exact:
         lines.append(
-            f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores; the source ranks "
-            f"by score minus threshold, and {title} has neither threshold nor bias."
+            f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores; the source "
+            f"ranks by score minus threshold, and {title} has neither threshold nor bias."
         )
     elif config.routing == "token_choice":
         lines.append(f"Exact: the routes. The source is a token-choice model with {form.top_k} experts per token.")
