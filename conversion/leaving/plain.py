@@ -9,6 +9,7 @@ together, of which S is whole whatever the routes are. The number a of each expe
 
 By biased sigmoid scores (GLM-4-MoE) nothing has to stand for anything: the bias is minus the threshold, the weights are
 the scores, and idle experts, which add nothing, take the places of a token that has less than K above the threshold.
+Not where weights are divided by their sum, among which idle experts would count: there every token has K.
 """
 
 from collections.abc import Iterator
@@ -104,8 +105,12 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
     if target.by_score and (token_choice or keeps_router):
         normalised = config.normalize_combine_weights
         return Form(int(config.capacity_factor), 0, False, False, False, is_exact=token_choice, normalised=normalised)
+    most = config.max_experts_per_token or num_experts
+    if target.by_score and config.normalize_combine_weights:  # idle experts would count among the weights
+        top_k = min(num_experts, top_k or max(1, int(config.capacity_factor + 0.5)))
+        is_exact = config.min_experts_per_token == top_k == most
+        return Form(top_k, 0, complement, False, False, is_exact, normalised=True)
     if target.by_score:
-        most = config.max_experts_per_token or num_experts
         top_k = min(most, top_k or int(_ROOM_BY_SCORE * config.capacity_factor + 0.5) or 1)
         idle, is_exact = top_k - min(config.min_experts_per_token, top_k), top_k == most
         return Form(top_k, idle, complement, False, False, is_exact, normalised=False)

@@ -243,6 +243,49 @@ def test_a_trained_router_does_not_pass_for_the_source_s(tmp_path: Path) -> None
     assert export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)["form"]["is_shifted"]
 
 
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("case", ["GLM-4-MoE", "DeepSeek-V3"])
+@pytest.mark.parametrize("bounds", [(None, None), (2, 2)], ids=["unbounded", "bounded"])
+def test_weights_that_are_divided_by_their_sum_have_no_idle_experts(
+    case: str,
+    bounds: tuple[int | None, int | None],
+    text: Path,
+    tmp_path: Path,
+    make_tokens: Callable[..., torch.Tensor],
+) -> None:
+    """With a router that was trained: exact where every token has as many experts, and elsewhere said not to be."""
+    write_mixture(tmp_path / "source", case, norm_topk_prob=True)
+    least, most = bounds
+    options = {"min_experts_per_token": least, "max_experts_per_token": most, "text": str(text)}
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), **options)
+    trained = load(tmp_path / "out")
+    for block in sparse_blocks(trained).values():
+        block.gate.weight.data.mul_(1.01)
+    trained.save_pretrained(tmp_path / "out")
+    record = export(str(tmp_path / "out"), str(tmp_path / "back"), text=str(text))
+    assert (record["is_exact"], record["form"]["num_idle"]) == (most == 2, 0)
+    ids = make_tokens(2, 24)
+    expected = logits_of(trained, ids)
+    difference = (logits_of(load(tmp_path / "back"), ids) - expected).abs().max() / expected.abs().max()
+    assert (difference <= 1e-5) == record["is_exact"]
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert ("Not exact: the routes" in card) != record["is_exact"] and "fill up" not in card
+
+
+@pytest.mark.parametrize("case", ["Mixtral", "GraniteMoE", "OLMoE", "GLM-4-MoE"])
+def test_whole_numbers_of_a_recipe_leave_too(case: str, tmp_path: Path) -> None:
+    """`router_aux_loss_coef=0` in a recipe is an int, which plain classes refuse."""
+    write_mixture(tmp_path / "source", case)
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    fields = {"router_aux_loss_coef": 0, "router_jitter_noise": 0}
+    if case == "GLM-4-MoE":
+        fields["routed_scaling_factor"] = 2
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **fields)
+    trained.save_pretrained(tmp_path / "out")
+    export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)
+    load(tmp_path / "back")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_stacked_experts_are_read_too(case: str, tmp_path: Path, make_tokens: Callable[..., torch.Tensor]) -> None:
     """As Transformers has them in memory, in a file and in a model; the latter shares what is the same."""
