@@ -109,6 +109,7 @@ def complete(settings: Settings, source: Any) -> Settings:
     Raises:
         ConversionError: for an option that makes experts of a dense FFN, and for bounds that do not go with the source.
     """
+    settings.check_types()
     made = {"init": None, "ratio": None, "granularity": None, "layers": "all", "router": "normal"}
     for option, left_out in made.items():
         if getattr(settings, option) != left_out:
@@ -135,6 +136,11 @@ def complete(settings: Settings, source: Any) -> Settings:
         least = 0
     elif least is None:  # a token without an expert would lose its FFN
         least = 0 if _shared_width(source) else 1
+        if capacity_factor < least:
+            raise ConversionError(
+                f"capacity_factor={capacity_factor}: by default no token is left without an expert, which takes at "
+                "least 1; give 1 or more, or min_experts_per_token=0"
+            )
     if routing == "token_choice" and capacity_factor != top_k:
         raise ConversionError(
             f"capacity_factor={capacity_factor}: routing=token_choice is the source's own, {top_k} experts per token; "

@@ -339,6 +339,7 @@ REFUSALS = {
         "routing=token_choice has no bounds",
     ),
     "another k": (["--routing", "token_choice", "--capacity-factor", "1"], "is the source's own, 2 experts per token"),
+    "less than one": (["--capacity-factor", "0.5"], "by default no token is left without an expert"),
     "bounds apart": (["--min-experts-per-token", "3"], "capacity_factor=2"),
 }
 
@@ -364,6 +365,17 @@ def test_a_mixture_without_experts_is_refused(case: str, tmp_path: Path, refuse:
     refuse([str(tmp_path / "source"), str(tmp_path / "out"), "--no-verify"], f"{field}={value}", ["source"])
     with pytest.raises(conversion.ConversionError, match="no layer of this source has experts"):
         ecmoe.upcycle(source)
+
+
+@pytest.mark.parametrize("field", [{"capacity_factor": "2"}, {"seed": "x"}, {"min_experts_per_token": True}])
+def test_a_value_of_another_kind_is_named(field: dict[str, Any], tmp_path: Path) -> None:
+    source = write_mixture(tmp_path / "source", "Mixtral")
+    ((name, value),) = field.items()
+    message = f"{name}='{value}' must be int.*, and is {type(value).__name__}"
+    with pytest.raises(conversion.ConversionError, match=message):
+        ecmoe.upcycle(source, **field)
+    with pytest.raises(conversion.ConversionError, match=message):
+        convert(str(tmp_path / "source"), str(tmp_path / "out"), verify=False, **field)
 
 
 def test_a_dense_source_has_no_routing_to_choose(tmp_path: Path, refuse: Callable[..., None]) -> None:
