@@ -23,6 +23,7 @@ from .errors import AnalysisError
 RECORD_NAME = "ecmoe_calibration.json"
 _UNFINISHED = ".unfinished"
 _INDEX_NAME = "model.safetensors.index.json"
+_WEIGHTS_NAME = "model.safetensors"
 _THRESHOLD = re.compile(r"layers\.\d+\.mlp\.gate\.threshold(_updates)?$")
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
@@ -139,10 +140,13 @@ def _sweep(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that Transformers loads: those of the index, or all."""
+    """The files that Transformers loads: the single one, also beside an index, or those of the index; no others that
+    lie there."""
+    if (folder / _WEIGHTS_NAME).is_file():
+        return [folder / _WEIGHTS_NAME]
     index = folder / _INDEX_NAME
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        return []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError) as error:

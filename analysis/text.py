@@ -110,6 +110,8 @@ def _jsonl(path: Path, text_column: str) -> Iterator[str]:
             if not line.strip():
                 continue
             row = json.loads(line)
+            if isinstance(row, dict) and row.get(text_column, "") is None:
+                continue  # as in .parquet: a row without text
             if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
                 raise AnalysisError(f"data={path}, line {number}: no text in the field text_column={text_column}")
             if not is_unicode(row[text_column]):
@@ -123,8 +125,15 @@ def _parquet(path: Path, text_column: str) -> Iterator[str]:
     if text_column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise AnalysisError(f"data={path} has no column text_column={text_column}; it has {names}")
-    for batch in file.iter_batches(columns=[text_column], batch_size=64):
-        yield from (text for text in batch.column(0).to_pylist() if text and text.strip())
+    cells = (batch.column(0).to_pylist() for batch in file.iter_batches(columns=[text_column], batch_size=64))
+    for number, text in enumerate(itertools.chain.from_iterable(cells), start=1):
+        if text is not None and not isinstance(text, str):
+            raise AnalysisError(
+                f"data={path}, row {number}: text_column={text_column} holds {type(text).__name__}, not text; name the "
+                "column that does"
+            )
+        if text and text.strip():
+            yield text
 
 
 def windows(tokenizer: Any, documents: Iterator[str], length: int) -> Iterator[list[int]]:

@@ -217,12 +217,14 @@ def plain_config(
     if source.model_type in OWN_CLASS:
         known = {field.name for field in dataclasses.fields(target.config_class)}
         fields |= {name: value for name, value in source.to_dict().items() if name in known}
-    fields |= {"num_experts_per_tok": top_k, "router_aux_loss_coef": source.router_aux_loss_coef}
+    fields |= {"num_experts_per_tok": top_k, "router_aux_loss_coef": float(source.router_aux_loss_coef)}
     dense, kind = _dense_layers(source), source.model_type
     head_dim = getattr(source, "head_dim", None)
+    if head_dim is not None:  # also where no field of the class says so: its attention looks for it
+        fields["head_dim"] = head_dim
     if target is MIXTRAL:
         fields |= {"num_local_experts": num_experts, "intermediate_size": width}
-        fields |= {"head_dim": head_dim, "sliding_window": _window(source)}
+        fields |= {"router_jitter_noise": float(source.router_jitter_noise), "sliding_window": _window(source)}
     elif target in (GRANITE_MOE, GRANITE_MOE_SHARED):
         fields |= {"num_local_experts": num_experts, "intermediate_size": width}
         fields |= {name: getattr(source, name) for name in _GRANITE}
@@ -235,10 +237,10 @@ def plain_config(
         fields |= {"n_routed_experts": num_experts, "moe_intermediate_size": width}
         fields |= {"n_shared_experts": max(1, shared_width // width), "n_group": 1, "topk_group": 1}
         fields |= {"norm_topk_prob": normalised, "first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
-        fields["routed_scaling_factor"] = source.routed_scaling_factor
+        fields["routed_scaling_factor"] = float(source.routed_scaling_factor)
         if source.model_type in OWN_CLASS:
             return _finished(target, fields, dtype)
-        fields |= {"attention_bias": kind == "ecmoe_qwen2", "head_dim": head_dim}
+        fields["attention_bias"] = kind == "ecmoe_qwen2"
         fields |= {"use_qk_norm": kind == "ecmoe_qwen3", "partial_rotary_factor": 1.0}
         fields["head_dim"] = head_dim or source.hidden_size // source.num_attention_heads
     else:

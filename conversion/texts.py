@@ -69,7 +69,8 @@ def read_documents(path: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"text={path} cannot be read as UTF-8 text ({error})") from error
     if path.suffix == ".jsonl":
-        documents = [_document_of(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line]
+        lines = text.split("\n")  # alone: other line separators may stand inside a row's text
+        documents = [_document_of(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         documents = [part.strip() for part in text.split(DOCUMENT_SEPARATOR)]
     documents = [document for document in documents if document]
@@ -89,6 +90,8 @@ def _document_of(path: Path, number: int, line: str) -> Any:
         return row["messages"]
     if isinstance(row.get("text"), str):
         return row["text"].strip()
+    if "text" in row and row["text"] is None:  # a row without text
+        return ""
     raise ConversionError(
         f"text={path}, line {number} has neither text nor messages with role and content; rename its columns to those"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from .recipe import Recipe
+from .recipe import READ_AT_INFERENCE, Recipe
 
 # What of a recipe decides the result; the rest is in finetune_recipe.yaml beside the card.
 _FIELDS = ["learning_rate", "lr_scheduler_type", "warmup_steps", "max_length", "packing", "optim", "seed"]
@@ -23,7 +23,7 @@ tokenizer = AutoTokenizer.from_pretrained("this-folder-or-repository")"""
 _ADAPTER = """import ecmoe
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("this-folder-or-repository")  # needs its base model
+model = AutoPeftModelForCausalLM.from_pretrained("this-folder-or-repository"{fields})  # needs its base model
 whole = model.merge_and_unload()  # without adapters, to save or to generate faster"""
 
 
@@ -66,9 +66,15 @@ def render_card(recipe: Recipe, arguments: Any, results: Mapping[str, Any], is_a
         results=results,
         fields={name: value for name, value in fields.items() if value is not None},
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES),
-        loading=_ADAPTER if is_adapter else _WHOLE,
+        loading=_ADAPTER.format(fields=_fields_of_base(recipe)) if is_adapter else _WHOLE,
     )
     return str(card).rstrip() + "\n"
+
+
+def _fields_of_base(recipe: Recipe) -> str:
+    """The keywords that give the base of adapters the routes that they were trained by."""
+    held = {name: value for name, value in recipe.routing_fields.items() if name in READ_AT_INFERENCE}
+    return "".join(f", {name}={value!r}" for name, value in held.items())
 
 
 def figure(value: float | None, error: float | None, form: str = ".4f") -> str:

@@ -15,7 +15,7 @@ from ecmoe.hub import why_not_from_hub
 
 from .arguments import check_model
 from .errors import RecipeError
-from .recipe import Recipe, refuse_unknown, shipped
+from .recipe import READ_AT_INFERENCE, Recipe, refuse_unknown, shipped
 
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
 
@@ -37,6 +37,8 @@ def load_config(recipe: Recipe) -> Any:
                 f"{name}={value} is for expert-choice models, and model={recipe.model} is {config.model_type}"
             )
         for name, value in recipe.routing_fields.items():
+            if recipe.lora is not None and not recipe.merge:
+                _refuse_what_adapters_lose(name, value, config, recipe.model)
             setattr(config, name, value)
         config.validate()  # what goes together; from_pretrained looks at each field alone
     except RecipeError:
@@ -46,6 +48,24 @@ def load_config(recipe: Recipe) -> Any:
     except _UNLOADABLE as error:
         raise RecipeError(f"model={recipe.model} {_why_not(error, path)}") from error
     return config
+
+
+def _refuse_what_adapters_lose(name: str, value: Any, config: Any, model: str) -> None:
+    """Fields that inference reads: adapters have no config, so that they would be run by their base's routes.
+
+    config: the base's.
+    """
+    if name not in READ_AT_INFERENCE or value == getattr(config, name):
+        return
+    if name == "token_choice_bias_update_rate" and None not in (value, getattr(config, name)):
+        return  # how much thresholds move, and not whether they count
+    if name == "capacity_factor" and config.routing != "token_choice":
+        return  # the thresholds, which are saved with the adapters, hold it
+    raise RecipeError(
+        f"{name}={value} beside lora: adapters have no config, and whoever loads them on model={model} would get its "
+        f"{name}={getattr(config, name)}; add merge=true, which writes the whole model, or set the field in its "
+        "config.json"
+    )
 
 
 def _why_not(error: Exception, path: Path) -> str:

@@ -40,10 +40,21 @@ def _exactness(plan: PlainPlan) -> list[str]:
     """One line for each part of the model: whether it computes what the source's does."""
     form, config, title = plan.form, plan.source_config, plan.target.title
     lines = ["Exact: embeddings, attention, norms, dense layers and output layer are the source's tensors."]
-    if config.routing == "token_choice":
+    if config.routing == "token_choice" and config.token_choice_bias_update_rate is not None and not form.is_exact:
+        lines.append(
+            f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores; the source "
+            f"ranks by score minus threshold, and {title} has neither threshold nor bias."
+        )
+    elif config.routing == "token_choice":
         lines.append(f"Exact: the routes. The source is a token-choice model with {form.top_k} experts per token.")
     elif plan.target.by_score and form.is_exact:
-        lines.append("Exact: the routes. A bias stands for each threshold, and idle experts fill up a token's number.")
+        filled = ", and idle experts fill up a token's number" if form.num_idle else ""
+        lines.append(f"Exact: the routes. A bias stands for each threshold{filled}.")
+    elif plan.target.by_score and form.normalised:
+        lines.append(
+            f"Not exact: the routes. Every token takes the {form.top_k} experts furthest above their threshold, which "
+            "a bias stands for, also those below it; idle experts would count where weights are divided by their sum."
+        )
     elif plan.target.by_score:
         lines.append(
             f"Exact for tokens with at most {form.top_k} experts above their threshold; the others keep their best "

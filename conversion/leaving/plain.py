@@ -9,6 +9,7 @@ together, of which S is whole whatever the routes are. The number a of each expe
 
 By biased sigmoid scores (GLM-4-MoE) nothing has to stand for anything: the bias is minus the threshold, the weights are
 the scores, and idle experts, which add nothing, take the places of a token that has less than K above the threshold.
+Not where weights are divided by their sum, among which idle experts would count: there every token has K.
 """
 
 from collections.abc import Iterator
@@ -104,11 +105,16 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
     if target.by_score and (token_choice or keeps_router):
         normalised = config.normalize_combine_weights
         return Form(int(config.capacity_factor), 0, False, False, False, is_exact=token_choice, normalised=normalised)
+    most = config.max_experts_per_token or num_experts
+    if target.by_score and config.normalize_combine_weights:  # idle experts would count among the weights
+        top_k = min(num_experts, top_k or max(1, int(config.capacity_factor + 0.5)))
+        is_exact = config.min_experts_per_token == top_k == most
+        return Form(top_k, 0, complement, False, False, is_exact, normalised=True)
     if target.by_score:
-        most = config.max_experts_per_token or num_experts
         top_k = min(most, top_k or int(_ROOM_BY_SCORE * config.capacity_factor + 0.5) or 1)
         idle, is_exact = top_k - min(config.min_experts_per_token, top_k), top_k == most
         return Form(top_k, idle, complement, False, False, is_exact, normalised=False)
+    has_bias = token_choice and config.token_choice_bias_update_rate is not None
     is_joined = config.shared_expert_intermediate_size > 0 and (complement or not target.shared_expert)
     softmax, normalised = config.router_score_function == "softmax", config.normalize_combine_weights
     keeps_raw = softmax and target.any_weights and not normalised and not is_joined
@@ -119,7 +125,7 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
         is_joined=is_joined,
         is_scaled=not keeps_weights,
         is_shifted=not token_choice and not keeps_router,
-        is_exact=token_choice and keeps_weights,
+        is_exact=token_choice and keeps_weights and not has_bias,  # by which the class ranks no expert
         normalised=not keeps_raw,
     )
 
@@ -154,6 +160,8 @@ def plan_plain(source: Checkpoint, to: str, top_k: int | None, kept: dict[str, l
     config = plain_config(
         source_config, target, source.dtype, num_experts, form.top_k, width, shared_width, form.normalised
     )
+    if source_config.routing == "token_choice":  # its thresholds are minus the biases, also where training moved them
+        kept = None
     biases = {layer: torch.tensor(values) for layer, values in (kept or {}).items()}
     plan = PlainPlan(source, target, form, source_config, config, tied, [], {}, biases)
     maker = _Maker(plan, width, shared_width)

@@ -109,6 +109,7 @@ def complete(settings: Settings, source: Any) -> Settings:
     Raises:
         ConversionError: for an option that makes experts of a dense FFN, and for bounds that do not go with the source.
     """
+    settings.check_types()
     made = {"init": None, "ratio": None, "granularity": None, "layers": "all", "router": "normal"}
     for option, left_out in made.items():
         if getattr(settings, option) != left_out:
@@ -135,6 +136,11 @@ def complete(settings: Settings, source: Any) -> Settings:
         least = 0
     elif least is None:  # a token without an expert would lose its FFN
         least = 0 if _shared_width(source) else 1
+        if capacity_factor < least:
+            raise ConversionError(
+                f"capacity_factor={capacity_factor}: by default no token is left without an expert, which takes at "
+                "least 1; give 1 or more, or min_experts_per_token=0"
+            )
     if routing == "token_choice" and capacity_factor != top_k:
         raise ConversionError(
             f"capacity_factor={capacity_factor}: routing=token_choice is the source's own, {top_k} experts per token; "
@@ -185,6 +191,11 @@ def config_fields(source: Any, settings: Settings) -> dict[str, Any]:
             f"n_group={source.n_group}, topk_group={source.topk_group}: a token of this source chooses among its best "
             "groups of experts alone, which this family cannot say; only n_group=1 can be converted"
         )
+    if "sparse" not in fields["mlp_layer_types"]:
+        named = (f"{name}={value}" for name in _DENSE_LAYERS if (value := getattr(source, name, None)))
+        raise ConversionError(
+            f"{', '.join(named)}: no layer of this source has experts; give one whose config leaves it some"
+        )
     if kind == "qwen2_moe" and not source.qkv_bias:
         raise ConversionError("qkv_bias=False: the attention of Qwen2, which this source's becomes, has biases")
     if kind == "qwen3_moe" and source.sliding_window is not None:  # of all layers
@@ -202,6 +213,9 @@ def _shared_width(source: Any) -> int:
         return int(source.n_shared_experts * source.moe_intermediate_size)
     width = getattr(source, "shared_expert_intermediate_size", 0) or getattr(source, "shared_intermediate_size", 0)
     return int(width or 0)
+
+
+_DENSE_LAYERS = ("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace")  # the fields that say which
 
 
 def _layer_types(source: Any) -> list[str]:

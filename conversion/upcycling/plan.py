@@ -312,7 +312,8 @@ def _check_tensors(plan: Plan, source: Source) -> None:
     if plan.mixture is not None:  # layers after the last predict tokens further ahead, and Transformers reads none
         unused = [name for name in unused if not _is_beyond(name, plan.config)]
     if unused:
+        kind = plan.mixture or f"dense {plan.config.model_type.removeprefix('ecmoe_')}"
         raise ConversionError(
-            f"source={source.place} holds {unused[0]} ({len(unused)} such tensors), which a dense "
-            f"{plan.config.model_type.removeprefix('ecmoe_')} language model does not have; convert a plain one"
+            f"source={source.place} holds {unused[0]} ({len(unused)} such tensors), which a {kind} language model of "
+            "this config does not have; convert a plain one"
         )

@@ -54,8 +54,8 @@ def measure_regimes(
             model.get_buffer(name).copy_(threshold)
         source = _measure(model, verification)
     bounds = []
-    for least, most in dict.fromkeys([(0, num_experts), (1, num_experts), (1, 2 * top_k), (top_k, top_k)]):
-        most = min(most, num_experts)
+    asked = [(0, num_experts), (1, num_experts), (1, min(2 * top_k, num_experts)), (top_k, top_k)]
+    for least, most in dict.fromkeys(asked):
         with _routed_as(
             model,
             routing="expert_choice",

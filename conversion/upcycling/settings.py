@@ -85,7 +85,7 @@ class Settings:
         Raises:
             ConversionError: naming the option, its value and the remedy.
         """
-        self._check_types()
+        self.check_types()
         if self.init is None:
             return replace(self, init="shared").check(num_sources)
         for field, known in (("init", INITIALISATIONS), ("router", ROUTERS), ("mix_attention", MIX_ATTENTION)):
@@ -129,7 +129,7 @@ class Settings:
         self.mlp_layer_types(dense_config.num_hidden_layers)
         return replace(checked, ratio=ratio)
 
-    def _check_types(self) -> None:
+    def check_types(self) -> None:
         """What a command line cannot get wrong and a notebook can."""
         for field, kinds in _KINDS.items():
             value = getattr(self, field)

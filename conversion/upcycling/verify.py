@@ -123,7 +123,7 @@ def check(measured: dict[str, Any], is_exact: bool, dtype: torch.dtype) -> None:
     """
     if not math.isfinite(measured["loss_dense"]):
         raise ConversionError(
-            f"the dense model's own loss is {measured['loss_dense']}: its weights are damaged; fetch them again"
+            f"the source's own loss is {measured['loss_dense']}: its weights are damaged; fetch them again"
         )
     tolerance = TOLERANCE[dtype]
     changed, divergence = abs(measured["loss_change"]), measured["kl_divergence"]
@@ -131,7 +131,7 @@ def check(measured: dict[str, Any], is_exact: bool, dtype: torch.dtype) -> None:
     same_text = measured["greedy_same"] or dtype != torch.float32
     if not math.isfinite(changed) or (is_exact and not (max(changed, divergence) <= tolerance and same_text)):
         raise ConversionError(
-            f"the converted model does not compute what the dense one does: the loss changed by {changed:.2e}, "
+            f"the converted model does not compute what its source does: the loss changed by {changed:.2e}, "
             f"divergence {divergence:.2e} (at most {tolerance:.0e} is rounding), greedy text "
             f"{'kept' if measured['greedy_same'] else 'changed'}; nothing was written"
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,23 @@ def test_a_real_kill_leaves_the_checkpoint_as_it_was(checkpoint: Path, place: Pa
     AutoModelForCausalLM.from_pretrained(checkpoint)
     calibrate(checkpoint, place / "text.txt", tokens=500)
     assert contents(checkpoint).keys() == before.keys() | {RECORD}
+
+
+@pytest.mark.parametrize("index", [False, True], ids=["another file", "an index beside it"])
+def test_the_file_that_is_loaded_is_the_one_that_changes(checkpoint: Path, place: Path, index: bool) -> None:
+    """Whatever else lies in the folder: what an earlier save or a download left there is not looked at."""
+    other = checkpoint / "old.safetensors"
+    shutil.copy(checkpoint / "model.safetensors", other)
+    if index:
+        weight_map = dict.fromkeys(all_tensors(checkpoint), other.name)
+        (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    before = other.read_bytes()
+    calibrate(checkpoint, place / "text.txt", tokens=500)
+    assert other.read_bytes() == before
+    entry = json.loads((checkpoint / RECORD).read_text())["calibrations"][0]
+    blocks = sparse_blocks(AutoModelForCausalLM.from_pretrained(checkpoint)).values()
+    replaced = entry["replaced"]["layers.0.mlp.gate.threshold"]
+    assert next(iter(blocks)).gate.threshold.tolist() != replaced
 
 
 def test_a_full_disk_changes_nothing(checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

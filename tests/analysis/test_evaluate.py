@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,10 +106,21 @@ def test_a_folder_of_every_kind(tmp_path: Path) -> None:
 
     (tmp_path / "a.txt").write_text("one<|endoftext|>\n\n<|endoftext|>two")
     (tmp_path / "b.md").write_text("three")
-    (tmp_path / "c.jsonl").write_text('{"text": "four"}\n\n{"text": " "}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "four"}\n\n{"text": " "}\n{"text": null}\n')
     pyarrow.parquet.write_table(pyarrow.table({"text": ["five", None, "six"]}), tmp_path / "d.parquet")
     (tmp_path / "ignored.bin").write_bytes(b"\0")
     assert list(read_documents(str(tmp_path))) == ["one", "two", "three", "four", "five", "six"]
+
+
+@pytest.mark.parametrize("cells", [[1, 2], [b"one", b"two"], [["one"], ["two"]]], ids=["numbers", "bytes", "lists"])
+def test_a_parquet_column_that_is_no_text_gets_one_line(tmp_path: Path, cells: list[Any]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None, *cells]}), tmp_path / "a.parquet")
+    kind = type(cells[0]).__name__
+    with pytest.raises(AnalysisError, match=f"row 2: text_column=text holds {kind}, not text; name the column"):
+        list(read_documents(str(tmp_path)))
 
 
 def test_a_long_document_streams_in_pieces(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_wrong_conversion_fails_and_leaves_nothing(
     write_dense(tmp_path / "dense", "Llama")
     blend = INITIALISATIONS["blend"]
     monkeypatch.setitem(INITIALISATIONS, "blend", replace(blend, expert=lambda _wanted, dense: dense * 1.01))
-    with pytest.raises(conversion.ConversionError, match="does not compute what the dense one does"):
+    with pytest.raises(conversion.ConversionError, match="does not compute what its source does"):
         convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, init="blend", text=str(text))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 

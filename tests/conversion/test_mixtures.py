@@ -59,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM-4-MoE": ("Glm4Moe", SIGMOID | {"head_dim": 8, "use_qk_norm": True, "routed_scaling_factor": 2.5}),
     "DeepSeek-V3": ("DeepseekV3", SIGMOID | LATENT | {"n_shared_experts": 2}),
     "GraniteMoE": ("GraniteMoe", {"num_local_experts": 4, "logits_scaling": 3.0, "residual_multiplier": 0.5}),
+    "GLM-4-MoE, wide heads": ("Glm4Moe", SIGMOID | {"head_dim": 16}),
+    "GraniteMoE, wide heads": ("GraniteMoe", {"num_local_experts": 4, "head_dim": 16}),
     "GraniteMoE-Shared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 24}),
 }
 
@@ -135,6 +137,14 @@ def test_experts_choose_causally_and_the_loss_is_measured(
     assert measured["source"]["dropped"]["1.0"] >= measured["source"]["dropped"]["1.25"]
 
 
+@pytest.mark.usefixtures("few_tokens")
+def test_the_bounds_that_are_compared_differ(text: Path, tmp_path: Path) -> None:
+    """Also where twice the experts of a token are more than there are."""
+    write_mixture(tmp_path / "source", "Mixtral", num_local_experts=3)
+    measured = convert(str(tmp_path / "source"), str(tmp_path / "out"), text=str(text))["verification"]
+    assert [(bound["least"], bound["most"]) for bound in measured["bounds"]] == [(0, 3), (1, 3), (2, 2)]
+
+
 def test_an_idle_expert_of_the_source_gets_its_share(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +178,62 @@ def test_it_leaves_as_it_came(case: str, routing: str, text: Path, tmp_path: Pat
     assert configs[0]["num_experts_per_tok"] == configs[1]["num_experts_per_tok"]
 
 
+@pytest.mark.parametrize("case", ["GLM-4-MoE, wide heads", "GraniteMoE, wide heads"])
+def test_what_leaves_computes_what_came(case: str, tmp_path: Path, make_tokens: Callable[..., torch.Tensor]) -> None:
+    """Also where heads are wider than the hidden size divided among them, of which some classes have no field."""
+    source = write_mixture(tmp_path / "source", case)
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)
+    ids = make_tokens(2, 24)
+    expected = logits_of(source, ids)
+    assert (logits_of(load(tmp_path / "back"), ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_the_class_reads_in_training_leaves_too(tmp_path: Path) -> None:
+    own = {"router_jitter_noise": 0.1, "router_aux_loss_coef": 0.05}
+    write_mixture(tmp_path / "source", "Mixtral", **own)
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: config[name] for name in own} == own
+
+
+def _train_biases(folder: Path, ids: torch.Tensor) -> PreTrainedModel:
+    """Ten steps that move nothing but the thresholds, which tokens rank their experts by; saved, in eval mode."""
+    model = AutoModelForCausalLM.from_pretrained(folder, token_choice_bias_update_rate=0.05).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(10):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_biases_that_training_moved_leave_though_the_router_is_the_source_s(
+    tmp_path: Path, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    write_mixture(tmp_path / "source", "GLM-4-MoE")
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    ids = make_tokens(2, 24)
+    trained = _train_biases(tmp_path / "out", ids)
+    assert export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)["is_exact"]
+    torch.testing.assert_close(logits_of(load(tmp_path / "back"), ids), logits_of(trained, ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("few_tokens")
+def test_biases_that_the_class_has_no_room_for_are_said(
+    text: Path, tmp_path: Path, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """Mixtral ranks by scores alone, and its export of such a model is measured as any other that is not exact."""
+    write_mixture(tmp_path / "source", "Mixtral")
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    _train_biases(tmp_path / "out", make_tokens(2, 24))
+    record = export(str(tmp_path / "out"), str(tmp_path / "back"), text=str(text))
+    assert not record["is_exact"] and record["verification"]["kl_divergence"] > 1e-3
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "Not exact: the routes" in card and "Exact: the routes" not in card
+
+
 def test_a_trained_router_does_not_pass_for_the_source_s(tmp_path: Path) -> None:
     write_mixture(tmp_path / "source", "Mixtral")
     convert(str(tmp_path / "source"), str(tmp_path / "out"), verify=False)
@@ -175,6 +241,49 @@ def test_a_trained_router_does_not_pass_for_the_source_s(tmp_path: Path) -> None
     tensors["model.layers.1.mlp.gate.weight"][0, 0] += 1
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     assert export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)["form"]["is_shifted"]
+
+
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("case", ["GLM-4-MoE", "DeepSeek-V3"])
+@pytest.mark.parametrize("bounds", [(None, None), (2, 2)], ids=["unbounded", "bounded"])
+def test_weights_that_are_divided_by_their_sum_have_no_idle_experts(
+    case: str,
+    bounds: tuple[int | None, int | None],
+    text: Path,
+    tmp_path: Path,
+    make_tokens: Callable[..., torch.Tensor],
+) -> None:
+    """With a router that was trained: exact where every token has as many experts, and elsewhere said not to be."""
+    write_mixture(tmp_path / "source", case, norm_topk_prob=True)
+    least, most = bounds
+    options = {"min_experts_per_token": least, "max_experts_per_token": most, "text": str(text)}
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), **options)
+    trained = load(tmp_path / "out")
+    for block in sparse_blocks(trained).values():
+        block.gate.weight.data.mul_(1.01)
+    trained.save_pretrained(tmp_path / "out")
+    record = export(str(tmp_path / "out"), str(tmp_path / "back"), text=str(text))
+    assert (record["is_exact"], record["form"]["num_idle"]) == (most == 2, 0)
+    ids = make_tokens(2, 24)
+    expected = logits_of(trained, ids)
+    difference = (logits_of(load(tmp_path / "back"), ids) - expected).abs().max() / expected.abs().max()
+    assert (difference <= 1e-5) == record["is_exact"]
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert ("Not exact: the routes" in card) != record["is_exact"] and "fill up" not in card
+
+
+@pytest.mark.parametrize("case", ["Mixtral", "GraniteMoE", "OLMoE", "GLM-4-MoE"])
+def test_whole_numbers_of_a_recipe_leave_too(case: str, tmp_path: Path) -> None:
+    """`router_aux_loss_coef=0` in a recipe is an int, which plain classes refuse."""
+    write_mixture(tmp_path / "source", case)
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), routing="token_choice", verify=False)
+    fields = {"router_aux_loss_coef": 0, "router_jitter_noise": 0}
+    if case == "GLM-4-MoE":
+        fields["routed_scaling_factor"] = 2
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **fields)
+    trained.save_pretrained(tmp_path / "out")
+    export(str(tmp_path / "out"), str(tmp_path / "back"), verify=False)
+    load(tmp_path / "back")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -230,6 +339,7 @@ REFUSALS = {
         "routing=token_choice has no bounds",
     ),
     "another k": (["--routing", "token_choice", "--capacity-factor", "1"], "is the source's own, 2 experts per token"),
+    "less than one": (["--capacity-factor", "0.5"], "by default no token is left without an expert"),
     "bounds apart": (["--min-experts-per-token", "3"], "capacity_factor=2"),
 }
 
@@ -239,6 +349,33 @@ def test_refusals_are_one_line(case: str, tmp_path: Path, refuse: Callable[..., 
     options, message = REFUSALS[case]
     write_mixture(tmp_path / "source", "Mixtral")
     refuse([str(tmp_path / "source"), str(tmp_path / "out"), "--no-verify", *options], message, ["source"])
+
+
+NO_EXPERTS = {
+    "Qwen2-MoE": {"mlp_only_layers": [0, 1, 2]},
+    "Qwen3-MoE": {"decoder_sparse_step": 5},
+    "GLM-4-MoE": {"first_k_dense_replace": 3},
+}
+
+
+@pytest.mark.parametrize("case", NO_EXPERTS)
+def test_a_mixture_without_experts_is_refused(case: str, tmp_path: Path, refuse: Callable[..., None]) -> None:
+    source = write_mixture(tmp_path / "source", case, **NO_EXPERTS[case])
+    ((field, value),) = NO_EXPERTS[case].items()
+    refuse([str(tmp_path / "source"), str(tmp_path / "out"), "--no-verify"], f"{field}={value}", ["source"])
+    with pytest.raises(conversion.ConversionError, match="no layer of this source has experts"):
+        ecmoe.upcycle(source)
+
+
+@pytest.mark.parametrize("field", [{"capacity_factor": "2"}, {"seed": "x"}, {"min_experts_per_token": True}])
+def test_a_value_of_another_kind_is_named(field: dict[str, Any], tmp_path: Path) -> None:
+    source = write_mixture(tmp_path / "source", "Mixtral")
+    ((name, value),) = field.items()
+    message = f"{name}='{value}' must be int.*, and is {type(value).__name__}"
+    with pytest.raises(conversion.ConversionError, match=message):
+        ecmoe.upcycle(source, **field)
+    with pytest.raises(conversion.ConversionError, match=message):
+        convert(str(tmp_path / "source"), str(tmp_path / "out"), verify=False, **field)
 
 
 def test_a_dense_source_has_no_routing_to_choose(tmp_path: Path, refuse: Callable[..., None]) -> None:

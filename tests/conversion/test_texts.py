@@ -115,6 +115,14 @@ def test_rows_of_a_file_may_hold_conversations(dense: Path, tmp_path: Path) -> N
     assert "Say it. " * 30 + "It. " in words and "plain plain" in words and "{" not in words
 
 
+def test_a_row_ends_where_its_line_does(tmp_path: Path) -> None:
+    """Other line separators may stand inside its text; lines and rows without text are passed over."""
+    held = ["one\u2028two", "three\x85four", "five\u2029", None, " "]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in held]
+    (tmp_path / "rows.jsonl").write_text("\ufeff" + "\r\n".join([*rows, "  ", ""]), encoding="utf-8")
+    assert texts.read_documents(tmp_path / "rows.jsonl") == ["one\u2028two", "three\x85four", "five"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

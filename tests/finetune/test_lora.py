@@ -1,6 +1,7 @@
 """LoRA on the stacked experts: what trains, what the adapter's file holds, and what comes back from it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,20 +10,23 @@ from typing import Any
 import peft
 import pytest
 import torch
-from checkpoints import DATA, all_tensors
+from checkpoints import DATA, all_tensors, write_dense, write_text
 from runs import QUICK_END, assert_same_run, prepared
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl
 
 import ecmoe.finetune.train
+from ecmoe.conversion import convert
 from ecmoe.finetune import RecipeError, run
 from ecmoe.finetune.adapters import add_lora, trained_parameters
 from ecmoe.finetune.data import Collator
+from ecmoe.finetune.loading import load_config
 from ecmoe.finetune.recipe import make_recipe
 from modeling_ecmoe import sparse_blocks
 
 GSM8K = DATA / "gsm8k" / "train.jsonl"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TOKEN_CHOICE = {"routing": "token_choice", "inference_routing": "token_choice", "min_experts_per_token": 0}
 NOTHING = {"model": "", "output_dir": "", "dataset": ""}
 FEW = {"max_steps": 4, "max_eval_sequences": 4, "learning_rate": 1e-2}
 
@@ -329,3 +333,51 @@ def test_the_default_adapters_of_every_family(family: str, make_model: Callable,
     adapted = model.eval()(ids).logits
     assert (adapted - before).abs().max() > 1e-3
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+CARRIED_BY_NOTHING = {
+    "bounds": ({}, {"max_experts_per_token": 2}, "max_experts_per_token=2 beside lora"),
+    "divided": ({}, {"normalize_combine_weights": True}, "normalize_combine_weights=True beside lora"),
+    "scaled": ({}, {"routed_scaling_factor": 2.0}, "would get its routed_scaling_factor=1.0; add merge=true"),
+    "biases": (TOKEN_CHOICE, {"token_choice_bias_update_rate": 0.01}, "token_choice_bias_update_rate=0.01 beside lora"),
+    "experts": (TOKEN_CHOICE, {"capacity_factor": 2}, "capacity_factor=2 beside lora"),
+    "as it is": ({}, {"normalize_combine_weights": False}, None),
+    "in training alone": ({}, {"threshold_decay": 0.5, "capacity_factor": 2}, None),
+    "another rate": (TOKEN_CHOICE | {"token_choice_bias_update_rate": 0.1}, {"token_choice_bias_update_rate": 1}, None),
+    "merged": ({}, {"max_experts_per_token": 2, "merge": True}, None),
+}
+
+
+@pytest.mark.parametrize("case", CARRIED_BY_NOTHING)
+def test_what_adapters_would_lose_is_refused(case: str, tmp_path: Path) -> None:
+    """Whoever loads adapters gets the config of their base, and other routes than those that were trained."""
+    held, fields, message = CARRIED_BY_NOTHING[case]
+    write_dense(tmp_path / "dense", "Llama")
+    convert(str(tmp_path / "dense"), str(tmp_path / "model"), num_experts=4, verify=False)
+    config = AutoConfig.from_pretrained(tmp_path / "model", **held)
+    config.save_pretrained(tmp_path / "model")
+    recipe = make_recipe(NOTHING | {"model": str(tmp_path / "model"), "lora": {}} | fields)
+    if message is None:
+        assert all(getattr(load_config(recipe), name) == value for name, value in fields.items() if name != "merge")
+        return
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_config(recipe)
+    load_config(make_recipe(NOTHING | {"model": str(tmp_path / "model")} | fields))  # all weights, with their config
+
+
+@pytest.mark.usefixtures("quick_end")
+def test_the_card_of_adapters_gives_their_base_its_fields(tmp_path: Path) -> None:
+    """So that they compute what the merged model beside them computes."""
+    write_dense(tmp_path / "dense", "Llama")
+    convert(str(tmp_path / "dense"), str(tmp_path / "model"), num_experts=4, init="noise", ratio=0.5, verify=False)
+    write_text(tmp_path / "text.txt", documents=12)
+    data = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "text.txt"), "too_long": "truncate"}
+    limits = {"max_length": 32, "max_steps": 2, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    bound = {"max_experts_per_token": 1, "lora": {"r": 2}, "merge": True}
+    run(data | limits | bound, output_dir=str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("this-folder-or-repository", max_experts_per_token=1)' in card
+    ids = {"input_ids": torch.arange(3, 35)[None], "attention_mask": torch.ones(1, 32, dtype=torch.long)}
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged"), ids)
+    adapters = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", max_experts_per_token=1)
+    torch.testing.assert_close(logits_of(adapters, ids), merged, atol=1e-5, rtol=1e-4)
