@@ -328,5 +328,12 @@ class EcMoeHeadMixin:
         AutoModel.register(type(config), self.base_models[type(config).model_type], exist_ok=True)
         super().__init__(config)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the base model, which knows what they are called; Transformers' generic heads take Llama's name."""
+        return self.base_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.set_input_embeddings(value)
+
 
 ROUTER_LOGITS = {"router_logits": OutputRecorder(EcMoeRouter, index=0)}
