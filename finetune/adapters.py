@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
@@ -90,9 +91,9 @@ def train_in_float32(model: nn.Module) -> None:
 
 
 def attention_modules(model: nn.Module) -> list[str]:
-    """The names of the linear layers of attention, whatever the family calls them."""
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return sorted({name.rpartition(".")[2] for name in linear if ".self_attn." in name or ".attention." in name})
+    """The names of the linear layers of attention, whatever the family calls them and however it stores them."""
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return sorted({name.rpartition(".")[2] for name in linear if any(mark in name for mark in _GROUPS["attention"])})
 
 
 def stacked_experts(model: nn.Module) -> list[str]:
@@ -164,9 +165,9 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "router": (".mlp.gate.",),
     "routed experts": (".mlp.experts.",),
     "shared expert": (".mlp.shared_expert.",),
-    "attention": (".self_attn.", ".attention."),
-    "dense FFN": (".mlp.",),
-    "embedding": ("embed_tokens", "embed_in"),
+    "attention": (".self_attn.", ".self_attention.", ".attention.", ".attn."),
+    "dense FFN": (".mlp.", ".fc1.", ".fc2."),
+    "embedding": ("embed_tokens", "embed_in", ".wte.", ".wpe.", "word_embeddings", "embed_positions"),
     "head": ("lm_head",),
 }
 _ADDED = ("lora_", "trainable_tokens_")  # the parameters of PEFT's adapters begin so

@@ -12,11 +12,11 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, logging
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .block_ecmoe import EcMoeBlock
 from .context_ecmoe import announce_tokens, use_inference_routing
-from .experts_ecmoe import EcMoeRaggedExperts
+from .experts_ecmoe import EcMoeFFN, EcMoeRaggedExperts
 from .notices_ecmoe import (
     require_experts,
     require_own_config,
@@ -46,7 +46,8 @@ class EcMoeDecoderLayerMixin:
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.mlp_layer_types[layer_idx] == "sparse":
-            self.mlp = EcMoeBlock(config, dense_mlp_class=self.ffn_class or type(self.mlp))
+            has_class = config.dense_ffn.has_class
+            self.mlp = EcMoeBlock(config, self.ffn_class or (type(self.mlp) if has_class else EcMoeFFN))
         elif self.ffn_class is not None:
             self.mlp = self.ffn_class(config)
 
@@ -59,6 +60,16 @@ class EcMoeDecoderLayerMixin:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
             self.mlp.token_mask = None
+
+
+class EcMoeAloofDecoderLayerMixin(EcMoeDecoderLayerMixin):
+    """Of families whose base model hands nothing on to its layers: it takes the real tokens off its block, which was
+    told of them, before it may be set up for recomputing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.mlp, EcMoeBlock):
+            kwargs["token_mask"] = self.mlp.token_mask
+        return super().__call__(*args, **kwargs)
 
 
 class EcMoePreTrainedMixin:
@@ -161,9 +172,8 @@ class EcMoeModelMixin:
         # The dense constructor makes embedding, norm and rotary embedding; its layers give way to ours. Under
         # from_pretrained that happens on the meta device and costs nothing.
         super().__init__(config)
-        self.layers = nn.ModuleList(
-            self.decoder_layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
+        layers = (self.decoder_layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.set_submodule(config.dense_ffn.layers, nn.ModuleList(layers))
         self.post_init()
 
     def forward(
@@ -195,6 +205,16 @@ class EcMoeModelMixin:
         return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
 
 
+class RecordedForward:
+    """Before a dense base model that collects its outputs by itself: those that it does not know are recorded."""
+
+    @capture_outputs
+    def forward(self, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """token_mask: read by the layers off their blocks."""
+        kwargs.pop("output_router_logits", None)
+        return super().forward(*args, return_dict=True, **kwargs)
+
+
 def _token_mask(attention_mask: Any, inputs: Tensor) -> Tensor | None:
     """[B, S] bool, True for real tokens, of a 2-D attention mask; of any other mask None.
 
@@ -215,8 +235,12 @@ class EcMoeForCausalLMMixin:
         PreTrainedModel.__init__(self, config)  # not the dense constructor, which would build the dense model
         setattr(self, self.base_model_prefix, self.base_model_class(config))
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = self.make_head(config)
         self.post_init()
+
+    def make_head(self, config: Any) -> nn.Linear:
+        """The family's output layer; some have a bias or another width."""
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @can_return_tuple
     def forward(

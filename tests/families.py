@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SLIDING = {"sliding_window": 8, "sliding_window_pattern": 2}
 FAMILIES: dict[str, dict[str, object]] = {
     "Llama": {},
@@ -21,6 +22,19 @@ FAMILIES: dict[str, dict[str, object]] = {
     "Cohere2": SLIDING | {"logit_scale": 0.25},
     "Starcoder2": {"sliding_window": 64},
     "GPTNeoX": {"num_key_value_heads": 4},  # no field of its own, but caches would read it
+    "GPT2": NO_DROPOUT | {"n_inner": 48, "num_key_value_heads": 4, "scale_attn_by_inverse_layer_idx": True},
+    "Phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "StableLm": {
+        "partial_rotary_factor": 0.5,
+        "use_qkv_bias": True,
+        "qk_layernorm": True,
+        "use_parallel_residual": True,
+    },
+    "Falcon": {"ffn_hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
+    "GPTBigCode": NO_DROPOUT | {"n_inner": 48, "num_key_value_heads": 1},
+    "GPTNeo": {"num_key_value_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "GPTJ": {"n_inner": 48, "num_key_value_heads": 4, "rotary_dim": 4},
+    "Jais2": {},
 }
 # Those whose plain class is a mixture itself, so that no dense checkpoint becomes one of them.
 MIXED: dict[str, dict[str, object]] = {
@@ -37,8 +51,11 @@ MIXED: dict[str, dict[str, object]] = {
 }
 MODEL_TYPES = {name: name.lower() for name in FAMILIES | MIXED}
 MODEL_TYPES |= {"Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox", "Glm4Moe": "glm4_moe", "DeepseekV3": "deepseek_v3"}
+MODEL_TYPES |= {"GPTBigCode": "gpt_bigcode", "GPTNeo": "gpt_neo"}
+# Those whose FFN has no gate, and biases.
+UNGATED = ("Starcoder2", "GPTNeoX", "GPT2", "Phi", "Falcon", "GPTBigCode", "GPTNeo", "GPTJ", "Jais2")
 # Their first FFN sees the normalised embedding alone, so that equal tokens have equal scores there.
-PARALLEL = ("Cohere2", "GPTNeoX")
+PARALLEL = ("Cohere2", "GPTNeoX", "Phi", "StableLm", "Falcon", "GPTJ")
 # Those whose tiny model keeps a window of the past alone, in some layers or all.
 SLIDING_CACHE = ("Mistral", "Olmo3", "Gemma2", "Gemma3Text", "Cohere2", "Starcoder2")
 # One of each kind: the plain one, norms inside attention, norms on both sides and capped logits, no gate but biases.

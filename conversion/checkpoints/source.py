@@ -21,7 +21,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Names in files of older Transformers -> today's.
 OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
 # Buffers that old checkpoints carry and no model reads.
-_UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 
 
 def is_unread(name: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from checkpointing import recompute_layers
-from families import FAMILIES, MIXED
+from families import FAMILIES, MIXED, UNGATED
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
@@ -56,9 +56,9 @@ def test_saved_and_loaded_model_is_equal(
     assert not list(tmp_path.glob("*.bin"))
 
 
-GATED = {"experts.gate_up_proj": [4, 96, 32], "experts.down_proj": [4, 32, 48]}
-UNGATED = {"experts.up_proj": [4, 48, 32], "experts.down_proj": [4, 32, 48]}
-UNGATED |= {"experts.up_proj_bias": [4, 48], "experts.down_proj_bias": [4, 32]}
+WITH_GATE = {"experts.gate_up_proj": [4, 96, 32], "experts.down_proj": [4, 32, 48]}
+WITHOUT_GATE = {"experts.up_proj": [4, 48, 32], "experts.down_proj": [4, 32, 48]}
+WITHOUT_GATE |= {"experts.up_proj_bias": [4, 48], "experts.down_proj_bias": [4, 32]}
 
 
 def test_saved_names_and_shapes(family: str, make_model: Callable, tmp_path: Path) -> None:
@@ -66,12 +66,12 @@ def test_saved_names_and_shapes(family: str, make_model: Callable, tmp_path: Pat
 
     make_model(family).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys() if "layers.1.mlp" in key}  # noqa: SIM118
-    assert {key.partition("layers.1.mlp.")[2]: shape for key, shape in shapes.items()} == {
+        shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys() if ".1.mlp." in key}  # noqa: SIM118
+    assert {key.partition(".1.mlp.")[2]: shape for key, shape in shapes.items()} == {
         "gate.weight": [4, 32],
         "gate.threshold": [4],
         "gate.threshold_updates": [],
-    } | (UNGATED if family in ("Starcoder2", "GPTNeoX") else GATED)
+    } | (WITHOUT_GATE if family in UNGATED else WITH_GATE)
 
 
 @pytest.mark.parametrize("auto_class", HEADS)
@@ -119,8 +119,9 @@ def test_router_logits_are_returned_when_asked_for(family: str, make_model: Call
         assert all(logits.dtype == torch.float32 for logits in output.router_logits)
     model.config.output_router_logits = True
     assert len(model(ids).router_logits) == 2
-    assert isinstance(model.base_model.layers[0].mlp, EcMoeBlock)
-    assert not isinstance(model.base_model.layers[1].mlp, EcMoeBlock)
+    layers = model.config.dense_ffn.layers_of(model)
+    assert isinstance(layers[0].mlp, EcMoeBlock)
+    assert not isinstance(getattr(layers[1], "mlp", None), EcMoeBlock)
 
 
 def test_other_outputs(family: str, make_model: Callable, make_tokens: Callable) -> None:

@@ -29,6 +29,6 @@ def test_packing_is_one_pool_in_training(make_routed_model: Callable, make_token
     model = make_routed_model("Qwen3").train()
     ids = make_tokens(1, sum(LENGTHS))
     model(ids, position_ids=positions(), labels=ids, use_cache=False).loss.backward()
-    for layer in model.base_model.layers:
+    for layer in model.config.dense_ffn.layers_of(model):
         assert layer.mlp.gate.pending[-1] == sum(LENGTHS)
         assert layer.mlp.gate.weight.grad.abs().sum() > 0
