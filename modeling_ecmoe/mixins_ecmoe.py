@@ -53,7 +53,7 @@ class EcMoeDecoderLayerMixin:
 
     def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """token_mask: [B, S] bool, True for real tokens. A keyword, so that a recomputed layer gets it again."""
-        if not isinstance(self.mlp, EcMoeBlock) or torch.compiler.is_compiling():
+        if not isinstance(getattr(self, "mlp", None), EcMoeBlock) or torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
         self.mlp.token_mask = token_mask
         try:
@@ -70,6 +70,20 @@ class EcMoeAloofDecoderLayerMixin(EcMoeDecoderLayerMixin):
         if isinstance(self.mlp, EcMoeBlock):
             kwargs["token_mask"] = self.mlp.token_mask
         return super().__call__(*args, **kwargs)
+
+
+class EcMoeBareDecoderLayerMixin(EcMoeDecoderLayerMixin):
+    """Of families whose FFN is no module but `fc1` and `fc2` of the layer: in a sparse layer these let everything
+    through, and the block stands where the activation between them does."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if hasattr(self, "mlp"):
+            self.fc1, self.fc2 = nn.Identity(), nn.Identity()
+
+    @property
+    def activation_fn(self) -> Any:
+        return self._modules.get("mlp") or self._modules["activation_fn"]
 
 
 class EcMoePreTrainedMixin:
@@ -191,6 +205,10 @@ class EcMoeModelMixin:
         inputs = input_ids if input_ids is not None else inputs_embeds
         if token_mask is None and inputs is not None:
             token_mask = _token_mask(attention_mask, inputs)
+            if (
+                token_mask is None and not self.config.dense_ffn.place
+            ):  # such layers may hand on tokens without their rows
+                token_mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         with announce_tokens(self, token_mask):
             outputs = super().forward(
                 input_ids=input_ids,

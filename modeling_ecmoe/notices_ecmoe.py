@@ -56,7 +56,9 @@ _IN_A_LAYER = r"(^|\.)(layers|h)\.\d+\."
 def _torchao_config(model: nn.Module) -> str:
     """What quantises the linear layers and the stacked experts of this model, and no bias: torchao would take those of
     a module that is named, and then its linear layers fail."""
-    linear = {name for name, module in model.named_modules() if re.search(_IN_A_LAYER, name) and isinstance(module, nn.Linear)}
+    linear = {
+        name for name, module in model.named_modules() if re.search(_IN_A_LAYER, name) and isinstance(module, nn.Linear)
+    }
     names = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
     patterns = [r".*\.mlp\.experts\..*_proj"]
     if names:  # or a quantiser has put modules of its own in their place

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ecmoe.progress import progress_bar
-
 from modeling_ecmoe.configuration_ecmoe import DenseFFN
 
 from .plan import Plan, generator_of

@@ -127,8 +127,8 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
         )
     if fields.get("add_cross_attention"):
         raise ConversionError(
-            f"add_cross_attention=True in {path}: its layers look at an encoder, and only decoders by themselves can be "
-            "converted; give one of those"
+            f"add_cross_attention=True in {path}: its layers look at an encoder, and only decoders by themselves can "
+            "be converted; give one of those"
         )
     own = model_type if model_type in modeling_ecmoe.families() else MIXTURES[model_type].family
     activation = fields.get(field_of(own, "hidden_act")) or fields.get("hidden_activation")
@@ -233,7 +233,9 @@ class _Maker:
                 wanted = ExpertMatrix(
                     part,
                     expert,
-                    lambda label, key=f"{layer}mlp.experts.{expert}": generator_of(self.settings.seed, f"{key}:{label}"),
+                    lambda label, key=f"{layer}mlp.experts.{expert}": generator_of(
+                        self.settings.seed, f"{key}:{label}"
+                    ),
                     self.settings.ratio or 0,
                     self.settings.num_shards,
                 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConversionError
+from .dense import ffn_width
 from .initialisations import INITIALISATIONS, KEPT, Initialisation
 
 ROUTERS = {

@@ -9,7 +9,7 @@ import torch
 import transformers
 from checkpointing import recompute_layers
 from conftest import TINY, random_tokens
-from families import FAMILIES, fill_zeros
+from families import FAMILIES, fields_of, fill_zeros
 from torch import Tensor, nn
 
 from modeling_ecmoe.configuration_ecmoe import AUTO_CLASSES, EcMoeConfigMixin
@@ -124,7 +124,7 @@ def dense_model(family: str, auto_class: str) -> Any:
     """The dense family's own class for that Auto class, tiny; None where Transformers has none, or where it can all."""
     if not any(name == family for name, _ in DENSE_CANNOT):
         return None
-    fields = {name: value for name, value in (TINY | FAMILIES[family]).items() if name not in OURS}
+    fields = {name: value for name, value in fields_of(TINY, FAMILIES[family]).items() if name not in OURS}
     config = getattr(transformers, f"{family}Config")(**fields)
     try:
         model = getattr(transformers, auto_class).from_config(config).eval()
