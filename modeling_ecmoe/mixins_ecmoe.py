@@ -159,6 +159,11 @@ class EcMoePreTrainedMixin:
             warn_frozen_experts(self)
         return super().train(mode)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As for Transformers' own classes: it passes by what holds no parameter itself in classes of others, and with
+        it GPT-2's initialisation of what is added to the residual."""
+        super()._initialize_weights(module, False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -5,6 +5,13 @@ import torch
 from torch import nn
 
 ABSENT = object()  # of a field that other families have and this one's config refuses
+
+
+def global_and_local(fields: dict[str, object]) -> list[object]:
+    """GPT-Neo's kinds of attention, in turn, for as many layers as there are."""
+    return [[[("global", "local")[layer % 2]], 1] for layer in range(fields["num_hidden_layers"])]
+
+
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SLIDING = {"sliding_window": 8, "sliding_window_pattern": 2}
 FAMILIES: dict[str, dict[str, object]] = {
@@ -41,7 +48,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "OPT": {"ffn_dim": 48, "num_key_value_heads": 4, "word_embed_proj_dim": 16, "dropout": 0.0},
     "GPTBigCode": NO_DROPOUT | {"n_inner": 48, "num_key_value_heads": 1},
-    "GPTNeo": {"num_key_value_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "GPTNeo": {"num_key_value_heads": 4, "attention_types": global_and_local, "window_size": 8},
     "GPTJ": {"n_inner": 48, "num_key_value_heads": 4, "rotary_dim": 4},
     "Jais2": {},
     "CodeGen": {"n_inner": 48, "num_key_value_heads": 4, "rotary_dim": 4},
@@ -79,11 +86,11 @@ EVERY_FAMILY = EVERY_DENSE_FAMILY + [pytest.param(name, marks=pytest.mark.famili
 
 
 def fields_of(*parts: dict[str, object]) -> dict[str, object]:
-    """A config's fields, later ones before earlier ones, without those that are absent."""
+    """A config's fields, later ones before earlier ones, without those that are absent; some follow from others."""
     merged: dict[str, object] = {}
     for part in parts:
         merged |= part
-    return {name: value for name, value in merged.items() if value is not ABSENT}
+    return {name: value(merged) if callable(value) else value for name, value in merged.items() if value is not ABSENT}
 
 
 @torch.no_grad()

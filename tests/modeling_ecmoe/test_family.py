@@ -128,7 +128,8 @@ def test_other_outputs(family: str, make_model: Callable, make_tokens: Callable)
     model = make_model(family)
     model.set_attn_implementation("eager")
     output = model(make_tokens(2, 9), output_hidden_states=True, output_attentions=True, logits_to_keep=2)
-    assert [hidden.shape for hidden in output.hidden_states] == [(2, 9, 32)] * 3
+    assert [hidden.shape for hidden in output.hidden_states[:-1]] == [(2, 9, 32)] * 2
+    assert output.hidden_states[-1].shape == (2, 9, model.lm_head.in_features)
     assert [attention.shape for attention in output.attentions] == [(2, 4, 9, 9)] * 2
     assert output.logits.shape == (2, 2, 128)
 
@@ -192,7 +193,8 @@ def test_padded_training_batch_gives_each_sequence_what_it_gets_alone(
         single.square().sum().backward()
     for (name, found), wanted in zip(padded.named_parameters(), alone.parameters(), strict=True):
         scale = wanted.grad.abs().max()
-        assert (found.grad - wanted.grad).abs().max() <= 1e-4 * scale, name
+        # A bias of keys without rotary positions changes nothing, and its gradient is rounding.
+        assert (found.grad - wanted.grad).abs().max() <= 1e-4 * scale + 1e-5, name
 
 
 def test_bfloat16_trains(family: str, make_model: Callable, make_tokens: Callable) -> None:
