@@ -100,6 +100,7 @@ class EcMoeConfigMixin:
     """
 
     dense_ffn = DenseFFN()
+    supports_packing = True  # whether the dense class tells documents of one row apart by their positions
 
     num_experts: int = 8
     moe_intermediate_size: int | None = None

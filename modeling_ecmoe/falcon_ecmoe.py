@@ -25,6 +25,7 @@ from .mixins_ecmoe import (
 @strict
 class EcMoeFalconConfig(EcMoeConfigMixin, FalconConfig):
     model_type = "ecmoe_falcon"
+    supports_packing = False
     attribute_map = {"intermediate_size": "ffn_hidden_size", "hidden_act": "activation"}
 
     @property

@@ -27,6 +27,7 @@ from .mixins_ecmoe import (
 @strict
 class EcMoeOPTConfig(EcMoeConfigMixin, OPTConfig):
     model_type = "ecmoe_opt"
+    supports_packing = False
     attribute_map = {
         "intermediate_size": "ffn_dim",
         "hidden_act": "activation_function",

@@ -79,6 +79,15 @@ PARALLEL = ("Cohere2", "GPTNeoX", "Phi", "StableLm", "Falcon", "GPTJ", "CodeGen"
 SLIDING_CACHE = ("Mistral", "Olmo3", "Gemma2", "Gemma3Text", "Cohere2", "Starcoder2")
 # Those that initialise what is added to the residual by 1 / sqrt(2 * layers) of the rest.
 SCALED_RESIDUALS = ("GPT2", "GPTBigCode")
+# What a dense class cannot, and so neither can ours.
+NO_PACKING = ("Falcon", "OPT")  # they read no documents off the positions: packed ones see each other
+NO_STATIC_CACHE = ("GPTNeo",)  # its local attention reads the empty places of one
+NO_SERVER = ("StableLm",)  # its attention hands nothing on to a server's
+NO_EXPORT = {
+    "DeepseekV3": "Transformers sizes an exported cache by head_dim, which is not that of latent attention's keys",
+    "OPT": "it slices a mask by the cache's length, which an export does not know",
+    "GPTNeo": "an exported cache is a static one",
+}
 # One of each kind: the plain one, norms inside attention, norms on both sides and capped logits, no gate but biases.
 CORE = ("Llama", "Qwen3", "Gemma2", "GPTNeoX")
 EVERY_DENSE_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.families) for name in FAMILIES]
