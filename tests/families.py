@@ -77,6 +77,8 @@ UNGATED += ("CodeGen", "Persimmon")
 PARALLEL = ("Cohere2", "GPTNeoX", "Phi", "StableLm", "Falcon", "GPTJ", "CodeGen")
 # Those whose tiny model keeps a window of the past alone, in some layers or all.
 SLIDING_CACHE = ("Mistral", "Olmo3", "Gemma2", "Gemma3Text", "Cohere2", "Starcoder2")
+# Those that store their matrices as [in, out]: a shared expert is a copy of the FFN, turned round.
+TRANSPOSED = ("GPT2",)
 # Those that initialise what is added to the residual by 1 / sqrt(2 * layers) of the rest.
 SCALED_RESIDUALS = ("GPT2", "GPTBigCode")
 # What a dense class cannot, and so neither can ours.

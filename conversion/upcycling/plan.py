@@ -19,7 +19,7 @@ import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
 
 from ..checkpoints.locate import last_line
-from ..checkpoints.source import DTYPES, Source, is_unread
+from ..checkpoints.source import DTYPES, Source, is_unread, with_prefix
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
@@ -96,6 +96,8 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
         raise ConversionError(
             f"{sources[0].config_place} describes no model that can be built: {last_line(error)}"
         ) from error
+    for source in sources:
+        source.headers = with_prefix(source.headers, model.base_model_prefix)
     plan = Plan(settings, config, sources[0].dtype, model, sources, [], {}, mixture)
     maker: Any
     if mixture is None:
