@@ -79,13 +79,16 @@ def parts_of_stack(config: Any, stacked: str) -> list[Part]:
 
 
 _REASONS = {
+    "biogpt": "its FFN drops activations between its two matrices, which experts do not",
     "bloom": "its FFN adds the residual itself",
     "gemma3": "it reads images too; convert a text model (gemma3_text)",
     "gemma3n": "its layers run on several streams at once, with an FFN sparse by itself",
     "gpt_oss": "its experts have biases and clamped activations, and its attention has sinks",
     "mamba": "it has no FFN",
     "mamba2": "it has no FFN",
+    "mpt": "its FFN adds the residual itself",
     "rwkv": "its FFN looks at the token before",
+    "xglm": "its FFN drops activations between its two matrices, which experts do not",
 }
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

@@ -133,10 +133,12 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
             "be converted; give one of those"
         )
     own = model_type if model_type in modeling_ecmoe.families() else MIXTURES[model_type].family
-    activation = fields.get(field_of(own, "hidden_act")) or fields.get("hidden_activation")
+    called = field_of(own, "hidden_act")
+    called = called if fields.get(called) else "hidden_activation"
+    activation = fields.get(called)
     if activation in ACT2FN and any(True for _ in ACT2FN[activation].parameters()):
         raise ConversionError(
-            f"hidden_act={activation} in {path}: an activation with parameters, of which every expert would "
+            f"{called}={activation} in {path}: an activation with parameters, of which every expert would "
             "need a copy; only those without can be converted"
         )
     for name in ("dtype", "torch_dtype"):
