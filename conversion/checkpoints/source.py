@@ -21,8 +21,11 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Names in files of older Transformers -> today's.
 OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
 # Buffers that old checkpoints carry and no model reads.
-_UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-_UNREAD += (".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
+_UNREAD = (
+    "rotary_emb.inv_freq",
+    *(f".{attention}.{buffer}" for attention in ("attention", "attn") for buffer in ("bias", "masked_bias")),
+    ".attn.causal_mask",
+)
 
 
 def with_prefix(headers: Mapping[str, "Header"], prefix: str) -> dict[str, "Header"]:
