@@ -36,6 +36,7 @@ class EcMoeStableLmDecoderLayer(EcMoeDecoderLayerMixin, dense.StableLmDecoderLay
 class EcMoeStableLmPreTrainedModel(EcMoePreTrainedMixin, dense.StableLmPreTrainedModel):
     config: EcMoeStableLmConfig
     _no_split_modules = ["EcMoeStableLmDecoderLayer"]
+    supports_pipeline = False  # the dense family has no plan for one
     _can_record_outputs = dense.StableLmPreTrainedModel._can_record_outputs | ROUTER_LOGITS
 
 

@@ -84,6 +84,13 @@ SCALED_RESIDUALS = ("GPT2", "GPTBigCode")
 # What a dense class cannot, and so neither can ours.
 NO_PACKING = ("Falcon", "OPT")  # they read no documents off the positions: packed ones see each other
 NO_STATIC_CACHE = ("GPTNeo",)  # its local attention reads the empty places of one
+NO_TENSOR_PLAN = ("GPT2", "OPT", "StableLm", "Falcon", "GPTBigCode", "GPTNeo", "GPTJ", "CodeGen", "Persimmon")  # none
+NO_STAGES = (
+    "Granite",
+    "GPTNeoX",
+    "Phi",
+    *NO_TENSOR_PLAN,
+)  # refused: a pipeline computes something else, or has no plan
 NO_SERVER = ("StableLm",)  # its attention hands nothing on to a server's
 NO_EXPORT = {
     "DeepseekV3": "Transformers sizes an exported cache by head_dim, which is not that of latent attention's keys",
