@@ -24,7 +24,7 @@ RECORD_NAME = "ecmoe_calibration.json"
 _UNFINISHED = ".unfinished"
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS_NAME = "model.safetensors"
-_THRESHOLD = re.compile(r"layers\.\d+\.mlp\.gate\.threshold(_updates)?$")
+_THRESHOLD = re.compile(r"(layers|h)\.\d+\.mlp\.gate\.threshold(_updates)?$")
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
 

@@ -27,7 +27,7 @@ def families() -> Mapping[str, str]:
     """The dense model_type of each family that the installed Transformers has -> how our classes of it begin, such as
     "EcMoeLlama"."""
     dense_configs: dict[str, str] = importlib.import_module(_CONFIG_MODULE).CONFIG_MAPPING_NAMES
-    files = [file.name.removesuffix(_SUFFIX) for file in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    files = sorted(file.name.removesuffix(_SUFFIX) for file in pkgutil.iter_modules([str(Path(__file__).parent)]))
     return {dense: "EcMoe" + dense_configs[dense].removesuffix("Config") for dense in files if dense in dense_configs}
 
 

@@ -21,7 +21,21 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Names in files of older Transformers -> today's.
 OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
 # Buffers that old checkpoints carry and no model reads.
-_UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_UNREAD = (
+    "rotary_emb.inv_freq",
+    *(f".{attention}.{buffer}" for attention in ("attention", "attn") for buffer in ("bias", "masked_bias")),
+    ".attn.causal_mask",
+)
+
+
+def with_prefix(headers: Mapping[str, "Header"], prefix: str) -> dict[str, "Header"]:
+    """The names as a language model has them where a file holds those of its base model alone, as GPT-2's does.
+
+    prefix: what the language model calls its base model.
+    """
+    if any(name.startswith(f"{prefix}.") for name in headers):
+        return dict(headers)
+    return {name if name.startswith("lm_head.") else f"{prefix}.{name}": header for name, header in headers.items()}
 
 
 def is_unread(name: str) -> bool:
@@ -160,5 +174,6 @@ class Source(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the checkpoint, read off its embedding."""
-        name = next((name for name in sorted(self.headers) if "embed" in name), min(self.headers))
+        names = sorted(name for name in self.headers if not is_unread(name)) or sorted(self.headers)
+        name = next((name for name in names if "embed" in name or "wte." in name), names[0])
         return DTYPES[self.headers[name].dtype]

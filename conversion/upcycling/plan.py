@@ -19,11 +19,11 @@ import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
 
 from ..checkpoints.locate import last_line
-from ..checkpoints.source import DTYPES, Source, is_unread
+from ..checkpoints.source import DTYPES, Source, is_unread, with_prefix
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
-from .dense import Part, ffn_parts, parts_of_stack, why_not
+from .dense import Part, ffn_parts, ffn_width, field_of, parts_of_stack, why_not
 from .initialisations import ExpertMatrix, config_fields, normal, num_shared_neurons
 from .mixtures import KEPT, MIXTURES, MixtureMaker
 from .mixtures import complete as complete_mixture
@@ -96,6 +96,8 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
         raise ConversionError(
             f"{sources[0].config_place} describes no model that can be built: {last_line(error)}"
         ) from error
+    for source in sources:
+        source.headers = with_prefix(source.headers, model.base_model_prefix)
     plan = Plan(settings, config, sources[0].dtype, model, sources, [], {}, mixture)
     maker: Any
     if mixture is None:
@@ -125,10 +127,18 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
             f"use_bidirectional_attention=True in {path}: its tokens see later ones, and only causal decoders can be "
             "converted; give one of those"
         )
-    activation = fields.get("hidden_act") or fields.get("hidden_activation")
+    if fields.get("add_cross_attention"):
+        raise ConversionError(
+            f"add_cross_attention=True in {path}: its layers look at an encoder, and only decoders by themselves can "
+            "be converted; give one of those"
+        )
+    own = model_type if model_type in modeling_ecmoe.families() else MIXTURES[model_type].family
+    called = field_of(own, "hidden_act")
+    called = called if fields.get(called) else "hidden_activation"
+    activation = fields.get(called)
     if activation in ACT2FN and any(True for _ in ACT2FN[activation].parameters()):
         raise ConversionError(
-            f"hidden_act={activation} in {path}: an activation with parameters, of which every expert would "
+            f"{called}={activation} in {path}: an activation with parameters, of which every expert would "
             "need a copy; only those without can be converted"
         )
     for name in ("dtype", "torch_dtype"):
@@ -152,7 +162,7 @@ def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> 
             fields.pop(name, None)
         fields |= mixture_fields(dense, settings)
     else:
-        fields |= config_fields(settings.initialisation, dense.intermediate_size, settings.ratio, settings.num_shards)
+        fields |= config_fields(settings.initialisation, ffn_width(dense), settings.ratio, settings.num_shards)
         fields |= {
             "num_experts": settings.num_experts,
             "capacity_factor": settings.capacity_factor,
@@ -183,16 +193,16 @@ class _Maker:
             dtype = self.plan_.dtype if name.endswith("gate.weight") else like.dtype
             return PlannedTensor(name, tuple(like.shape), dtype, lambda: iter([self._router(name, like)]))
         if ".mlp.experts." in name:
-            layer, _, stacked = name.partition("experts.")
+            layer, _, stacked = name.partition("mlp.experts.")
             parts = parts_of_stack(self.config, stacked)
             return self._planned(
                 name, like, [layer + part.tensor for part in parts], lambda: self._experts(layer, parts)
             )
         if ".mlp.shared_expert." in name:
-            layer, _, tensor = name.partition("shared_expert.")
-            parts = [part for part in ffn_parts(self.config) if part.tensor == tensor]
-            is_whole = self.settings.initialisation.shares == "all"
-            return self._planned(name, like, [layer + tensor], lambda: self._shared(layer, parts), is_whole)
+            layer, _, tensor = name.partition("mlp.shared_expert.")
+            parts = [part for part in ffn_parts(self.config) if part.shared == tensor]
+            is_same = self.settings.initialisation.shares == "all" and not parts[0].is_transposed
+            return self._planned(name, like, [layer + parts[0].tensor], lambda: self._shared(layer, parts), is_same)
         is_one = len(self.sources) == 1 or self.settings.mix_attention == "first"
         return self._planned(name, like, [name], lambda: self._verbatim(name), is_one)
 
@@ -227,7 +237,9 @@ class _Maker:
                 wanted = ExpertMatrix(
                     part,
                     expert,
-                    lambda label, key=f"{layer}experts.{expert}": generator_of(self.settings.seed, f"{key}:{label}"),
+                    lambda label, key=f"{layer}mlp.experts.{expert}": generator_of(
+                        self.settings.seed, f"{key}:{label}"
+                    ),
                     self.settings.ratio or 0,
                     self.settings.num_shards,
                 )
@@ -257,6 +269,8 @@ class _Maker:
 
 
 def _read(source: Source, layer: str, part: Part) -> Tensor:
+    if part.is_transposed:  # never fused, so it is the whole tensor
+        return source.read(layer + part.tensor).T
     return source.read(layer + part.tensor, part.first_row, part.first_row + part.num_rows)
 
 

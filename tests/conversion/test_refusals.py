@@ -106,16 +106,20 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 NO_MODEL = "describes no model that can be built"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unsupported family": (
-        lambda folder: edit_config(folder, model_type="codegen"),
-        f"model_type=codegen is not supported; supported are {', '.join(sorted(MODEL_TYPES.values()))}",
+        lambda folder: edit_config(folder, model_type="ctrl"),
+        f"model_type=ctrl is not supported; supported are {', '.join(sorted(MODEL_TYPES.values()))}",
     ),
     "FFN of another kind": (
-        lambda folder: edit_config(folder, model_type="gpt2"),
-        "model_type=gpt2 is not supported: its FFN is no pair of linear layers but of Conv1D, stored transposed; ",
+        lambda folder: edit_config(folder, model_type="mpt"),
+        "model_type=mpt is not supported: its FFN adds the residual itself; ",
     ),
     "experts already": (
         lambda folder: edit_config(folder, model_type="gpt_oss", num_local_experts=8),
         "model_type=gpt_oss is not supported: its experts have biases and clamped activations, and its attention ",
+    ),
+    "cross-attention": (
+        lambda folder: edit_config(folder, add_cross_attention=True),
+        "its layers look at an encoder, and only decoders by themselves can be converted; give one of those",
     ),
     "activation": (
         lambda folder: edit_config(folder, hidden_act="xielu"),
