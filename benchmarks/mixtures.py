@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from ecmoe.analysis.variants import BALANCE_COEFFICIENT
 from ecmoe.conversion import convert, export
+from modeling_ecmoe import sparse_blocks
 
 from .machine import save
 from .quality import measure
@@ -232,9 +233,13 @@ def _line(title: str, seeds: list[dict[str, Any]]) -> str:
 
 
 def _converted(mixtral: Path) -> Any:
+    """Without thresholds, which would be a bias where tokens choose; they are calibrated where experts do."""
     with tempfile.TemporaryDirectory() as scratch:
         convert(str(mixtral), str(Path(scratch) / "converted"), verify=False)
-        return AutoModelForCausalLM.from_pretrained(Path(scratch) / "converted")
+        model = AutoModelForCausalLM.from_pretrained(Path(scratch) / "converted")
+    for block in sparse_blocks(model).values():
+        block.gate.threshold.zero_()
+    return model
 
 
 def _set(model: Any, fields: dict[str, Any]) -> None:
