@@ -13,7 +13,7 @@ from .bounded_ecmoe import balanced_thresholds
 from .context_ecmoe import use_inference_routing
 from .global_pool_ecmoe import num_ranks
 from .report_ecmoe import sparse_blocks
-from .routing_ecmoe import choose_tokens, expert_capacity
+from .routing_ecmoe import between, choose_tokens, expert_capacity, off_the_scores
 
 # A float32 score in [0, 1] has a bit pattern below 2^30, and patterns are ordered as the scores are. Two halves of
 # 15 bits make two passes with small integer histograms find any quantile exactly, and histograms simply add up.
@@ -114,7 +114,7 @@ def _quantile_thresholds(
     # Each once: in the same order on every rank, for all have the same bins.
     _add_up_ranks({id(low): low for side in sides for low in side.low.values()}.values())
     chosen, refused = (side.scores() for side in sides)
-    return {name: (chosen[name] + refused[name]) / 2 for name in blocks}
+    return {name: between(chosen[name], refused[name]) for name in blocks}
 
 
 def _scores_fit(blocks: dict[str, EcMoeBlock], batches: list[Mapping[str, Tensor]]) -> bool:
@@ -164,7 +164,8 @@ def thresholds_of_scores(scores_TE: Tensor, config: Any) -> Tensor:
     if not config.bounds_experts_per_token:
         return choose_tokens(scores_TE[None], config.capacity_factor).threshold
     most = config.max_experts_per_token or config.num_experts
-    return balanced_thresholds(scores_TE, config.capacity_factor, config.min_experts_per_token, most)
+    found_E = balanced_thresholds(scores_TE, config.capacity_factor, config.min_experts_per_token, most)
+    return off_the_scores(found_E, scores_TE)
 
 
 def _add_up_ranks(histograms: Iterable[Tensor]) -> None:

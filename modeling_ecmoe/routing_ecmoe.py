@@ -211,9 +211,34 @@ def _choice_threshold(ranked_PER: Tensor, capacity_P: Tensor, num_real_P: Tensor
     best_refused_PE = ranked_PER.gather(-1, next_P11.expand(-1, num_experts, -1)).squeeze(-1)
     takes_all_P1 = (capacity_P >= num_real_P)[:, None]
     best_refused_PE = torch.where(takes_all_P1, torch.zeros_like(best_refused_PE), best_refused_PE)
-    midpoint_PE = (last_chosen_PE + best_refused_PE) / 2
+    midpoint_PE = between(last_chosen_PE, best_refused_PE)
     # Without a real token in the pool there is no score to learn from, and -inf would poison the mean.
     return mean_over_pools(torch.where(num_real_P[:, None] > 0, midpoint_PE, torch.zeros_like(midpoint_PE)), num_real_P)
+
+
+# Scores that are nearer to each other than this, relatively, are one score but for rounding; and how far above it a
+# threshold lies then.
+_SAME, _ABOVE = 1e-6, 1e-4
+
+
+def between(chosen: Tensor, refused: Tensor) -> Tensor:
+    """Midway between the last chosen and the best refused score, of one shape.
+
+    Where the two are one score the threshold is a little above it: equal tokens have equal scores in a first layer
+    whose FFN sees the embedding alone, and on the score itself a rounding error would decide for each of them.
+    """
+    return torch.where(chosen - refused > _SAME * chosen.abs(), (chosen + refused) / 2, above(chosen))
+
+
+def above(score: Tensor) -> Tensor:
+    """A threshold that this score, and what is that score but for rounding, does not exceed."""
+    return score + _ABOVE * score.abs()
+
+
+def off_the_scores(threshold_E: Tensor, scores_TE: Tensor) -> Tensor:
+    """[E] thresholds, a little higher where one lies on a score."""
+    is_on_E = ((scores_TE - threshold_E).abs() <= _SAME * threshold_E.abs()).any(0)
+    return torch.where(is_on_E, above(threshold_E), threshold_E)
 
 
 def mean_over_pools(values_PE: Tensor, num_real_P: Tensor) -> Tensor:

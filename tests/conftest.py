@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from deprecations import no_deprecations  # noqa: F401  (autouse)
-from families import EVERY_FAMILY, FAMILIES, MIXED, PARALLEL, fields_of, fill_zeros
+from families import EVERY_FAMILY, FAMILIES, MIXED, fields_of, fill_zeros
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
@@ -85,9 +85,6 @@ def make_routed_model() -> MakeModel:
             for block in modeling_ecmoe.sparse_blocks(model).values():
                 block.gate.weight.mul_(5)
         modeling_ecmoe.calibrate_thresholds(model, [{"input_ids": random_tokens(8, 64, seed=9)}])
-        if family in PARALLEL:  # off the scores of equal tokens, where rounding decides
-            for block in modeling_ecmoe.sparse_blocks(model).values():
-                block.gate.threshold.add_(1e-4)
         return model
 
     return make

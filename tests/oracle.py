@@ -63,7 +63,8 @@ def expert_choice(
 def choice_threshold(
     scores_TE: Tensor, capacity_factor: float, pools: Sequence[Sequence[int]], is_real: Sequence[bool] | None = None
 ) -> list[float]:
-    """[E] midpoint of the last chosen and the best refused score, mean over the pools by their real tokens."""
+    """[E] midpoint of the last chosen and the best refused score, a little above them where they are tied; mean over
+    the pools by their real tokens."""
     scores_TE = scores_TE.detach()
     num_experts = scores_TE.shape[1]
     thresholds = []
@@ -77,7 +78,9 @@ def choice_threshold(
                 continue
             taken = capacity(len(column), num_experts, capacity_factor)
             refused = column[taken] if taken < len(column) else 0.0
-            total += len(column) * (column[taken - 1] + refused) / 2
+            is_tied = column[taken - 1] - refused <= 1e-6 * column[taken - 1]  # but for rounding
+            border = 1.0001 * column[taken - 1] if is_tied else (column[taken - 1] + refused) / 2
+            total += len(column) * border
             weight += len(column)
         thresholds.append(total / weight if weight else 0.0)
     return thresholds
