@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 
 import torch
 import transformers
-from families import FAMILIES, fill_zeros
+from families import fill_zeros, tiny_fields
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -49,7 +49,7 @@ def write_dense(
 ) -> PreTrainedModel:
     """Writes a random dense checkpoint whose layers all matter, and returns the model in eval mode."""
     config = getattr(transformers, f"{family}Config")(
-        **FAMILIES[family]
+        **tiny_fields(family, fields.get("num_hidden_layers", 2))
         | {
             "vocab_size": 300,
             "hidden_size": 32,
