@@ -49,8 +49,7 @@ def write_dense(
 ) -> PreTrainedModel:
     """Writes a random dense checkpoint whose layers all matter, and returns the model in eval mode."""
     config = getattr(transformers, f"{family}Config")(
-        **tiny_fields(family, fields.get("num_hidden_layers", 2))
-        | {
+        **{
             "vocab_size": 300,
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -64,6 +63,7 @@ def write_dense(
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
+        | tiny_fields(family, fields)
         | fields
     )
     torch.manual_seed(seed)

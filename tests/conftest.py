@@ -48,8 +48,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 def build_config(family: str, **fields: object) -> PreTrainedConfig:
     """A tiny config; its capacity factor moves between the bounds on the experts of a token when they are given."""
-    num_layers = fields.get("num_hidden_layers", TINY["num_hidden_layers"])
-    merged = TINY | tiny_fields(family, num_layers) | fields
+    merged = TINY | tiny_fields(family, fields) | fields
     least, most = merged.get("min_experts_per_token", 0), merged.get("max_experts_per_token")
     if "capacity_factor" not in fields and most in (1, 2, 3):
         merged["capacity_factor"] = min(TINY["capacity_factor"], most)
