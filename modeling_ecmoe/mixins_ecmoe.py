@@ -20,6 +20,7 @@ from .context_ecmoe import announce_tokens, use_inference_routing
 from .documents_ecmoe import lengths_of_documents, tell_documents
 from .experts_ecmoe import EcMoeRaggedExperts
 from .notices_ecmoe import (
+    refuse_reentrant_checkpointing,
     require_experts,
     require_own_config,
     require_own_folder,
@@ -74,7 +75,10 @@ class EcMoeDecoderLayerMixin:
         a layer carries a state. Keywords, so that a recomputed layer gets them again."""
         if document_lengths is not None:
             with tell_documents(self, document_lengths, kwargs.get("past_key_values")):
-                return self.forward(hidden_states, *args, token_mask=token_mask, **kwargs)
+                return self._forward(hidden_states, token_mask, *args, **kwargs)
+        return self._forward(hidden_states, token_mask, *args, **kwargs)
+
+    def _forward(self, hidden_states: Tensor, token_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.mlp, EcMoeBlock) or torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
         self.mlp.token_mask = token_mask
@@ -207,6 +211,8 @@ class EcMoeModelMixin:
             token_mask = _token_mask(attention_mask, inputs)
         if self.carries_state and inputs is not None:
             kwargs["document_lengths"] = lengths_of_documents(inputs, position_ids, attention_mask, past_key_values)
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            refuse_reentrant_checkpointing(self)
         with announce_tokens(self, token_mask):
             outputs = super().forward(
                 input_ids=input_ids,
