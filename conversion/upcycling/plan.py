@@ -22,11 +22,12 @@ from ..checkpoints.source import DTYPES, Source, is_unread
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
-from .dense import Part, ffn_parts, parts_of_stack, why_not
+from .dense import Part, ffn_parts, parts_of_stack
 from .initialisations import ExpertMatrix, config_fields, normal, num_shared_neurons
 from .mixtures import KEPT, MIXTURES, MixtureMaker
 from .mixtures import complete as complete_mixture
 from .mixtures import config_fields as mixture_fields
+from .refusals import why_not
 from .settings import Settings
 
 # What may differ between the configs of checkpoints that are mixed.
@@ -114,10 +115,10 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
     if not isinstance(model_type, str) or model_type not in {*modeling_ecmoe.families(), *MIXTURES}:
-        reason = why_not(fields)
+        raise ConversionError(f"model_type={model_type} is not supported: {why_not(fields)}")
+    if fields.get("enable_moe_block"):
         raise ConversionError(
-            f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
-            f"{', '.join(modeling_ecmoe.families())}, and of mixtures {', '.join(MIXTURES)}"
+            f"enable_moe_block=True in {path}: a {model_type} with experts beside its FFNs; convert one without"
         )
     if fields.get("use_bidirectional_attention") in (True, "all"):  # Gemma-4's "vision" is causal in text
         raise ConversionError(
