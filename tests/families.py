@@ -4,6 +4,7 @@ A tuple stands for a list with an entry a layer, and begins again where there ar
 is given the number of layers.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -143,10 +144,27 @@ SLIDING_CACHE += ("GraniteSWA", "Cwm", "VaultGemma", "Gemma4UnifiedText")
 STATEFUL = {"Qwen3_5Text": [0], "OlmoHybrid": [0]}
 # Their last layers read keys and values of earlier ones, to which reentrant checkpointing gives no gradient.
 SHARED_KEYS = ("Gemma4Text",)
+# Flex attention has none of these on a CPU.
+ATTENTION_SINKS = ("GraniteSWA",)
+# Parameters that start as the family wants them, not by initializer_range: decays of a state, a learned activation.
+OWN_START = {"Qwen3_5Text": ("A_log",), "OlmoHybrid": ("A_log",), "Apertus": ("act_fn",)}
+# Those whose config asks for layers of both kinds.
+LAYERS_OF_TWO_KINDS = ("OlmoHybrid",)
 # One of each kind: the plain one, norms inside attention, norms on both sides and capped logits, no gate but biases.
 CORE = ("Llama", "Qwen3", "Gemma2", "GPTNeoX")
 EVERY_DENSE_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.families) for name in FAMILIES]
 EVERY_FAMILY = EVERY_DENSE_FAMILY + [pytest.param(name, marks=pytest.mark.families) for name in MIXED]
+
+
+def family_and(cases: Iterable[Any], of_others: Iterable[Any], families: Iterable[str] = ()) -> list[Any]:
+    """Pairs of a family and a case: all cases of the core, and of the others those in which a family could differ."""
+    cases, others = list(cases), list(of_others)
+    return [(name, case) for name in CORE for case in cases] + [
+        pytest.param(name, case, marks=pytest.mark.families)
+        for name in families or (FAMILIES | MIXED)
+        if name not in CORE
+        for case in others
+    ]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import MODEL_TYPES
+from families import MODEL_TYPES, family_and
 from server import Server
 from transformers import AutoConfig, PreTrainedModel
 
@@ -43,7 +43,7 @@ def make_saved(make_routed_model: Callable, tmp_path: Path) -> Callable[..., tup
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "kind"), family_and(KINDS, ["blend"]))
 def test_served_requests_have_the_states_of_the_model_itself(family: str, kind: str, make_saved: Callable) -> None:
     """Three requests in one row of 19 tokens: the hidden states that the model gives each of them alone."""
     model, folder = make_saved(family, **KINDS[kind])
