@@ -226,7 +226,7 @@ def _thresholds(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that calibration sets, by the ends of their names: "layers.0.mlp.gate.threshold"."""
     found = {}
     for name, block in sparse_blocks(model).items():
-        end = name[name.rindex("layers.") :]
+        end = ".".join(name.split(".")[-3:])
         for buffer in ("threshold", "threshold_updates"):
             found[f"{end}.gate.{buffer}"] = getattr(block.gate, buffer).detach().cpu().clone()
     return found

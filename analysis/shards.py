@@ -23,7 +23,7 @@ from .errors import AnalysisError
 RECORD_NAME = "ecmoe_calibration.json"
 _UNFINISHED = ".unfinished"
 _INDEX_NAME = "model.safetensors.index.json"
-_THRESHOLD = re.compile(r"layers\.\d+\.mlp\.gate\.threshold(_updates)?$")
+_THRESHOLD = re.compile(r"(layers|h)\.\d+\.mlp\.gate\.threshold(_updates)?$")
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
 

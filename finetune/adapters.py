@@ -11,6 +11,7 @@ from modeling_ecmoe.block_ecmoe import EcMoeBlock
 
 from .errors import RecipeError
 from .recipe import refuse_unknown
+from .sources import say
 
 # PEFT adapts a stacked parameter by adding to it, in every layer: what these fields may be there, the default first.
 _POSSIBLE_ON_EXPERTS: dict[str, tuple[Any, ...]] = {
@@ -47,6 +48,11 @@ def add_lora(model: Any, lora: dict[str, Any]) -> Any:
     defaults: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32}
     if names_nothing and has_experts:
         defaults |= {"target_modules": attention_modules(model), "target_parameters": stacked_experts(model)}
+        if not defaults["target_modules"]:
+            say(
+                "adapters are on the experts alone: PEFT adapts the Conv1D layers of this attention or stacked "
+                "experts, not both; lora.target_modules names the others"
+            )
     elif names_nothing:
         defaults["target_modules"] = "all-linear"
     settings = defaults | lora
@@ -90,9 +96,10 @@ def train_in_float32(model: nn.Module) -> None:
 
 
 def attention_modules(model: nn.Module) -> list[str]:
-    """The names of the linear layers of attention, whatever the family calls them."""
+    """The names of the linear layers of attention, whatever the family calls them. GPT-2's Conv1D are none: PEFT adapts
+    either these or stacked parameters."""
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return sorted({name.rpartition(".")[2] for name in linear if ".self_attn." in name or ".attention." in name})
+    return sorted({name.rpartition(".")[2] for name in linear if any(mark in name for mark in _GROUPS["attention"])})
 
 
 def stacked_experts(model: nn.Module) -> list[str]:
@@ -164,9 +171,9 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "router": (".mlp.gate.",),
     "routed experts": (".mlp.experts.",),
     "shared expert": (".mlp.shared_expert.",),
-    "attention": (".self_attn.", ".attention."),
-    "dense FFN": (".mlp.",),
-    "embedding": ("embed_tokens", "embed_in"),
+    "attention": (".self_attn.", ".self_attention.", ".attention.", ".attn."),
+    "dense FFN": (".mlp.", ".fc1.", ".fc2."),
+    "embedding": ("embed_tokens", "embed_in", ".wte.", ".wpe.", "word_embeddings", "embed_positions"),
     "head": ("lm_head",),
 }
 _ADDED = ("lora_", "trainable_tokens_")  # the parameters of PEFT's adapters begin so

@@ -207,6 +207,7 @@ def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | 
         refuse_impossible(recipe, config, precision.needed, precision.kept)
     recipe = precision.settle(recipe)
     arguments = training_arguments(recipe)
+    _refuse_packing(config, arguments)
     if recipe.distributed:  # with the arguments the processes have found each other; refused before any data is read
         distributed_config(recipe)
     tokenizer = load_tokenizer(recipe, config)
@@ -266,6 +267,16 @@ def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | 
         trainer.train_dataset = Endless(trainer.train_dataset)
     trainer.precision = precision
     return trainer
+
+
+def _refuse_packing(config: Any, arguments: SFTConfig) -> None:
+    """Of families in which the documents of one row would see each other."""
+    for field in ("packing", "padding_free"):
+        if getattr(arguments, field) and not getattr(config, "supports_packing", True):
+            raise RecipeError(
+                f"{field}=True puts several documents in one row, and {config.model_type} models, the dense ones too, "
+                f"let them see each other; set {field}=false"
+            )
 
 
 def _stop_after_answers(model: Any, tokenizer: Any, is_said: bool) -> None:

@@ -136,7 +136,9 @@ class EcMoeBlock(nn.Module):
             routes_TE, threshold_E = choose_among_all_ranks(self.choose_in_pools, scores_TE, mask_T)
             self.record(threshold_E, num_real)
             return pairs_of_routes(routes_TE, scores_TE, self.config.normalize_combine_weights)
-        num_pools = batch_shape[0] if self.config.routing_pool == "sequence" else 1
+        num_pools = 1
+        if self.config.routing_pool == "sequence":  # of a layer that flattens its rows the mask knows them
+            num_pools = batch_shape[0] if len(batch_shape) > 1 else len(self.token_mask)
         mask_PN = None if mask_T is None else mask_T.view(num_pools, -1)
         choice = self.choose_in_pools(scores_TE.view(num_pools, -1, num_experts), mask_PN, learning)
         if learning:

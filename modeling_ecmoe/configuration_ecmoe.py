@@ -19,6 +19,11 @@ class DenseFFN:
     dropout: the config field that says with which probability the FFN's output is dropped; None where nothing is.
     norm: what its input is normalised by; None where attention's and FFN's outputs are normalised instead.
     norm_adds_one: whether that norm multiplies by 1 + weight.
+    place: the module of a layer that holds these matrices; "" for the layer itself.
+    layers: where in the base model the layers are.
+    is_transposed: whether the matrices are stored as [in, out] (GPT-2's Conv1D).
+    has_class: whether a class of the family makes the FFN, as linear layers, from a config alone. A shared expert is of
+        that class; otherwise of our own, with the experts' names.
     """
 
     into: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -28,6 +33,22 @@ class DenseFFN:
     dropout: str | None = None
     norm: str | None = "post_attention_layernorm"
     norm_adds_one: bool = False
+    place: str = "mlp"
+    layers: str = "layers"
+    is_transposed: bool = False
+    has_class: bool = True
+
+    def layers_of(self, model: Any) -> Any:
+        """The decoder layers of a model of the family, dense or converted, or of its base model."""
+        found = model.base_model
+        for name in self.layers.split("."):
+            found = getattr(found, name)
+        return found
+
+    def ends_of(self, layer: Any) -> tuple[Any, Any]:
+        """The modules of a dense layer that take the FFN's input and give its output; None where there are none."""
+        names = (self.place, self.place) if self.place else (self.into[0], self.out)
+        return getattr(layer, names[0], None), getattr(layer, names[1], None)
 
 
 @strict
@@ -79,6 +100,7 @@ class EcMoeConfigMixin:
     """
 
     dense_ffn = DenseFFN()
+    supports_packing = True  # whether the dense class tells documents of one row apart by their positions
 
     num_experts: int = 8
     moe_intermediate_size: int | None = None
@@ -106,8 +128,16 @@ class EcMoeConfigMixin:
     thresholds_from: str | None = None
     experts_kernels: bool = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The dense config's, which knows fields by two names; `@strict` would set what is asked for on a mixin."""
+        super().__setattr__(name, value)
+
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in self.attribute_map.keys() & kwargs.keys():  # the family's own words for fields that are read below
+            setattr(self, name, kwargs.pop(name))
         _refuse_misspelled(kwargs)
+        if self.intermediate_size is None:  # GPT-2's way to say
+            self.intermediate_size = 4 * self.hidden_size
         if hasattr(self, "hidden_activation"):  # Gemma's word for what experts, back-ends and quantisers look for
             kwargs["hidden_act"] = self.hidden_activation
         if self.moe_intermediate_size is None:
@@ -213,6 +243,12 @@ class EcMoeConfigMixin:
         said = self.dense_ffn.has_bias
         return bool(getattr(self, said)) if isinstance(said, str) else said
 
+    @classmethod
+    def dense_width(cls, dense: Any) -> int:
+        """The width of the FFNs of a dense config; where it says nothing, four times the hidden size, as GPT-2's."""
+        width: int | None = getattr(dense, cls.attribute_map.get("intermediate_size", "intermediate_size"), None)
+        return width or 4 * int(dense.hidden_size)
+
     def ffn_norm(self, layer: int) -> str | None:
         """What the input of that layer's FFN is normalised by; None for no norm before it."""
         return self.dense_ffn.norm
@@ -241,8 +277,9 @@ class EcMoeConfigMixin:
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
         """Whole experts per rank; `DistributedConfig(ep_size=...)` picks how rows reach them."""
-        plan = {f"layers.*.mlp.experts.{name}": "grouped_gemm" for name in self.expert_parameters}
-        return plan | {"layers.*.mlp.experts": "ep_dispatch_experts"}
+        experts = f"{self.dense_ffn.layers}.*.mlp.experts"
+        plan = {f"{experts}.{name}": "grouped_gemm" for name in self.expert_parameters}
+        return plan | {experts: "ep_dispatch_experts"}
 
     def _tp_plan_of_experts(self) -> dict[str, str]:
         """The shared expert is cut as the dense FFN is, the experts by their width.

@@ -25,7 +25,7 @@ def announce_tokens(model: Any, token_mask: Tensor | None) -> Iterator[None]:
     In eager mode each decoder layer tells its block again, because a recomputed layer is entered without the
     model. A compiled layer under gradient checkpointing may not set attributes, and reads what was set here.
     """
-    blocks = [block for layer in model.layers for block in _blocks_of(layer)]
+    blocks = [block for layer in model.config.dense_ffn.layers_of(model) for block in _blocks_of(layer)]
     learning = model.training and torch.is_grad_enabled()
     if learning and getattr(model, "_is_replica", False):
         raise ValueError(

@@ -75,6 +75,22 @@ class EcMoeRaggedExperts(nn.Module):
         return self._apply_gate(product) if self.has_gate else self.act_fn(product)
 
 
+class EcMoeFFN(nn.Module):
+    """A plain FFN without a gate, the shared expert of families that have no class for it: y = down act(up x)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        hidden, width, bias = config.hidden_size, config.intermediate_size, config.ffn_has_bias
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        output: Tensor = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return output
+
+
 class EcMoeExperts(EcMoeRaggedExperts):
     """The experts, entered through `forward` alone: adapters, parallel plans and quantisers hook there.
 

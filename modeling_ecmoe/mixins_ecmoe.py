@@ -13,12 +13,12 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, logging
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .block_ecmoe import EcMoeBlock
 from .context_ecmoe import announce_tokens, use_inference_routing
 from .documents_ecmoe import lengths_of_documents, tell_documents
-from .experts_ecmoe import EcMoeRaggedExperts
+from .experts_ecmoe import EcMoeFFN, EcMoeRaggedExperts
 from .notices_ecmoe import (
     refuse_reentrant_checkpointing,
     require_experts,
@@ -61,7 +61,11 @@ class EcMoeDecoderLayerMixin:
 
     def make_ffn(self, config: Any) -> nn.Module:
         """A dense FFN of this layer; the shared expert is one of its own width."""
-        return (self.ffn_class or type(self.mlp))(config)
+        if self.ffn_class is not None:
+            return self.ffn_class(config)
+        return (
+            type(self.get_submodule(config.dense_ffn.place))(config) if config.dense_ffn.has_class else EcMoeFFN(config)
+        )
 
     def forward(
         self,
@@ -79,13 +83,37 @@ class EcMoeDecoderLayerMixin:
         return self._forward(hidden_states, token_mask, *args, **kwargs)
 
     def _forward(self, hidden_states: Tensor, token_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self.mlp, EcMoeBlock) or torch.compiler.is_compiling():
+        if not isinstance(getattr(self, "mlp", None), EcMoeBlock) or torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
         self.mlp.token_mask = token_mask
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
             self.mlp.token_mask = None
+
+
+class EcMoeAloofDecoderLayerMixin(EcMoeDecoderLayerMixin):
+    """Of families whose base model hands nothing on to its layers: it takes the real tokens off its block, which was
+    told of them, before it may be set up for recomputing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.mlp, EcMoeBlock):
+            kwargs["token_mask"] = self.mlp.token_mask
+        return super().__call__(*args, **kwargs)
+
+
+class EcMoeBareDecoderLayerMixin(EcMoeDecoderLayerMixin):
+    """Of families whose FFN is no module but `fc1` and `fc2` of the layer: in a sparse layer these let everything
+    through, and the block stands where the activation between them does."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if hasattr(self, "mlp"):
+            self.fc1, self.fc2 = nn.Identity(), nn.Identity()
+
+    @property
+    def activation_fn(self) -> Any:
+        return self._modules.get("mlp") or self._modules["activation_fn"]
 
 
 class EcMoePreTrainedMixin:
@@ -161,6 +189,11 @@ class EcMoePreTrainedMixin:
             warn_frozen_experts(self)
         return super().train(mode)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As for Transformers' own classes: it passes by what holds no parameter itself in classes of others, and with
+        it GPT-2's initialisation of what is added to the residual."""
+        super()._initialize_weights(module, False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -189,9 +222,8 @@ class EcMoeModelMixin:
         # The dense constructor makes embedding, norm and rotary embedding; its layers give way to ours. Under
         # from_pretrained that happens on the meta device and costs nothing.
         super().__init__(config)
-        self.layers = nn.ModuleList(
-            self.decoder_layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
+        layers = (self.decoder_layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.set_submodule(config.dense_ffn.layers, nn.ModuleList(layers))
         self.post_init()
 
     def forward(
@@ -209,6 +241,10 @@ class EcMoeModelMixin:
         inputs = input_ids if input_ids is not None else inputs_embeds
         if token_mask is None and inputs is not None:
             token_mask = _token_mask(attention_mask, inputs)
+            if (
+                token_mask is None and not self.config.dense_ffn.place
+            ):  # such layers may hand on tokens without their rows
+                token_mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         if self.carries_state and inputs is not None:
             kwargs["document_lengths"] = lengths_of_documents(inputs, position_ids, attention_mask, past_key_values)
         if getattr(self.config, "num_kv_shared_layers", 0):
@@ -225,6 +261,16 @@ class EcMoeModelMixin:
                 **kwargs,
             )
         return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
+
+
+class RecordedForward:
+    """Before a dense base model that collects its outputs by itself: those that it does not know are recorded."""
+
+    @capture_outputs
+    def forward(self, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """token_mask: read by the layers off their blocks."""
+        kwargs.pop("output_router_logits", None)
+        return super().forward(*args, return_dict=True, **kwargs)
 
 
 def _token_mask(attention_mask: Any, inputs: Tensor) -> Tensor | None:
@@ -247,8 +293,12 @@ class EcMoeForCausalLMMixin:
         PreTrainedModel.__init__(self, config)  # not the dense constructor, which would build the dense model
         setattr(self, self.base_model_prefix, self.base_model_class(config))
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = self.make_head(config)
         self.post_init()
+
+    def make_head(self, config: Any) -> nn.Linear:
+        """The family's output layer; some have a bias or another width."""
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @can_return_tuple
     def forward(
@@ -359,6 +409,13 @@ class EcMoeHeadMixin:
         require_own_config(type(self), config)
         AutoModel.register(type(config), self.base_models[type(config).model_type], exist_ok=True)
         super().__init__(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the base model, which knows what they are called; Transformers' generic heads take Llama's name."""
+        return self.base_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.set_input_embeddings(value)
 
 
 ROUTER_LOGITS = {"router_logits": OutputRecorder(EcMoeRouter, index=0)}

@@ -1,6 +1,7 @@
 """What happens without a word otherwise: quantisers and adapters that pass the experts by, a dense checkpoint without
 experts, a loss that is not causal."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,10 +49,16 @@ def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None
     )
 
 
+# Of a name below a base model's layers, whatever the family calls these.
+_IN_A_LAYER = r"(^|\.)(layers|h)\.\d+\."
+
+
 def _torchao_config(model: nn.Module) -> str:
     """What quantises the linear layers and the stacked experts of this model, and no bias: torchao would take those of
     a module that is named, and then its linear layers fail."""
-    linear = {name for name, module in model.named_modules() if "layers." in name and isinstance(module, nn.Linear)}
+    linear = {
+        name for name, module in model.named_modules() if re.search(_IN_A_LAYER, name) and isinstance(module, nn.Linear)
+    }
     names = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
     patterns = [r".*\.mlp\.experts\..*_proj"]
     if names:  # or a quantiser has put modules of its own in their place
@@ -98,7 +105,7 @@ def require_experts(model: Any, missing: Iterable[str], unexpected: Iterable[str
         ValueError: naming what to do instead.
     """
     experts = [name for name in missing if ".mlp.experts." in name]
-    others = [name for name in unexpected if ".layers." in f".{name}"]
+    others = [name for name in unexpected if re.search(_IN_A_LAYER, name)]
     if experts and others:
         raise ValueError(
             f"{model.config.name_or_path or 'the checkpoint'} holds {others[0]} instead of the experts "

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 
 import torch
 import transformers
-from families import fill_zeros, tiny_fields
+from families import FAMILIES, fields_of, fill_zeros
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -49,22 +49,24 @@ def write_dense(
 ) -> PreTrainedModel:
     """Writes a random dense checkpoint whose layers all matter, and returns the model in eval mode."""
     config = getattr(transformers, f"{family}Config")(
-        **{
-            "vocab_size": 300,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 128,
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        | tiny_fields(family, fields)
-        | fields
+        **fields_of(
+            {
+                "vocab_size": 300,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "max_position_embeddings": 128,
+                "initializer_range": 0.2,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
+            FAMILIES[family],
+            fields,
+        )
     )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -1,7 +1,7 @@
 """The dense families, and what a tiny model of each needs so that everything peculiar to it takes part.
 
 A tuple stands for a list with an entry a layer, and begins again where there are more layers than entries; a function
-is given the number of layers.
+is given the other fields.
 """
 
 from collections.abc import Iterable
@@ -19,6 +19,15 @@ LATENT = {
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+ABSENT = object()  # of a field that other families have and this one's config refuses
+
+
+def global_and_local(fields: dict[str, object]) -> list[object]:
+    """GPT-Neo's kinds of attention, in turn, for as many layers as there are."""
+    return [[[("global", "local")[layer % 2]], 1] for layer in range(fields["num_hidden_layers"])]
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SLIDING = {"sliding_window": 8, "sliding_window_pattern": 2}
 FAMILIES: dict[str, dict[str, object]] = {
     "Llama": {},
@@ -102,7 +111,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     # The layers after the first read its keys and values and are twice as wide; so none of them slides.
     "Gemma4Text": {
         "layer_types": ("full_attention",),
-        "num_kv_shared_layers": lambda num_layers: num_layers - 1,
+        "num_kv_shared_layers": lambda fields: fields["num_hidden_layers"] - 1,
         "use_double_wide_mlp": True,
         "global_head_dim": 16,
         "hidden_size_per_layer_input": 8,
@@ -117,12 +126,37 @@ FAMILIES: dict[str, dict[str, object]] = {
         "attention_k_eq_v": True,
         "final_logit_softcapping": 5.0,
     },
+    "Lfm2": {"layer_types": ("conv", "full_attention"), "intermediate_size": 70, "block_multiple_of": 8},
+    "Lfm3": {"layer_types": ("conv", "sliding_attention", "full_attention"), "sliding_window": 8},
     "VaultGemma": {
         "sliding_window": 8,
         "query_pre_attn_scalar": 8,
         "final_logit_softcapping": 5.0,
         "attn_logit_softcapping": 5.0,
     },
+    "GPT2": NO_DROPOUT | {"n_inner": 48, "num_key_value_heads": 4, "scale_attn_by_inverse_layer_idx": True},
+    "Phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "StableLm": {
+        "partial_rotary_factor": 0.5,
+        "use_qkv_bias": True,
+        "qk_layernorm": True,
+        "use_parallel_residual": True,
+    },
+    "Falcon": {
+        "ffn_hidden_size": 48,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_key_value_heads": 4,  # those it caches
+        "bias": True,
+        "head_dim": ABSENT,
+    },
+    "OPT": {"ffn_dim": 48, "num_key_value_heads": 4, "word_embed_proj_dim": 16, "dropout": 0.0},
+    "GPTBigCode": NO_DROPOUT | {"n_inner": 48, "num_key_value_heads": 1},
+    "GPTNeo": {"num_key_value_heads": 4, "attention_types": global_and_local, "window_size": 8},
+    "GPTJ": {"n_inner": 48, "num_key_value_heads": 4, "rotary_dim": 4},
+    "Jais2": {},
+    "CodeGen": {"n_inner": 48, "num_key_value_heads": 4, "rotary_dim": 4},
+    "Persimmon": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
 }
 # Those whose plain class is a mixture itself, so that no dense checkpoint becomes one of them.
 MIXED: dict[str, dict[str, object]] = {
@@ -135,21 +169,33 @@ MODEL_TYPES |= {"Gemma3Text": "gemma3_text", "GPTNeoX": "gpt_neox", "Glm4Moe": "
 MODEL_TYPES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense", "GraniteSWA": "granite_swa"}
 MODEL_TYPES |= {"OlmoHybrid": "olmo_hybrid", "Qwen3_5Text": "qwen3_5_text"}
 MODEL_TYPES |= {"Gemma4Text": "gemma4_text", "Gemma4UnifiedText": "gemma4_unified_text"}
-# Their first FFN sees the normalised embedding alone, so that equal tokens have equal scores there.
-PARALLEL = ("Cohere2", "GPTNeoX", "Cohere")
 # Those whose tiny model keeps a window of the past alone, in some layers or all.
 SLIDING_CACHE = ("Mistral", "Olmo3", "Gemma2", "Gemma3Text", "Cohere2", "Starcoder2", "Ministral", "Exaone4")
 SLIDING_CACHE += ("GraniteSWA", "Cwm", "VaultGemma", "Gemma4UnifiedText")
 # The layers of their tiny models whose token mixer carries a state instead of keys and values.
-STATEFUL = {"Qwen3_5Text": [0], "OlmoHybrid": [0]}
+STATEFUL = {"Qwen3_5Text": [0], "OlmoHybrid": [0], "Lfm2": [0], "Lfm3": [0]}
 # Their last layers read keys and values of earlier ones, to which reentrant checkpointing gives no gradient.
 SHARED_KEYS = ("Gemma4Text",)
 # Flex attention has none of these on a CPU.
 ATTENTION_SINKS = ("GraniteSWA",)
-# Parameters that start as the family wants them, not by initializer_range: decays of a state, a learned activation.
-OWN_START = {"Qwen3_5Text": ("A_log",), "OlmoHybrid": ("A_log",), "Apertus": ("act_fn",)}
 # Those whose config asks for layers of both kinds.
 LAYERS_OF_TWO_KINDS = ("OlmoHybrid",)
+MODEL_TYPES |= {"GPTBigCode": "gpt_bigcode", "GPTNeo": "gpt_neo"}
+# Their first FFN sees the normalised embedding alone, so that equal tokens have equal scores there.
+PARALLEL = ("Cohere2", "GPTNeoX", "Cohere", "Phi", "StableLm", "Falcon", "GPTJ", "CodeGen")
+# Those that store their matrices as [in, out]: a shared expert is a copy of the FFN, turned round.
+TRANSPOSED = ("GPT2",)
+# Those that initialise what is added to the residual by 1 / sqrt(2 * layers) of the rest.
+SCALED_RESIDUALS = ("GPT2", "GPTBigCode", "NanoChat")
+# What a dense class cannot, and so neither can ours.
+NO_PACKING = ("Falcon", "OPT")  # they read no documents off the positions: packed ones see each other
+NO_STATIC_CACHE = ("GPTNeo",)  # its local attention reads the empty places of one
+NO_SERVER = ("StableLm",)  # its attention hands nothing on to a server's
+NO_EXPORT = {
+    "DeepseekV3": "Transformers sizes an exported cache by head_dim, which is not that of latent attention's keys",
+    "OPT": "it slices a mask by the cache's length, which an export does not know",
+    "GPTNeo": "an exported cache is a static one",
+}
 # One of each kind: the plain one, norms inside attention, norms on both sides and capped logits, no gate but biases.
 CORE = ("Llama", "Qwen3", "Gemma2", "GPTNeoX")
 EVERY_DENSE_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.families) for name in FAMILIES]
@@ -167,6 +213,18 @@ def family_and(cases: Iterable[Any], of_others: Iterable[Any], families: Iterabl
     ]
 
 
+def fields_of(*parts: dict[str, object]) -> dict[str, object]:
+    """A config's fields, later ones before earlier ones, without those that are absent; some follow from others."""
+    merged: dict[str, object] = {}
+    for part in parts:
+        merged |= part
+    num_layers: Any = merged["num_hidden_layers"]
+    for name, value in merged.items():
+        if isinstance(value, tuple):
+            merged[name] = [value[layer % len(value)] for layer in range(num_layers)]
+    return {name: value(merged) if callable(value) else value for name, value in merged.items() if value is not ABSENT}
+
+
 @torch.no_grad()
 def fill_zeros(model: nn.Module) -> None:
     """Draws what a family starts at zero or one, biases and Gemma's norms and scales, so that forgetting it shows."""
@@ -176,14 +234,3 @@ def fill_zeros(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.uniform_(0.5, 1.5)
-
-
-def tiny_fields(family: str, given: dict[str, object]) -> dict[str, object]:
-    """What a tiny model of the family needs, with as many layers as are given, or 2."""
-    num_layers: Any = given.get("num_hidden_layers", 2)
-    fields: dict[str, object] = {}
-    for name, value in (FAMILIES | MIXED)[family].items():
-        if isinstance(value, tuple):
-            value = [value[layer % len(value)] for layer in range(num_layers)]
-        fields[name] = value(num_layers) if callable(value) else value
-    return fields

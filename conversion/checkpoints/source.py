@@ -20,15 +20,27 @@ PIECE_BYTES = 1 << 26
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Names in files of older Transformers -> today's.
 OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
-# How names in a layer end in files, OLMo-hybrid's -> how they do in memory.
+# How names in a layer end in files, OLMo-hybrid's and LFM3's -> how they do in memory.
 _OLD_ENDINGS = {
     ".attention_layer_norm.weight": ".input_layernorm.weight",
     ".feedforward_layer_norm.weight": ".post_attention_layernorm.weight",
+    ".self_attn.gate_proj.weight": ".self_attn.g_proj.weight",
 }
 # What is one tensor in memory and several in files, whose rows stand one after the other.
 _JOINED = {".conv1d.weight": (".q_conv1d.weight", ".k_conv1d.weight", ".v_conv1d.weight")}
 # Buffers that old checkpoints carry and no model reads.
 _UNREAD = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_UNREAD += (".attn.bias", ".attn.masked_bias", ".attn.causal_mask")
+
+
+def with_prefix(headers: Mapping[str, "Header"], prefix: str) -> dict[str, "Header"]:
+    """The names as a language model has them where a file holds those of its base model alone, as GPT-2's does.
+
+    prefix: what the language model calls its base model.
+    """
+    if any(name.startswith(f"{prefix}.") for name in headers):
+        return dict(headers)
+    return {name if name.startswith("lm_head.") else f"{prefix}.{name}": header for name, header in headers.items()}
 
 
 def is_unread(name: str) -> bool:
@@ -189,5 +201,6 @@ class Source(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the checkpoint, read off its embedding."""
-        name = next((name for name in sorted(self.headers) if "embed" in name), min(self.headers))
+        names = sorted(name for name in self.headers if not is_unread(name)) or sorted(self.headers)
+        name = next((name for name in names if "embed" in name or "wte." in name), names[0])
         return DTYPES[self.headers[name].dtype]

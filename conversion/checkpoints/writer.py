@@ -91,7 +91,7 @@ def _write_shard(path: Path, tensors: list[PlannedTensor], num_layers: int, prog
     with unfinished.open("wb") as file:
         file.write(_header(ordered))
         for tensor in ordered:
-            if layer := re.search(r"\.layers\.(\d+)\.", tensor.name):
+            if layer := re.search(r"\.(?:layers|h)\.(\d+)\.", tensor.name):
                 progress.set_description(f"Layer {int(layer[1]) + 1} of {num_layers}", refresh=False)
             before = file.tell()
             for piece in tensor.pieces():

@@ -32,7 +32,7 @@ def fit(model: Any, form: Form, batches: list[Tensor]) -> dict[str, Tensor]:
 
     batches: token ids [B, S] without padding.
     """
-    layers = {str(i): layer.mlp for i, layer in enumerate(model.get_decoder().layers)}
+    layers = {str(i): layer.mlp for i, layer in enumerate(model.config.dense_ffn.layers_of(model))}
     blocks = {name: block for name, block in layers.items() if isinstance(block, EcMoeBlock)}
     candidates = {name: [_Candidate(block, block.gate.weight.float(), form)] for name, block in blocks.items()}
     if form.is_shifted:

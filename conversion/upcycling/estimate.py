@@ -157,9 +157,11 @@ def _lora_parameters(plan: Plan) -> dict[str, int]:
         return LORA_RANK * (shape[-1] + shape[-2]) * math.prod(shape[:-2])
 
     def attention(name: str) -> bool:
-        return ".self_attn." in name or ".attention." in name
+        return any(mark in name for mark in (".self_attn.", ".self_attention.", ".attention.", ".attn."))
 
-    dense = {n: h.shape for n, h in plan.sources[0].headers.items() if ".layers." in n and len(h.shape) == 2}
+    config: Any = plan.config
+    layers = f".{config.dense_ffn.layers}."
+    dense = {n: h.shape for n, h in plan.sources[0].headers.items() if layers in n and len(h.shape) == 2}
     converted = 0
     for tensor in plan.tensors:
         if ".mlp.gate.weight" in tensor.name:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ecmoe.progress import progress_bar
+from modeling_ecmoe.configuration_ecmoe import DenseFFN
 
 from .plan import Plan, generator_of
 from .router import INPUT_TOKENS, centroid_rows, ffn_inputs, norm_inputs, rescaled_rows, thresholds_of
@@ -25,10 +26,11 @@ def measured_router(
 ) -> dict[str, Tensor]:
     """The router rows [R, D] that the dense model's FFN inputs suggest, R experts or replicas of granular ones, and
     the thresholds [E] at which every expert takes its share of the same inputs."""
-    config, layers = plan.config, sparse_layers(plan)
+    config: Any = plan.config
+    layers, ffn = sparse_layers(plan), config.dense_ffn
     granularity = plan.settings.num_shards
-    inputs = ffn_inputs(dense, list(windows[: max(1, INPUT_TOKENS // windows.shape[1])].split(4)), layers)
-    means = _prompt_means(dense, tokenizer, prompts, layers) if prompts else {}
+    inputs = ffn_inputs(dense, list(windows[: max(1, INPUT_TOKENS // windows.shape[1])].split(4)), layers, ffn)
+    means = _prompt_means(dense, tokenizer, prompts, layers, ffn) if prompts else {}
     measured = {}
     for layer in progress_bar(layers, desc="Router rows", unit="layer"):
         name, std = f"{_layer(plan, layer)}.mlp.gate.", config.initializer_range
@@ -43,12 +45,14 @@ def measured_router(
     return measured
 
 
-def _prompt_means(dense: Any, tokenizer: Any, prompts: list[list[str]], layers: list[int]) -> dict[int, Tensor]:
+def _prompt_means(
+    dense: Any, tokenizer: Any, prompts: list[list[str]], layers: list[int], ffn: DenseFFN
+) -> dict[int, Tensor]:
     """[R, D] for each layer: the mean FFN input over all tokens of each expert's prompts."""
     rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for texts in prompts:
         batches = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
-        for layer, inputs in ffn_inputs(dense, batches, layers).items():
+        for layer, inputs in ffn_inputs(dense, batches, layers, ffn).items():
             rows[layer].append(inputs.float().mean(0))
     return {layer: torch.stack(means) for layer, means in rows.items()}
 
@@ -80,7 +84,8 @@ def estimated_thresholds(plan: Plan, measured: dict[str, Tensor] | None) -> dict
 
 
 def _layer(plan: Plan, layer: int) -> str:
-    return f"{plan.model.base_model_prefix}.layers.{layer}"
+    config: Any = plan.config
+    return f"{plan.model.base_model_prefix}.{config.dense_ffn.layers}.{layer}"
 
 
 def _scale_and_shift(plan: Plan, layer: int) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
 
 from ..checkpoints.locate import last_line
-from ..checkpoints.source import DTYPES, Source, is_unread
+from ..checkpoints.source import DTYPES, Source, is_unread, with_prefix
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
-from .dense import Part, ffn_parts, parts_of_stack
+from .dense import Part, ffn_parts, ffn_width, parts_of_stack
 from .initialisations import ExpertMatrix, config_fields, normal, num_shared_neurons
 from .mixtures import KEPT, MIXTURES, MixtureMaker
 from .mixtures import complete as complete_mixture
@@ -96,6 +96,8 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
         raise ConversionError(
             f"{sources[0].config_place} describes no model that can be built: {last_line(error)}"
         ) from error
+    for source in sources:
+        source.headers = with_prefix(source.headers, model.base_model_prefix)
     plan = Plan(settings, config, sources[0].dtype, model, sources, [], {}, mixture)
     maker: Any
     if mixture is None:
@@ -125,6 +127,11 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
             f"use_bidirectional_attention={fields['use_bidirectional_attention']} in {path}: its tokens see later "
             "ones, and only causal decoders can be converted; give one of those"
         )
+    if fields.get("add_cross_attention"):
+        raise ConversionError(
+            f"add_cross_attention=True in {path}: its layers look at an encoder, and only decoders by themselves can "
+            "be converted; give one of those"
+        )
     for name in ("dtype", "torch_dtype"):
         if fields.get(name) and not isinstance(getattr(torch, str(fields[name]), None), torch.dtype):
             raise ConversionError(
@@ -146,7 +153,7 @@ def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> 
             fields.pop(name, None)
         fields |= mixture_fields(dense, settings)
     else:
-        fields |= config_fields(settings.initialisation, dense.intermediate_size, settings.ratio, settings.num_shards)
+        fields |= config_fields(settings.initialisation, ffn_width(dense), settings.ratio, settings.num_shards)
         fields |= {
             "num_experts": settings.num_experts,
             "capacity_factor": settings.capacity_factor,
@@ -179,20 +186,23 @@ class _Maker:
             dtype = self.plan_.dtype if name.endswith("gate.weight") else like.dtype
             return PlannedTensor(name, tuple(like.shape), dtype, lambda: iter([self._router(name, like)]))
         if ".mlp.experts." in name:
-            layer, _, stacked = name.partition("experts.")
+            layer, _, stacked = name.partition("mlp.experts.")
             if stacked.startswith("act_fn."):  # of an activation that learns; the experts of a layer share it
-                return self._planned(name, like, [layer + stacked], lambda: self._verbatim(layer + stacked), is_one)
+                dense = f"{layer}{self.config.dense_ffn.place}.{stacked}"
+                return self._planned(name, like, [dense], lambda: self._verbatim(dense), is_one)
             parts = parts_of_stack(self.config, number, stacked)
             return self._planned(
                 name, like, [layer + part.tensor for part in parts], lambda: self._experts(layer, number, parts)
             )
         if ".mlp.shared_expert." in name:
-            layer, _, tensor = name.partition("shared_expert.")
+            layer, _, tensor = name.partition("mlp.shared_expert.")
             if tensor.startswith("act_fn."):
-                return self._planned(name, like, [layer + tensor], lambda: self._verbatim(layer + tensor), is_one)
-            parts = [part for part in ffn_parts(self.config, number) if part.tensor == tensor]
-            is_whole = self.settings.initialisation.shares == "all"
-            return self._planned(name, like, [layer + tensor], lambda: self._shared(layer, number, parts), is_whole)
+                dense = f"{layer}{self.config.dense_ffn.place}.{tensor}"
+                return self._planned(name, like, [dense], lambda: self._verbatim(dense), is_one)
+            parts = [part for part in ffn_parts(self.config, number) if part.shared == tensor]
+            is_same = self.settings.initialisation.shares == "all" and not parts[0].is_transposed
+            whole = layer + parts[0].tensor
+            return self._planned(name, like, [whole], lambda: self._shared(layer, number, parts), is_same)
         return self._planned(name, like, [name], lambda: self._verbatim(name), is_one)
 
     def _planned(
@@ -226,7 +236,9 @@ class _Maker:
                 wanted = ExpertMatrix(
                     part,
                     expert,
-                    lambda label, key=f"{layer}experts.{expert}": generator_of(self.settings.seed, f"{key}:{label}"),
+                    lambda label, key=f"{layer}mlp.experts.{expert}": generator_of(
+                        self.settings.seed, f"{key}:{label}"
+                    ),
                     self.settings.ratio or 0,
                     self.settings.num_shards,
                     self.config.ffn_width_multiple(number),
@@ -258,6 +270,8 @@ class _Maker:
 
 
 def _read(source: Source, layer: str, part: Part) -> Tensor:
+    if part.is_transposed:  # never fused, so it is the whole tensor
+        return source.read(layer + part.tensor).T
     return source.read(layer + part.tensor, part.first_row, part.first_row + part.num_rows)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ecmoe.progress import progress_bar
 from modeling_ecmoe.calibration_ecmoe import thresholds_of_scores
+from modeling_ecmoe.configuration_ecmoe import DenseFFN
 from modeling_ecmoe.routing_ecmoe import router_scores
 
 from ..errors import ConversionError
@@ -44,10 +45,10 @@ def _is_unicode(text: str) -> bool:
 
 
 @torch.no_grad()
-def ffn_inputs(model: Any, batches: list[Tensor], layers: list[int]) -> dict[int, Tensor]:
+def ffn_inputs(model: Any, batches: list[Tensor], layers: list[int], ffn: DenseFFN) -> dict[int, Tensor]:
     """What the FFNs of these layers of a dense model see: [tokens, D] in the model's dtype, for each layer.
 
-    batches: token ids [B, S], without padding.
+    batches: token ids [B, S], without padding. ffn: where the family has its FFN.
     """
     vocab_size = model.get_input_embeddings().num_embeddings
     for batch in batches:
@@ -58,10 +59,11 @@ def ffn_inputs(model: Any, batches: list[Tensor], layers: list[int]) -> dict[int
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def hook_of(layer: int) -> Any:
-        return lambda _module, inputs, _output: kept[layer].append(inputs[0].flatten(0, 1).cpu())
+        return lambda _module, inputs, _output: kept[layer].append(inputs[0].flatten(0, -2).cpu())
 
     decoder = model.get_decoder()
-    handles = [decoder.layers[layer].mlp.register_forward_hook(hook_of(layer)) for layer in layers]
+    found = ffn.layers_of(model)
+    handles = [ffn.ends_of(found[layer])[0].register_forward_hook(hook_of(layer)) for layer in layers]
     try:
         for batch in progress_bar(batches, desc="FFN inputs", unit="batch"):
             decoder(input_ids=batch.to(model.device), use_cache=False)

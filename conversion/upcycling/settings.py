@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ConversionError
+from .dense import ffn_width
 from .initialisations import INITIALISATIONS, KEPT, Initialisation
 
 ROUTERS = {
@@ -117,7 +118,7 @@ class Settings:
                     "dense one the initialisation decides, leave it out"
                 )
         made = replace(self, init=self.init or "shared")
-        width, checked = dense_config.intermediate_size, made.check(num_sources)
+        width, checked = ffn_width(dense_config), made.check(num_sources)
         if width % checked.num_shards:
             raise ConversionError(
                 f"granularity={checked.num_shards} does not divide the dense intermediate_size={width}; choose one "

@@ -55,31 +55,38 @@ def layer_errors(dense: Any, converted: Any) -> Iterator[dict[str, float]]:
     """||block(x) - FFN(x)|| / ||FFN(x)|| of every sparse layer, x the inputs of the dense model's FFN in its first pass
     while the context is open.
 
-    The keys are the layers' numbers as text, as in the JSON record; none where the source has no module `mlp` whose
-    output is the whole FFN's.
+    The keys are the layers' numbers as text, as in the JSON record; none where the source has no module whose output
+    is the whole FFN's.
     """
     errors: dict[str, float] = {}
-    blocks = {
-        i: layer.mlp for i, layer in enumerate(converted.get_decoder().layers) if isinstance(layer.mlp, EcMoeBlock)
-    }
-    handles: dict[int, Any] = {}
+    ffn = converted.config.dense_ffn
+    layers = [getattr(layer, "mlp", None) for layer in ffn.layers_of(converted)]
+    blocks = {i: block for i, block in enumerate(layers) if isinstance(block, EcMoeBlock)}
+    inputs: dict[int, Tensor] = {}
+    handles: list[Any] = []
 
-    def hook_of(layer: int) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            handles[layer].remove()
-            found = blocks[layer](inputs[0].to(converted.device)).to(output.device)
+    def hooks_of(layer: int) -> Any:
+        def keep(_module: nn.Module, given: tuple[Tensor]) -> None:
+            if str(layer) not in errors:
+                inputs[layer] = given[0]
+
+        def compare_outputs(_module: nn.Module, _given: Any, output: Tensor) -> None:
+            if layer not in inputs:
+                return
+            found = blocks[layer](inputs.pop(layer).to(converted.device)).to(output.device)
             errors[str(layer)] = ((found.float() - output.float()).norm() / output.float().norm()).item()
 
-        return hook
+        return keep, compare_outputs
 
     for i in blocks:
-        ffn = getattr(dense.get_decoder().layers[i], "mlp", None)
-        if ffn is not None:
-            handles[i] = ffn.register_forward_hook(hook_of(i))
+        first, last = ffn.ends_of(ffn.layers_of(dense)[i])
+        if first is not None:
+            keep, compare_outputs = hooks_of(i)
+            handles += [first.register_forward_pre_hook(keep), last.register_forward_hook(compare_outputs)]
     try:
         yield errors
     finally:
-        for handle in handles.values():
+        for handle in handles:
             handle.remove()
 
 

@@ -62,6 +62,24 @@ def test_a_pythia_file_as_the_hub_has_it(tmp_path: Path, text: Path, make_tokens
         torch.testing.assert_close(converted(ids).logits, dense(ids).logits, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.families
+@pytest.mark.parametrize("family", ["GPT2", "OPT", "GPTJ", "CodeGen"])
+def test_a_base_model_s_file_as_the_hub_has_it(tmp_path: Path, text: Path, family: str, make_tokens) -> None:
+    """GPT-2's: names without the language model's prefix, no head, and buffers of old attention; OPT's with a head."""
+    dense = write_dense(tmp_path / "dense", family)
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = {name.removeprefix(f"{dense.base_model_prefix}."): tensor for name, tensor in load_file(path).items()}
+    for layer in range(2):
+        for buffer in ("bias", "masked_bias", "causal_mask"):
+            tensors[f"h.{layer}.attn.{buffer}"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    save_file(tensors, path, metadata={"format": "pt"})
+    convert(str(tmp_path / "dense"), str(tmp_path / "out"), num_experts=4, text=str(text))
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = make_tokens(3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(ids).logits, dense(ids).logits, atol=2e-5, rtol=2e-5)
+
+
 # What dense files hold that were made from a mixture's config, or for another library.
 LEFT_OVER = {
     "moe_intermediate_size": 16,

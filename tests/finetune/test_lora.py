@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from checkpoints import DATA, all_tensors
+from families import TRANSPOSED
 from runs import QUICK_END, assert_same_run, prepared
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl
@@ -313,13 +314,14 @@ def test_the_default_adapters_of_every_family(family: str, make_model: Callable,
     ids = make_tokens(2, 9)
     before = model(ids).logits
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    attention = {name.partition(".lora_")[0] for name in names if "attn" in name or ".attention." in name}
+    attention = {name.partition(".lora_")[0] for name in names if "attn" in name or "attention." in name}
     linear = {
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.endswith(".base_layer") and "mlp" not in name
     }
-    assert attention == {name.removesuffix(".base_layer") for name in linear} and len(attention) >= 2 * 2, linear
+    assert attention == {name.removesuffix(".base_layer") for name in linear}
+    assert len(attention) >= 2 * 2 or family in TRANSPOSED  # whose attention PEFT cannot adapt beside experts
     assert sum(".experts." in name for name in names) == 2 * 2 * 2  # A and B of two stacks in two layers
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
     for _ in range(2):  # B starts at zero, so A learns from the second step on

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
+from ecmoe.conversion import convert
 from ecmoe.finetune import RecipeError, load_recipe, run
 from ecmoe.finetune.cli import main
 from ecmoe.finetune.folder import last_whole_checkpoint
@@ -114,6 +115,8 @@ REFUSALS = {
     "dataset={chat.jsonl} chat_template_path={broken.jinja}": "the chat template refuses",
     "dataset={numbers.jsonl}": "completion_column=completion holds Value",
     "model={small}": "the tokenizer makes token 2",
+    "model={opt} packing=true": "packing=True puts several documents in one row, and ecmoe_opt models, the dense ones",
+    "model={opt} packing=false padding_free=true": "padding_free=True puts several documents in one row",
 }
 
 
@@ -147,6 +150,8 @@ def files(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
     tokenizer = AutoTokenizer.from_pretrained(place / "dense")
     write_dense(folder / "small", "Llama", vocab_size=200)
+    write_dense(folder / "opt_dense", "OPT")
+    convert(str(folder / "opt_dense"), str(folder / "opt"), num_experts=4, verify=False)
     AutoModelForCausalLM.from_pretrained(place / "dense").save_pretrained(folder / "bare")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder / "bare")

@@ -266,7 +266,8 @@ def test_default_back_end_is_grouped_mm(family: str, make_model: Callable, tmp_p
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.config._experts_implementation == "grouped_mm"
-    assert loaded.base_model.layers[0].mlp.experts.config._experts_implementation == "grouped_mm"
+    block = loaded.config.dense_ffn.layers_of(loaded)[0].mlp
+    assert block.experts.config._experts_implementation == "grouped_mm"
 
 
 @pytest.mark.parametrize("widths", [{"intermediate_size": 46}, {"intermediate_size": 47, "max_experts_per_token": 2}])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from checkpointing import recompute_layers
-from families import CORE, FAMILIES, MIXED, OWN_START, SHARED_KEYS, STATEFUL, family_and
+from families import CORE, FAMILIES, MIXED, SCALED_RESIDUALS, SHARED_KEYS, STATEFUL, family_and
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
@@ -76,8 +76,8 @@ def test_saved_names_and_shapes(family: str, make_model: Callable, make_config: 
         wanted |= {"experts.act_fn.alpha_p": [1], "experts.act_fn.alpha_n": [1]}
         wanted |= {"experts.act_fn.beta": [], "experts.act_fn.eps": []}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys() if "layers.1.mlp" in key}  # noqa: SIM118
-    assert {key.partition("layers.1.mlp.")[2]: shape for key, shape in shapes.items()} == {
+        shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys() if ".1.mlp." in key}  # noqa: SIM118
+    assert {key.partition(".1.mlp.")[2]: shape for key, shape in shapes.items()} == {
         "gate.weight": [4, 32],
         "gate.threshold": [4],
         "gate.threshold_updates": [],
@@ -94,7 +94,7 @@ def test_every_auto_class_loads_a_language_model_folder(
     loaded, info = getattr(transformers, auto_class).from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is getattr(modeling_ecmoe, f"EcMoe{family}{suffix}")
     assert set(info["missing_keys"]) == set(head)
-    assert set(info["unexpected_keys"]) <= {"lm_head.weight"}
+    assert set(info["unexpected_keys"]) <= {"lm_head.weight", "lm_head.bias"}
     ids = make_tokens(2, 9)
     hidden = loaded(ids, output_hidden_states=True).hidden_states[-1]
     assert_close(hidden, model(ids, output_hidden_states=True).hidden_states[-1])
@@ -129,15 +129,17 @@ def test_router_logits_are_returned_when_asked_for(family: str, make_model: Call
         assert all(logits.dtype == torch.float32 for logits in output.router_logits)
     model.config.output_router_logits = True
     assert len(model(ids).router_logits) == 2
-    assert isinstance(model.base_model.layers[0].mlp, EcMoeBlock)
-    assert not isinstance(model.base_model.layers[1].mlp, EcMoeBlock)
+    layers = model.config.dense_ffn.layers_of(model)
+    assert isinstance(layers[0].mlp, EcMoeBlock)
+    assert not isinstance(getattr(layers[1], "mlp", None), EcMoeBlock)
 
 
 def test_other_outputs(family: str, make_model: Callable, make_tokens: Callable) -> None:
     model = make_model(family)
     model.set_attn_implementation("eager")
     output = model(make_tokens(2, 9), output_hidden_states=True, output_attentions=True, logits_to_keep=2)
-    assert [hidden.shape for hidden in output.hidden_states] == [(2, 9, 32)] * 3
+    assert [hidden.shape for hidden in output.hidden_states[:-1]] == [(2, 9, 32)] * 2
+    assert output.hidden_states[-1].shape == (2, 9, model.lm_head.in_features)
     num_attentions = 2 - len(STATEFUL.get(family, []))
     assert [attention.shape for attention in output.attentions] == [(2, 4, 9, 9)] * num_attentions
     assert output.logits.shape == (2, 2, 128)
@@ -206,7 +208,8 @@ def test_padded_training_batch_gives_each_sequence_what_it_gets_alone(
         single.square().sum().backward()
     for (name, found), wanted in zip(padded.named_parameters(), alone.parameters(), strict=True):
         scale = wanted.grad.abs().max()
-        assert (found.grad - wanted.grad).abs().max() <= 1e-4 * scale, name
+        # A bias of keys without rotary positions changes nothing, and its gradient is rounding.
+        assert (found.grad - wanted.grad).abs().max() <= 1e-4 * scale + 1e-5, name
 
 
 def test_bfloat16_trains(family: str, make_model: Callable, make_tokens: Callable) -> None:
@@ -300,9 +303,10 @@ def test_initialisation_is_seeded_and_complete(family: str, make_model: Callable
     first, second, other = (make_model(family, seed=seed) for seed in (3, 3, 4))
     for (name, one), two, three in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
         assert torch.isfinite(one).all() and torch.equal(one, two), name
-        if not any(mark in name for mark in ("norm", "bias", *OWN_START.get(family, ()))):
+        if one.dim() > 1 and "bias" not in name:  # no norm
             assert not torch.equal(one, three), name
-            assert one.std().item() == pytest.approx(0.2, rel=0.25), name
+            is_scaled = family in SCALED_RESIDUALS and name.endswith(("attn.c_proj.weight", "attn.o_proj.weight"))
+            assert one.std().item() == pytest.approx(0.1 if is_scaled else 0.2, rel=0.25), name
 
 
 def test_lora_on_the_experts_trains_and_reloads(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CORE, FAMILIES, MIXED
+from families import CORE, FAMILIES, MIXED, UNGATED
 
 pytest.importorskip("transformers.distributed.expert_parallel", reason="Transformers before 5.23")
 
@@ -15,7 +15,7 @@ from .plan_process import PLANS, compare, pipeline_refusal
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
-WITH_BIASES = ("Starcoder2", "GPTNeoX")
+WITH_BIASES = UNGATED
 NOT_IN_STAGES = ("Granite", "GPTNeoX")
 OTHERS = pytest.param([name for name in FAMILIES | MIXED if name not in CORE], marks=pytest.mark.families)
 

@@ -361,9 +361,11 @@ def test_router_losses_join_the_loss(
     added = output.loss - cross_entropy(output.logits, labels)
     assert expected > 0.01
     torch.testing.assert_close(added, expected, rtol=1e-6, atol=1e-6)
-    found = torch.autograd.grad(output.loss, model.base_model.layers[1].mlp.gate.weight, retain_graph=True)[0]
+    found = torch.autograd.grad(
+        output.loss, model.config.dense_ffn.layers_of(model)[1].mlp.gate.weight, retain_graph=True
+    )[0]
     wanted = torch.autograd.grad(
-        cross_entropy(output.logits, labels) + expected, model.base_model.layers[1].mlp.gate.weight
+        cross_entropy(output.logits, labels) + expected, model.config.dense_ffn.layers_of(model)[1].mlp.gate.weight
     )[0]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
