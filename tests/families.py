@@ -148,6 +148,19 @@ SHARED_KEYS = ("Gemma4Text",)
 ATTENTION_SINKS = ("GraniteSWA",)
 # Parameters that start as the family wants them, not by initializer_range: decays of a state, a learned activation.
 OWN_START = {"Qwen3_5Text": ("A_log",), "OlmoHybrid": ("A_log",), "Apertus": ("act_fn",)}
+# Parameters that the dense class loads in float32 whatever the dtype asked for.
+KEPT_IN_FLOAT32 = {"OlmoHybrid": ("A_log",)}
+# Those whose attention Transformers' tensor parallelism cuts nowhere.
+WHOLE_ATTENTION = ("DeepseekV3", "Youtu", "HunYuanDenseV1")
+# Those whose dense config says nothing of pipelines.
+NO_STAGES = ("HunYuanDenseV1", "Nemotron", "NanoChat")
+# Those that the server of the tests cannot run, and why.
+NO_SERVER = {
+    "Ernie4_5": "vLLM's experts have no biases",
+    "GraniteSWA": "a server fills one rotary embedding, and this family has one for each base frequency",
+    "OlmoHybrid": "no plain class with linear attention calls itself compatible",
+    "Qwen3_5Text": "no plain class with linear attention calls itself compatible",
+}
 # Those whose config asks for layers of both kinds.
 LAYERS_OF_TWO_KINDS = ("OlmoHybrid",)
 # One of each kind: the plain one, norms inside attention, norms on both sides and capped logits, no gate but biases.
