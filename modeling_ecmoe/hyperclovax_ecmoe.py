@@ -27,6 +27,11 @@ class EcMoeHyperCLOVAXConfig(EcMoeConfigMixin, HyperCLOVAXConfig):
     model_type = "ecmoe_hyperclovax"
     dense_ffn = DenseFFN(has_bias="mlp_bias")
 
+    @property
+    def logit_scale(self) -> float:
+        """What the logits are multiplied by, by the name that TRL looks for first: `logits_scaling` divides others'."""
+        return self.logits_scaling
+
 
 class EcMoeHyperCLOVAXDecoderLayer(EcMoeDecoderLayerMixin, dense.HyperCLOVAXDecoderLayer): ...
 

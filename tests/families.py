@@ -178,6 +178,22 @@ STATEFUL = {"Qwen3_5Text": [0], "OlmoHybrid": [0], "Lfm2": [0], "Lfm3": [0]}
 SHARED_KEYS = ("Gemma4Text",)
 # Flex attention has none of these on a CPU.
 ATTENTION_SINKS = ("GraniteSWA",)
+# Parameters that the dense class loads in float32 whatever the dtype asked for.
+KEPT_IN_FLOAT32 = {"OlmoHybrid": ("A_log",)}
+# Those whose attention Transformers' tensor parallelism cuts nowhere.
+WHOLE_ATTENTION = ("DeepseekV3", "Youtu", "HunYuanDenseV1")
+# Those whose dense config says nothing of pipelines.
+NO_STAGES = ("HunYuanDenseV1", "Nemotron", "NanoChat")
+# Those that the server of the tests cannot run, and why.
+NO_SERVER = {
+    "Ernie4_5": "vLLM's experts have no biases",
+    "GraniteSWA": "a server fills one rotary embedding, and this family has one for each base frequency",
+    "OlmoHybrid": "no plain class with linear attention calls itself compatible",
+    "Qwen3_5Text": "no plain class with linear attention calls itself compatible",
+    "StableLm": "its attention hands nothing on to a server's",
+    "Lfm2": "no plain class with short convolutions calls itself compatible",
+    "Lfm3": "no plain class with short convolutions calls itself compatible",
+}
 # Those whose config asks for layers of both kinds.
 LAYERS_OF_TWO_KINDS = ("OlmoHybrid",)
 MODEL_TYPES |= {"GPTBigCode": "gpt_bigcode", "GPTNeo": "gpt_neo"}
@@ -190,7 +206,6 @@ SCALED_RESIDUALS = ("GPT2", "GPTBigCode", "NanoChat")
 # What a dense class cannot, and so neither can ours.
 NO_PACKING = ("Falcon", "OPT")  # they read no documents off the positions: packed ones see each other
 NO_STATIC_CACHE = ("GPTNeo",)  # its local attention reads the empty places of one
-NO_SERVER = ("StableLm",)  # its attention hands nothing on to a server's
 NO_EXPORT = {
     "DeepseekV3": "Transformers sizes an exported cache by head_dim, which is not that of latent attention's keys",
     "OPT": "it slices a mask by the cache's length, which an export does not know",
