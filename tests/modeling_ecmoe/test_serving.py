@@ -38,9 +38,6 @@ def make_saved(make_routed_model: Callable, tmp_path: Path) -> Callable[..., tup
         model = make_routed_model(family, **fields).double()
         if model.config.hidden_act != "silu":
             pytest.skip("vLLM and SGLang compute every custom model's experts with silu")
-        if family in NO_SERVER:
-            assert not model.is_backend_compatible()
-            pytest.skip("the plain class takes no server's attention either")
         model.save_pretrained(tmp_path)
         return model, tmp_path
 
