@@ -122,7 +122,8 @@ FAMILIES: dict[str, dict[str, object]] = {
         "sliding_window": 8,
         "layer_types": ("sliding_attention", "full_attention"),
         "global_head_dim": 16,
-        "num_global_key_value_heads": 1,
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 2,
         "attention_k_eq_v": True,
         "final_logit_softcapping": 5.0,
     },
@@ -184,6 +185,11 @@ KEPT_IN_FLOAT32 = {"OlmoHybrid": ("A_log",)}
 WHOLE_ATTENTION = ("DeepseekV3", "Youtu", "HunYuanDenseV1")
 # Those whose dense config says nothing of pipelines.
 NO_STAGES = ("HunYuanDenseV1", "Nemotron", "NanoChat")
+# Those that Transformers' tensor parallelism cannot cut, the dense class neither, and why.
+NO_TENSOR_PLAN = {
+    "Cohere": "its norms of queries and keys, one a head, stay whole where the heads are cut",
+    "Olmo": "clip_qkv clamps in place what is cut",
+}
 # Those that the server of the tests cannot run, and why.
 NO_SERVER = {
     "Ernie4_5": "vLLM's experts have no biases",

@@ -55,6 +55,8 @@ def results(model: Any, trains: bool) -> dict[str, torch.Tensor]:
         for name, block in modeling_ecmoe.sparse_blocks(model).items():
             grad = block.gate.weight.grad
             found[f"{name}.gate.weight"] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            for activation, parameter in block.experts.act_fn.named_parameters():  # one that learns
+                found[f"{name}.{activation}"] = parameter.grad
     return found
 
 
@@ -63,5 +65,6 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def expert_numbers(model: Any) -> int:
-    parameters = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+    named = model.named_parameters()
+    parameters = [parameter for name, parameter in named if ".experts." in name and ".act_fn." not in name]
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)
