@@ -279,6 +279,8 @@ class EcMoeConfigMixin:
         """Whole experts per rank; `DistributedConfig(ep_size=...)` picks how rows reach them."""
         experts = f"{self.dense_ffn.layers}.*.mlp.experts"
         plan = {f"{experts}.{name}": "grouped_gemm" for name in self.expert_parameters}
+        if self.hidden_act == "xielu":  # which learns, from the experts that a rank has
+            plan[f"{experts}.act_fn"] = "replicated_with_grad_allreduce"
         return plan | {experts: "ep_dispatch_experts"}
 
     def _tp_plan_of_experts(self) -> dict[str, str]:
@@ -288,6 +290,9 @@ class EcMoeConfigMixin:
         """
         dense = type(self).base_model_tp_plan or {}
         plan = {name.replace(".mlp.", ".mlp.shared_expert."): style for name, style in dense.items() if ".mlp." in name}
+        if self.hidden_act == "xielu":  # which learns, from the part of the neurons that a rank has
+            places = ("mlp.experts", "mlp.shared_expert", "mlp")
+            plan |= {f"layers.*.{place}.act_fn": "replicated_with_grad_allreduce" for place in places}
         if self.ffn_has_bias:
             return plan
         first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"

@@ -53,10 +53,10 @@ def results(model: Any, trains: bool) -> dict[str, torch.Tensor]:
         loss.backward()
         found["loss"] = loss.detach()
         for name, block in modeling_ecmoe.sparse_blocks(model).items():
-            grad = block.gate.weight.grad
-            found[f"{name}.gate.weight"] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-            for activation, parameter in block.experts.act_fn.named_parameters():  # one that learns
-                found[f"{name}.{activation}"] = parameter.grad
+            learned = {"gate.weight": block.gate.weight, **dict(block.experts.act_fn.named_parameters())}
+            for part, parameter in learned.items():
+                grad = parameter.grad
+                found[f"{name}.{part}"] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     return found
 
 
