@@ -243,12 +243,30 @@ class EcMoeConfigMixin:
         said = self.dense_ffn.has_bias
         return bool(getattr(self, said)) if isinstance(said, str) else said
 
+    @classmethod
+    def dense_width(cls, dense: Any) -> int:
+        """The width of the FFNs of a dense config; where it says nothing, four times the hidden size, as GPT-2's."""
+        width: int | None = getattr(dense, cls.attribute_map.get("intermediate_size", "intermediate_size"), None)
+        return width or 4 * int(dense.hidden_size)
+
+    def ffn_norm(self, layer: int) -> str | None:
+        """What the input of that layer's FFN is normalised by; None for no norm before it."""
+        return self.dense_ffn.norm
+
+    def ffn_width_multiple(self, layer: int) -> int:
+        """By how much the FFN of that layer, and so its experts, are wider than the config's widths say."""
+        return 1
+
     @property
     def expert_parameters(self) -> dict[str, tuple[int, ...]]:
-        """The stacked parameters of the experts, named as Transformers' experts back-ends read them, and their shapes:
-        [E, 2I or I, D], [E, D, I] and, where there are biases, [E, 2I or I] and [E, D]."""
-        first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"
+        """The stacked parameters of the experts, by name, and their shapes in a layer of plain width."""
         width: Any = self.moe_intermediate_size
+        return self.expert_shapes(width)
+
+    def expert_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """The stacked parameters of experts of that width, named as Transformers' experts back-ends read them, and
+        their shapes: [E, 2I or I, D], [E, D, I] and, where there are biases, [E, 2I or I] and [E, D]."""
+        first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"
         shapes: dict[str, tuple[int, ...]] = {
             first: (self.num_experts, width * (2 if self.dense_ffn.has_gate else 1), self.hidden_size),
             "down_proj": (self.num_experts, self.hidden_size, width),
@@ -261,6 +279,8 @@ class EcMoeConfigMixin:
         """Whole experts per rank; `DistributedConfig(ep_size=...)` picks how rows reach them."""
         experts = f"{self.dense_ffn.layers}.*.mlp.experts"
         plan = {f"{experts}.{name}": "grouped_gemm" for name in self.expert_parameters}
+        if self.hidden_act == "xielu":  # which learns, from the experts that a rank has
+            plan[f"{experts}.act_fn"] = "replicated_with_grad_allreduce"
         return plan | {experts: "ep_dispatch_experts"}
 
     def _tp_plan_of_experts(self) -> dict[str, str]:
@@ -270,6 +290,9 @@ class EcMoeConfigMixin:
         """
         dense = type(self).base_model_tp_plan or {}
         plan = {name.replace(".mlp.", ".mlp.shared_expert."): style for name, style in dense.items() if ".mlp." in name}
+        if self.hidden_act == "xielu":  # which learns, from the part of the neurons that a rank has
+            places = ("mlp.experts", "mlp.shared_expert", "mlp")
+            plan |= {f"layers.*.{place}.act_fn": "replicated_with_grad_allreduce" for place in places}
         if self.ffn_has_bias:
             return plan
         first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"

@@ -19,7 +19,7 @@ from ..errors import ConversionError
 from ..models import load_model
 from .locate import last_line, locate
 from .places import read_json
-from .source import OLD_NAMES, Header, Source
+from .source import Header, Source, named_as_in_memory
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -51,9 +51,7 @@ class Checkpoint(Source):
             self.headers = self._headers_on_hub(source.partition("@")[0])
         else:
             self.headers = self._headers_of_files()
-        for old, new in OLD_NAMES.items():
-            if old in self.headers:
-                self.headers.setdefault(new, self.headers.pop(old))
+        self.headers = named_as_in_memory(self.headers)
 
     def _refuse_adapter(self) -> None:
         """A folder of adapters, which may hold a config.json but no weights of a whole model."""
@@ -179,6 +177,11 @@ class Checkpoint(Source):
     def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
         """The file is mapped only as long as the tensor lives."""
         held = self.headers[name]
+        if held.parts:  # short convolutions, small
+            return torch.cat([self._read(part, 0, None) for part in held.parts])[start:stop]
+        return self._read(held, start, stop)
+
+    def _read(self, held: Header, start: int, stop: int | None) -> Tensor:
         with self._open(self.folder / held.file_name) as shard:
             tensor: Tensor = shard.get_tensor(held.name) if stop is None else shard.get_slice(held.name)[start:stop]
         return tensor
@@ -201,7 +204,9 @@ class Checkpoint(Source):
 
     @property
     def weight_files(self) -> list[Path]:  # type: ignore[override]
-        return sorted({self.folder / header.file_name for header in self.headers.values()})
+        return sorted(
+            {self.folder / held.file_name for header in self.headers.values() for held in header.parts or (header,)}
+        )
 
     @property
     def bytes_to_load(self) -> int:

@@ -20,6 +20,14 @@ PIECE_BYTES = 1 << 26
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Names in files of older Transformers -> today's.
 OLD_NAMES = {"embed_out.weight": "lm_head.weight"}
+# How names in a layer end in files, OLMo-hybrid's and LFM3's -> how they do in memory.
+_OLD_ENDINGS = {
+    ".attention_layer_norm.weight": ".input_layernorm.weight",
+    ".feedforward_layer_norm.weight": ".post_attention_layernorm.weight",
+    ".self_attn.gate_proj.weight": ".self_attn.g_proj.weight",
+}
+# What is one tensor in memory and several in files, whose rows stand one after the other.
+_JOINED = {".conv1d.weight": (".q_conv1d.weight", ".k_conv1d.weight", ".v_conv1d.weight")}
 # Buffers that old checkpoints carry and no model reads.
 _UNREAD = (
     "rotary_emb.inv_freq",
@@ -48,18 +56,40 @@ class Header:
     """What is known of a tensor that is not read yet: dtype as safetensors names it, and shape.
 
     file_name, name: of a file the shard that holds it, and what it is called there.
+    parts: those in files whose rows are its rows, where they are several.
     """
 
     file_name: str
     dtype: str
     shape: tuple[int, ...]
     name: str
+    parts: tuple["Header", ...] = ()
 
     @property
     def nbytes(self) -> int:
         """As the dtype's name says: BF16, F8_E4M3; BOOL has no number and takes a byte."""
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def named_as_in_memory(headers: dict[str, Header]) -> dict[str, Header]:
+    """The headers of files by the names that tensors have in memory."""
+    found = dict(headers)
+    for old, new in OLD_NAMES.items():
+        if old in found:
+            found.setdefault(new, found.pop(old))
+    for name in headers:
+        for old, new in _OLD_ENDINGS.items():
+            if name.endswith(old):
+                found[name.removesuffix(old) + new] = found.pop(name)
+        for joined, (first, *_) in _JOINED.items():
+            prefix = name.removesuffix(first)
+            names = [prefix + ending for ending in _JOINED[joined]]
+            if name.endswith(first) and all(part in found for part in names):
+                parts = tuple(found.pop(part) for part in names)
+                shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+                found[prefix + joined] = Header(parts[0].file_name, parts[0].dtype, shape, name, parts)
+    return found
 
 
 class Source(ABC):

@@ -1,5 +1,5 @@
 """The FFN of a dense family in the terms of every initialisation: gate_proj, up_proj, down_proj, whatever they are
-called in its files; and why a family cannot be converted."""
+called in its files."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +35,12 @@ class Part:
         return None if self.is_bias else 1
 
 
-def ffn_parts(config: Any) -> list[Part]:
-    """The parts of a family's dense FFN: gate before up before down, weights before biases.
+def ffn_parts(config: Any, layer: int) -> list[Part]:
+    """The parts of a layer's dense FFN: gate before up before down, weights before biases.
 
     config: of the expert-choice family, which says what the dense one calls them.
     """
-    ffn, width = config.dense_ffn, config.intermediate_size
+    ffn, width = config.dense_ffn, config.ffn_width_multiple(layer) * config.intermediate_size
     place = f"{ffn.place}." if ffn.place else ""
 
     def part(name: str, matrix: str, kind: str, first_row: int, num_rows: int) -> Part:
@@ -60,10 +60,8 @@ def ffn_parts(config: Any) -> list[Part]:
 
 
 def ffn_width(dense_config: Any) -> int:
-    """The width of a dense family's FFN, whatever its config calls it; where it says nothing, four times the hidden
-    size, as GPT-2's."""
-    width: int | None = getattr(dense_config, field_of(dense_config.model_type, "intermediate_size"), None)
-    return width or 4 * int(dense_config.hidden_size)
+    """The width of a dense family's FFN, whatever its config calls it."""
+    return int(modeling_ecmoe.config_class(dense_config.model_type).dense_width(dense_config))
 
 
 def field_of(model_type: str, field: str) -> str:
@@ -71,37 +69,8 @@ def field_of(model_type: str, field: str) -> str:
     return str(modeling_ecmoe.config_class(model_type).attribute_map.get(field, field))
 
 
-def parts_of_stack(config: Any, stacked: str) -> list[Part]:
+def parts_of_stack(config: Any, layer: int, stacked: str) -> list[Part]:
     """What a stacked parameter of the experts is made of, in order, such as gate and up of "gate_up_proj"."""
     is_bias = stacked.endswith("_bias")
     is_down = stacked.startswith("down_proj")
-    return [p for p in ffn_parts(config) if p.is_bias == is_bias and (p.matrix == "down_proj") == is_down]
-
-
-_REASONS = {
-    "biogpt": "its FFN drops activations between its two matrices, which experts do not",
-    "bloom": "its FFN adds the residual itself",
-    "gemma3": "it reads images too; convert a text model (gemma3_text)",
-    "gemma3n": "its layers run on several streams at once, with an FFN sparse by itself",
-    "gpt_oss": "its experts have biases and clamped activations, and its attention has sinks",
-    "mamba": "it has no FFN",
-    "mamba2": "it has no FFN",
-    "mpt": "its FFN adds the residual itself",
-    "rwkv": "its FFN looks at the token before",
-    "xglm": "its FFN drops activations between its two matrices, which experts do not",
-}
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def why_not(config: dict[str, Any]) -> str | None:
-    """Why a config.json's family cannot be expressed, where that is known; None otherwise."""
-    reason = _REASONS.get(str(config.get("model_type")))
-    if reason:
-        return reason
-    if any(isinstance(config.get(field), int) and config[field] > 1 for field in _EXPERT_FIELDS):
-        return "a mixture of experts that no family here computes the rest of"
-    if config.get("is_encoder_decoder"):
-        return "it is an encoder and a decoder; only decoders can be converted"
-    if "vision_config" in config or "audio_config" in config:
-        return "it reads more than text; convert a text model"
-    return None
+    return [p for p in ffn_parts(config, layer) if p.is_bias == is_bias and (p.matrix == "down_proj") == is_down]

@@ -13,7 +13,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 
 import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
@@ -23,11 +22,12 @@ from ..checkpoints.source import DTYPES, Source, is_unread, with_prefix
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
-from .dense import Part, ffn_parts, ffn_width, field_of, parts_of_stack, why_not
+from .dense import Part, ffn_parts, ffn_width, parts_of_stack
 from .initialisations import ExpertMatrix, config_fields, normal, num_shared_neurons
 from .mixtures import KEPT, MIXTURES, MixtureMaker
 from .mixtures import complete as complete_mixture
 from .mixtures import config_fields as mixture_fields
+from .refusals import why_not
 from .settings import Settings
 
 # What may differ between the configs of checkpoints that are mixed.
@@ -117,29 +117,20 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
     if not isinstance(model_type, str) or model_type not in {*modeling_ecmoe.families(), *MIXTURES}:
-        reason = why_not(fields)
+        raise ConversionError(f"model_type={model_type} is not supported: {why_not(fields)}")
+    if fields.get("enable_moe_block"):
         raise ConversionError(
-            f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
-            f"{', '.join(modeling_ecmoe.families())}, and of mixtures {', '.join(MIXTURES)}"
+            f"enable_moe_block=True in {path}: a {model_type} with experts beside its FFNs; convert one without"
         )
-    if fields.get("use_bidirectional_attention"):
+    if fields.get("use_bidirectional_attention") in (True, "all"):  # Gemma-4's "vision" is causal in text
         raise ConversionError(
-            f"use_bidirectional_attention=True in {path}: its tokens see later ones, and only causal decoders can be "
-            "converted; give one of those"
+            f"use_bidirectional_attention={fields['use_bidirectional_attention']} in {path}: its tokens see later "
+            "ones, and only causal decoders can be converted; give one of those"
         )
     if fields.get("add_cross_attention"):
         raise ConversionError(
             f"add_cross_attention=True in {path}: its layers look at an encoder, and only decoders by themselves can "
             "be converted; give one of those"
-        )
-    own = model_type if model_type in modeling_ecmoe.families() else MIXTURES[model_type].family
-    called = field_of(own, "hidden_act")
-    called = called if fields.get(called) else "hidden_activation"
-    activation = fields.get(called)
-    if activation in ACT2FN and any(True for _ in ACT2FN[activation].parameters()):
-        raise ConversionError(
-            f"{called}={activation} in {path}: an activation with parameters, of which every expert would "
-            "need a copy; only those without can be converted"
         )
     for name in ("dtype", "torch_dtype"):
         if fields.get(name) and not isinstance(getattr(torch, str(fields[name]), None), torch.dtype):
@@ -189,21 +180,29 @@ class _Maker:
 
     def plan(self, name: str, like: Tensor) -> PlannedTensor:
         """Where the tensor of that name comes from, and how."""
+        number = layer_number(name)
+        is_one = len(self.sources) == 1 or self.settings.mix_attention == "first"
         if ".mlp.gate." in name:
             dtype = self.plan_.dtype if name.endswith("gate.weight") else like.dtype
             return PlannedTensor(name, tuple(like.shape), dtype, lambda: iter([self._router(name, like)]))
         if ".mlp.experts." in name:
             layer, _, stacked = name.partition("mlp.experts.")
-            parts = parts_of_stack(self.config, stacked)
+            if stacked.startswith("act_fn."):  # of an activation that learns; the experts of a layer share it
+                dense = f"{layer}{self.config.dense_ffn.place}.{stacked}"
+                return self._planned(name, like, [dense], lambda: self._verbatim(dense), is_one)
+            parts = parts_of_stack(self.config, number, stacked)
             return self._planned(
-                name, like, [layer + part.tensor for part in parts], lambda: self._experts(layer, parts)
+                name, like, [layer + part.tensor for part in parts], lambda: self._experts(layer, number, parts)
             )
         if ".mlp.shared_expert." in name:
             layer, _, tensor = name.partition("mlp.shared_expert.")
-            parts = [part for part in ffn_parts(self.config) if part.shared == tensor]
+            if tensor.startswith("act_fn."):
+                dense = f"{layer}{self.config.dense_ffn.place}.{tensor}"
+                return self._planned(name, like, [dense], lambda: self._verbatim(dense), is_one)
+            parts = [part for part in ffn_parts(self.config, number) if part.shared == tensor]
             is_same = self.settings.initialisation.shares == "all" and not parts[0].is_transposed
-            return self._planned(name, like, [layer + parts[0].tensor], lambda: self._shared(layer, parts), is_same)
-        is_one = len(self.sources) == 1 or self.settings.mix_attention == "first"
+            whole = layer + parts[0].tensor
+            return self._planned(name, like, [whole], lambda: self._shared(layer, number, parts), is_same)
         return self._planned(name, like, [name], lambda: self._verbatim(name), is_one)
 
     def _planned(
@@ -229,7 +228,7 @@ class _Maker:
             else:
                 yield torch.stack([block.float() for block in blocks]).mean(0).to(blocks[0].dtype)
 
-    def _experts(self, layer: str, parts: list[Part]) -> Iterator[Tensor]:
+    def _experts(self, layer: str, number: int, parts: list[Part]) -> Iterator[Tensor]:
         """Expert after expert, its parts in turn."""
         dense = [[_read(source, layer, part) for part in parts] for source in self.sources]
         for expert in range(self.config.num_experts):
@@ -242,14 +241,16 @@ class _Maker:
                     ),
                     self.settings.ratio or 0,
                     self.settings.num_shards,
+                    self.config.ffn_width_multiple(number),
                 )
                 yield self.settings.initialisation.expert(wanted, matrix)
 
-    def _shared(self, layer: str, parts: list[Part]) -> Iterator[Tensor]:
+    def _shared(self, layer: str, number: int, parts: list[Part]) -> Iterator[Tensor]:
         """The parts of one tensor of the shared expert: all neurons, or the first ones."""
         width = self.config.intermediate_size
         if self.settings.initialisation.shares == "ratio":
             width = num_shared_neurons(width, self.settings.ratio or 0)
+        width *= self.config.ffn_width_multiple(number)
         for part in parts:
             dense = _read(self.sources[0], layer, part)
             yield dense if part.neuron_axis is None else dense.narrow(part.neuron_axis, 0, width)
@@ -303,8 +304,13 @@ def _check_dtypes(source: Source) -> None:
 
 def _is_beyond(name: str, config: Any) -> bool:
     """Whether a tensor is of a layer that the config does not count."""
+    return layer_number(name) >= config.num_hidden_layers
+
+
+def layer_number(name: str) -> int:
+    """The layer that a tensor belongs to; -1 for one of none."""
     number = name.partition(".layers.")[2].partition(".")[0]
-    return number.isdigit() and int(number) >= config.num_hidden_layers
+    return int(number) if number.isdigit() else -1
 
 
 def _check_tensors(plan: Plan, source: Source) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import STORIES_MODEL, all_tensors, tiny_tokenizer, write_dense
-from families import CORE, TRANSPOSED
+from families import CORE, FAMILIES, TRANSPOSED, family_and
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -59,7 +59,7 @@ def assert_same_tensors(model: PreTrainedModel, folder: Path) -> None:
         assert held[name].dtype == tensor.dtype and torch.equal(held[name], tensor), name
 
 
-@pytest.mark.parametrize("init", EXACT)
+@pytest.mark.parametrize(("family", "init"), family_and(EXACT, ["split"], FAMILIES))
 def test_the_bits_are_those_of_convert(family: str, init: str, dense_of: Callable, tmp_path: Path) -> None:
     """And the output is the dense model's; everything outside the experts is the dense model's own tensor."""
     source = dense_of(family)

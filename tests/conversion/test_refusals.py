@@ -13,7 +13,6 @@ import psutil
 import pytest
 import torch
 from checkpoints import all_tensors, write_dense
-from families import MODEL_TYPES
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import save_file
 
@@ -106,12 +105,12 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 NO_MODEL = "describes no model that can be built"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unsupported family": (
-        lambda folder: edit_config(folder, model_type="ctrl"),
-        f"model_type=ctrl is not supported; supported are {', '.join(sorted(MODEL_TYPES.values()))}",
+        lambda folder: edit_config(folder, model_type="qwenn3"),
+        "model_type=qwenn3 is not supported: no family has that name; the nearest are qwen3, ",
     ),
     "FFN of another kind": (
-        lambda folder: edit_config(folder, model_type="mpt"),
-        "model_type=mpt is not supported: its FFN adds the residual itself; ",
+        lambda folder: edit_config(folder, model_type="bloom"),
+        "model_type=bloom is not supported: its FFN adds the residual itself; convert a dense decoder whose layer does",
     ),
     "experts already": (
         lambda folder: edit_config(folder, model_type="gpt_oss", num_local_experts=8),
@@ -121,21 +120,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_config(folder, add_cross_attention=True),
         "its layers look at an encoder, and only decoders by themselves can be converted; give one of those",
     ),
-    "activation": (
-        lambda folder: edit_config(folder, hidden_act="xielu"),
-        "hidden_act=xielu in ",
+    "experts beside FFNs": (
+        lambda folder: edit_config(folder, model_type="gemma4_text", enable_moe_block=True),
+        "a gemma4_text with experts beside its FFNs; convert one without",
     ),
     "encoder": (
         lambda folder: edit_config(folder, model_type="t5", is_encoder_decoder=True),
-        "model_type=t5 is not supported: it is an encoder and a decoder; only decoders can be converted; ",
+        "model_type=t5 is not supported: it is an encoder and a decoder; convert a decoder by itself",
     ),
     "images": (
         lambda folder: edit_config(folder, model_type="gemma3", vision_config={}),
-        "model_type=gemma3 is not supported: it reads images too; convert a text model (gemma3_text); ",
+        "model_type=gemma3 is not supported: it reads images too; convert a text model (gemma3_text)",
     ),
     "sounds": (
         lambda folder: edit_config(folder, model_type="qwen2_audio", audio_config={}),
-        "model_type=qwen2_audio is not supported: it reads more than text; convert a text model; ",
+        "model_type=qwen2_audio is not supported: it reads more than text; convert a text model",
     ),
     "family is no text": (lambda folder: edit_config(folder, model_type=[]), "model_type=[] is not supported"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),

@@ -318,7 +318,9 @@ def test_the_default_adapters_of_every_family(family: str, make_model: Callable,
     ids = make_tokens(2, 9)
     before = model(ids).logits
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    attention = {name.partition(".lora_")[0] for name in names if "attn" in name or "attention." in name}
+    attention = {
+        name.partition(".lora_")[0] for name in names if any(mark in name for mark in ("attn", "attention.", ".conv."))
+    }
     linear = {
         name
         for name, module in model.named_modules()

@@ -53,8 +53,10 @@ def results(model: Any, trains: bool) -> dict[str, torch.Tensor]:
         loss.backward()
         found["loss"] = loss.detach()
         for name, block in modeling_ecmoe.sparse_blocks(model).items():
-            grad = block.gate.weight.grad
-            found[f"{name}.gate.weight"] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            learned = {"gate.weight": block.gate.weight, **dict(block.experts.act_fn.named_parameters())}
+            for part, parameter in learned.items():
+                grad = parameter.grad
+                found[f"{name}.{part}"] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     return found
 
 
@@ -63,5 +65,6 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def expert_numbers(model: Any) -> int:
-    parameters = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
+    named = model.named_parameters()
+    parameters = [parameter for name, parameter in named if ".experts." in name and ".act_fn." not in name]
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in parameters)

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from blocks import BATCH, LENGTH, assert_matches_oracle, build_block, random_hidden
+from families import CORE
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -258,6 +259,7 @@ def test_back_end_is_entered(
     assert len(calls) == model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("family", CORE)
 def test_default_back_end_is_grouped_mm(family: str, make_model: Callable, tmp_path: object) -> None:
     model = make_model(family)
     assert model.config._experts_implementation == "grouped_mm"

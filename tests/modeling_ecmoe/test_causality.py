@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from checkpointing import recompute_layers
+from families import family_and
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,7 +44,7 @@ def with_other_end(ids: Tensor, last: int, make_tokens: Callable) -> Tensor:
     return torch.cat([ids[:, : last + 1], other[:, last + 1 :]], dim=1)
 
 
-@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize(("family", "bounds"), family_and(BOUNDS, BOUNDS[:1]))
 def test_later_tokens_change_nothing_before(
     family: str, bounds: dict, make_routed_model: Callable, make_tokens: Callable
 ) -> None:
@@ -60,7 +61,7 @@ def test_later_tokens_change_nothing_before(
         assert not torch.equal(other_routes, routes)
 
 
-@pytest.mark.parametrize("how", ["config", "context"])
+@pytest.mark.parametrize(("family", "how"), family_and(["config", "context"], ["config"]))
 def test_expert_choice_at_inference_leaks(
     family: str, how: str, make_routed_model: Callable, make_tokens: Callable
 ) -> None:
@@ -98,7 +99,7 @@ def test_unknown_inference_routing_is_refused(make_model: Callable, make_tokens:
         model(make_tokens(1, 5))
 
 
-@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize(("family", "bounds"), family_and(BOUNDS, BOUNDS[2:]))
 def test_cached_steps_give_the_logits_of_the_full_forward(
     family: str, bounds: dict, make_routed_model: Callable, make_tokens: Callable
 ) -> None:
@@ -147,7 +148,7 @@ def test_batch_of_one_gives_the_logits_of_the_batch(
         assert torch.equal(alone_routes[:, 0], routes[:, row])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("family", "checkpointing"), family_and([False, True], [False]))
 def test_generate_in_train_mode_is_generate_in_eval_mode(
     family: str, checkpointing: bool, make_routed_model: Callable, make_tokens: Callable
 ) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from families import MODEL_TYPES
+from families import CORE, MODEL_TYPES
 from transformers import AutoConfig
 
 import modeling_ecmoe
@@ -84,6 +84,7 @@ MISSPELLED = [
 ]
 
 
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize(("field", "value", "others"), WRONG)
 def test_wrong_values_are_refused_by_name(
     family: str, field: str, value: object, others: dict, make_config: Callable
@@ -93,6 +94,7 @@ def test_wrong_values_are_refused_by_name(
     assert str(value) in str(error.value)
 
 
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -120,6 +122,7 @@ def test_misspelled_fields_are_refused_with_the_nearest(written: str, meant: str
         make_config("Qwen3", **{written: 1})
 
 
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize(
     "carried",
     [

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_tokens
-from families import NO_EXPORT, NO_STATIC_CACHE, SLIDING_CACHE
+from families import (
+    ATTENTION_SINKS,
+    CORE,
+    KEPT_IN_FLOAT32,
+    NO_STATIC_CACHE,
+    SHARED_KEYS,
+    SLIDING_CACHE,
+    STATEFUL,
+    family_and,
+)
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import PreTrainedModel
 from transformers.integrations import flex_attention as flex_integration
@@ -49,6 +58,10 @@ def test_attention_back_ends_agree_with_eager(
     model.set_attn_implementation("eager")
     expected = model(PROMPTS, attention_mask=mask).logits
     model.set_attn_implementation(implementation)
+    if implementation == "flex_attention" and family in ATTENTION_SINKS:
+        with pytest.raises(ValueError, match="Attention sinks cannot be run on CPU with flex attention"):
+            model(PROMPTS, attention_mask=mask)
+        return
     found = model(PROMPTS, attention_mask=mask).logits
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
 
@@ -61,10 +74,11 @@ def test_static_cache_and_none(family: str, model: PreTrainedModel) -> None:
 
 
 def test_quantized_cache(family: str, model: PreTrainedModel) -> None:
-    """Keys and values in few bits move the logits, fewer bits more; Transformers refuses it where windows slide."""
+    """Keys and values in few bits move the logits, fewer bits more; Transformers refuses it where windows slide, a
+    layer has a state, or one reads the keys of another."""
     pytest.importorskip("optimum.quanto")
     outputs = {"return_dict_in_generate": True, "output_logits": True, "cache_implementation": "quantized"}
-    if family in SLIDING_CACHE:
+    if family in (*SLIDING_CACHE, *STATEFUL, *SHARED_KEYS):
         with pytest.raises(ValueError, match="only full attention layers"):
             model.generate(PROMPTS, **outputs, **GREEDY)
         return
@@ -75,7 +89,7 @@ def test_quantized_cache(family: str, model: PreTrainedModel) -> None:
         found = model.generate(PROMPTS, cache_config=cache_config, **outputs, **GREEDY)
         return float((found.logits[1] - expected).abs().mean())  # the first logits that read the cache
 
-    assert 0 < error(4) < 0.7 * error(2)
+    assert 0 < error(4) < 0.8 * error(2)
 
 
 def test_beams_do_not_see_each_other(model: PreTrainedModel) -> None:
@@ -84,6 +98,7 @@ def test_beams_do_not_see_each_other(model: PreTrainedModel) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("family", CORE)
 def test_assistants_change_no_greedy_text(model: PreTrainedModel, family: str, make_routed_model: Callable) -> None:
     """A token-by-token check of several drafted tokens at once: the same routes, or the text would differ."""
     prompt = PROMPTS[:1]
@@ -92,17 +107,15 @@ def test_assistants_change_no_greedy_text(model: PreTrainedModel, family: str, m
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=2, **GREEDY), expected)
 
 
-def test_compiled_generation(family: str, model: PreTrainedModel, fresh_compiler: None) -> None:
-    if family in NO_STATIC_CACHE:
-        pytest.skip("nor can the plain class: a compiled step needs a static cache")
+@pytest.mark.parametrize("family", CORE)
+def test_compiled_generation(model: PreTrainedModel, fresh_compiler: None) -> None:
     expected = model.generate(PROMPTS, **GREEDY)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     assert torch.equal(model.generate(PROMPTS, cache_implementation="static", **GREEDY), expected)
 
 
-def test_exported_decoding_step(family: str, model: PreTrainedModel, fresh_compiler: None) -> None:
-    if family in NO_EXPORT:
-        pytest.skip(f"nor can the plain class: {NO_EXPORT[family]}")
+@pytest.mark.parametrize("family", CORE)
+def test_exported_decoding_step(model: PreTrainedModel, fresh_compiler: None) -> None:
     expected = model(PROMPTS[:1, :6]).logits
     model.generation_config.use_cache = True
     model.generation_config.cache_implementation = "static"
@@ -113,6 +126,7 @@ def test_exported_decoding_step(family: str, model: PreTrainedModel, fresh_compi
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", CORE)
 def test_offloaded_layers(model: PreTrainedModel, tmp_path: Path) -> None:
     """`device_map="auto"` with room for a part of the model in memory; the rest is read from disk in each pass."""
     expected = model.generate(PROMPTS, **GREEDY)
@@ -128,12 +142,15 @@ def test_offloaded_layers(model: PreTrainedModel, tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(PROMPTS, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_shards_in_sixteen_bits(model: PreTrainedModel, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "dtype"), family_and([torch.bfloat16, torch.float16], [torch.bfloat16]))
+def test_shards_in_sixteen_bits(family: str, model: PreTrainedModel, dtype: torch.dtype, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
     for name, tensor in loaded.state_dict().items():
+        if name.endswith(KEPT_IN_FLOAT32.get(family, "-")):
+            assert tensor.dtype == torch.float32
+            continue
         wanted = {"threshold": torch.float32, "threshold_updates": torch.int64}.get(name.rpartition(".")[2], dtype)
         assert tensor.dtype == wanted, name
         assert torch.equal(tensor, model.state_dict()[name].to(wanted)), name

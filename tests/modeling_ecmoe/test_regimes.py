@@ -17,6 +17,7 @@ from blocks import (
     parameters_of,
     random_hidden,
 )
+from families import CORE
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -332,6 +333,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, items: int | None = None) -> T
     return total / (int((labels[:, 1:] != -100).sum()) if items is None else items)
 
 
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("losses", LOSSES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_router_losses_join_the_loss(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import MODEL_TYPES, NO_SERVER
+from families import MODEL_TYPES, NO_SERVER, NO_STAGES, WHOLE_ATTENTION, family_and
 from server import Server
 from transformers import AutoConfig, PreTrainedModel
 
@@ -33,12 +33,11 @@ def make_saved(make_routed_model: Callable, tmp_path: Path) -> Callable[..., tup
     """A model in float64 and its folder; a family whose experts are not silu is none that these servers can serve."""
 
     def make(family: str, **fields: object) -> tuple[PreTrainedModel, Path]:
+        if family in NO_SERVER:
+            pytest.skip(NO_SERVER[family])
         model = make_routed_model(family, **fields).double()
         if model.config.hidden_act != "silu":
             pytest.skip("vLLM and SGLang compute every custom model's experts with silu")
-        if family in NO_SERVER:
-            assert not model.is_backend_compatible()
-            pytest.skip("the plain class takes no server's attention either")
         model.save_pretrained(tmp_path)
         return model, tmp_path
 
@@ -46,7 +45,7 @@ def make_saved(make_routed_model: Callable, tmp_path: Path) -> Callable[..., tup
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "kind"), family_and(KINDS, ["blend"]))
 def test_served_requests_have_the_states_of_the_model_itself(family: str, kind: str, make_saved: Callable) -> None:
     """Three requests in one row of 19 tokens: the hidden states that the model gives each of them alone."""
     model, folder = make_saved(family, **KINDS[kind])
@@ -109,9 +108,9 @@ def test_the_folder_says_what_servers_read(family: str, make_saved: Callable) ->
     assert config.num_experts_per_tok == config.num_experts == 4 and config.moe_intermediate_size == 48
     assert config.auto_map["AutoModel"] == f"{MODEL_TYPES[family]}_ecmoe.EcMoe{family}Model"
     assert model.model.is_backend_compatible() and model._supports_attention_backend
-    if family != "DeepseekV3":  # whose latent attention Transformers cuts nowhere
+    if family not in WHOLE_ATTENTION:
         assert any("q_proj" in name or "qkv" in name for name in model.model.tp_plan)
-    assert "layers" in model.model._pp_plan
+    assert ("layers" in model.model._pp_plan) == (family not in NO_STAGES)
     for block in sparse_blocks(model).values():
         assert {parameter.dim() for parameter in block.experts.parameters()} == {3}
 

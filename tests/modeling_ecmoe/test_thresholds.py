@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpointing import recompute_layers
 from checkpoints import tiny_tokenizer
-from families import PARALLEL
+from families import CORE, PARALLEL, family_and
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_accelerate_available
@@ -221,6 +221,7 @@ def test_a_cast_leaves_the_thresholds_in_float32(cast: str, make_routed_model: C
         assert torch.equal(gate.threshold, before[name])
 
 
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, "auto"])
 def test_saving_and_loading_keeps_the_thresholds(
     family: str, dtype: torch.dtype | str, make_routed_model: Callable, tmp_path: Path
@@ -364,7 +365,7 @@ def test_conversations_are_texts_of_the_chat_template(make_model: Callable) -> N
     assert decoded([chat]) == ["User: Why?\n\nAssistant: Because."]
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("family", "padded"), family_and([False, True], [True]))
 def test_load_on_the_calibration_data(family: str, padded: bool, make_model: Callable, make_tokens: Callable) -> None:
     model = make_model(family, num_hidden_layers=3)
     batches = batches_of(make_tokens, padded)
@@ -434,7 +435,7 @@ def test_calibration_says_what_is_wrong_with_its_input(
     assert all(torch.equal(gate.threshold, before[name]) for name, gate in gates(model).items())
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("family", "padded"), family_and([False, True], [True]))
 def test_record_routing_counts_the_routes(
     family: str, padded: bool, make_routed_model: Callable, make_tokens: Callable
 ) -> None:
