@@ -47,7 +47,7 @@ class EcMoeCohereForCausalLM(
     base_model_class = EcMoeCohereModel
 
     def scale_logits(self, logits: Tensor) -> Tensor:
-        return logits * self.config.logit_scale
+        return logits * (1.0 if self.config.logit_scale is None else self.config.logit_scale)
 
 
 class EcMoeCohereForSequenceClassification(

@@ -35,7 +35,8 @@ class EcMoeRaggedExperts(nn.Module):
         for name, shape in config.expert_shapes(width_multiple * config.moe_intermediate_size).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         if config.hidden_act == "xielu":  # it learns, and Transformers' table makes it in bfloat16
-            self.act_fn = ACT2CLS["xielu"](dtype=config.dtype)
+            activation: Any = ACT2CLS["xielu"]
+            self.act_fn = activation(dtype=config.dtype)
         else:
             self.act_fn = ACT2FN[config.hidden_act]
 

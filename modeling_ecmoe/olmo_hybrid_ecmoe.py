@@ -30,6 +30,7 @@ class EcMoeOlmoHybridConfig(EcMoeConfigMixin, OlmoHybridConfig):
 
     def ffn_norm(self, layer: int) -> str | None:
         """Layers of linear attention have a norm before the FFN, those of full attention one after it."""
+        assert self.layer_types is not None  # the dense config has filled it in
         return "post_attention_layernorm" if self.layer_types[layer] == "linear_attention" else None
 
 
