@@ -11,7 +11,7 @@ OLDEST ?= .venv-oldest
 MINUTES ?= 8
 GPU_OUTPUT ?= gpu_results
 
-.PHONY: demo real test test-families test-tools test-oldest test-slow gpu pictures lint clean
+.PHONY: demo real families test test-families test-tools test-oldest test-slow gpu pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -44,6 +44,14 @@ test: $(VENV)/.dev lint
 ## What every family must pass, for those that `make test` leaves out.
 test-families: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "families and not slow"
+
+## What each family passes, into docs/families.md.
+families: $(VENV)/.dev
+	mkdir -p build
+	$(BIN)/python -m pytest -n 2 -m "not slow and not families" --junitxml build/core.xml tests/modeling_ecmoe \
+	  tests/conversion/test_initialisations.py tests/finetune/test_lora.py
+	$(BIN)/python -m pytest -n 2 -m "families and not slow" --junitxml build/others.xml
+	$(BIN)/python -m examples.families build/core.xml build/others.xml
 
 $(VENV)/.tools: $(VENV)/.dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tests,peers,harness]"
