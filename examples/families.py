@@ -101,9 +101,9 @@ def page(found: dict[tuple[str, str], Counter[str]]) -> str:
     lines = [
         "# Families",
         "",
-        f"{len(tested.FAMILIES)} dense families, and {len(tested.MIXED)} whose dense class is a mixture itself. A",
+        f"{len(tested.FAMILIES)} dense families and {len(tested.MIXED)} whose dense class is a mixture itself. A",
         "number is how many tests of the column passed with a tiny random model of the family that has all its",
-        f"peculiarities, on a CPU; the core families ({', '.join(tested.CORE)}) are tested in every variant, the others",
+        f"peculiarities, on a CPU; the core families ({', '.join(tested.CORE)}) are tested in all variants, the others",
         "where they can differ. `make families` writes this page.",
         "",
         f"| family | `model_type` | {' | '.join(COLUMNS)} |",
