@@ -22,6 +22,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
+from transformers.activations import ACT2FN
 
 from .errors import ConversionError
 
@@ -151,6 +152,8 @@ def _obstacles(config: Any, target: Target) -> list[str]:
         found.append(f"attention_bias=True: {target.title} has no bias in the attention's output projection")
     if config.ffn_has_bias:
         found.append(f"the FFNs have biases, and experts of {target.title} have none")
+    if any(True for _ in ACT2FN[config.hidden_act].parameters()):
+        found.append(f"hidden_act={config.hidden_act} learns, and Transformers would load {target.title} without it")
     dense = _dense_layers(config)
     if config.routed_scaling_factor != 1 and not target.by_score:
         found.append(f"routed_scaling_factor={config.routed_scaling_factor}: {target.title} has none")

@@ -9,6 +9,7 @@ pairs, K experts of one token.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,11 +43,12 @@ class EcMoeBlock(nn.Module):
     gate: EcMoeRouter
     experts: EcMoeExperts
 
-    def __init__(self, config: Any, dense_mlp_class: type[nn.Module]) -> None:
+    def __init__(self, config: Any, make_ffn: Callable[[Any], nn.Module], width_multiple: int = 1) -> None:
+        """make_ffn: makes a dense FFN from a config. width_multiple: of the experts' width in this layer."""
         super().__init__()
         self.config = config
         self.gate = EcMoeRouter(config)
-        self.experts = EcMoeExperts(config)
+        self.experts = EcMoeExperts(config, width_multiple)
         self.shared_expert = self.shared_expert_gate = None
         dropout = config.dense_ffn.dropout
         if config.shared_expert_intermediate_size:
@@ -54,7 +56,7 @@ class EcMoeBlock(nn.Module):
             shared_config.intermediate_size = config.shared_expert_intermediate_size
             if dropout is not None:
                 setattr(shared_config, dropout, 0.0)  # below, once for the whole block
-            self.shared_expert = dense_mlp_class(shared_config)
+            self.shared_expert = make_ffn(shared_config)
             if config.shared_expert_weighting == "gate":
                 self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.dropout = nn.Dropout(0.0 if dropout is None else getattr(config, dropout))

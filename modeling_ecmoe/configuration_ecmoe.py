@@ -175,7 +175,7 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
             self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         # On the instance: biases are a matter of its fields. Transformers leaves it out of config.json.
-        self.base_model_tp_plan = self.base_model_tp_plan | self._tp_plan_of_experts()
+        self.base_model_tp_plan = (self.base_model_tp_plan or {}) | self._tp_plan_of_experts()
 
     def validate_expert_choice(self) -> None:
         """Part of the validation that `@strict` runs; each message names the field, the value and the remedy."""
@@ -272,12 +272,24 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
         said = self.dense_ffn.has_bias
         return bool(getattr(self, said)) if isinstance(said, str) else said
 
+    def ffn_norm(self, layer: int) -> str | None:
+        """What the input of that layer's FFN is normalised by; None for no norm before it."""
+        return self.dense_ffn.norm
+
+    def ffn_width_multiple(self, layer: int) -> int:
+        """By how much the FFN of that layer, and so its experts, are wider than the config's widths say."""
+        return 1
+
     @property
     def expert_parameters(self) -> dict[str, tuple[int, ...]]:
-        """The stacked parameters of the experts, named as Transformers' experts back-ends read them, and their shapes:
-        [E, 2I or I, D], [E, D, I] and, where there are biases, [E, 2I or I] and [E, D]."""
-        first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"
+        """The stacked parameters of the experts, by name, and their shapes in a layer of plain width."""
         width: Any = self.moe_intermediate_size
+        return self.expert_shapes(width)
+
+    def expert_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """The stacked parameters of experts of that width, named as Transformers' experts back-ends read them, and
+        their shapes: [E, 2I or I, D], [E, D, I] and, where there are biases, [E, 2I or I] and [E, D]."""
+        first = "gate_up_proj" if self.dense_ffn.has_gate else "up_proj"
         shapes: dict[str, tuple[int, ...]] = {
             first: (self.num_experts, width * (2 if self.dense_ffn.has_gate else 1), self.hidden_size),
             "down_proj": (self.num_experts, self.hidden_size, width),
@@ -296,7 +308,7 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
 
         Experts with biases stay whole on every rank: Transformers' styles would add their last bias once per rank.
         """
-        dense = type(self).base_model_tp_plan
+        dense = type(self).base_model_tp_plan or {}
         plan = {name.replace(".mlp.", ".mlp.shared_expert."): style for name, style in dense.items() if ".mlp." in name}
         if self.ffn_has_bias:
             return plan

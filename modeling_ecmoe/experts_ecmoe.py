@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
@@ -29,12 +29,15 @@ class EcMoeRaggedExperts(nn.Module):
     down_proj: nn.Parameter  # [E, D, I]; each may have a bias
     down_proj_bias: nn.Parameter  # [E, D]
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, width_multiple: int = 1) -> None:
         super().__init__()
         self.num_experts = config.num_experts
-        for name, shape in config.expert_parameters.items():
+        for name, shape in config.expert_shapes(width_multiple * config.moe_intermediate_size).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self.act_fn = ACT2FN[config.hidden_act]
+        if config.hidden_act == "xielu":  # it learns, and Transformers' table makes it in bfloat16
+            self.act_fn = ACT2CLS["xielu"](dtype=config.dtype)
+        else:
+            self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D], one expert after the other."""
@@ -81,8 +84,8 @@ class EcMoeExperts(EcMoeRaggedExperts):
 
     rows_per_expert: int | None = None
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
+    def __init__(self, config: Any, width_multiple: int = 1) -> None:
+        super().__init__(config, width_multiple)
         # The decorator says one thing for every model; the back-ends read it off the module.
         self.has_gate, self.has_bias = config.dense_ffn.has_gate, config.ffn_has_bias
 

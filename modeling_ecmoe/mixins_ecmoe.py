@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, D hidden size, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,9 +47,13 @@ class EcMoeDecoderLayerMixin:
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.mlp_layer_types[layer_idx] == "sparse":
-            self.mlp = EcMoeBlock(config, dense_mlp_class=self.ffn_class or type(self.mlp))
+            self.mlp = EcMoeBlock(config, self.make_ffn, config.ffn_width_multiple(layer_idx))
         elif self.ffn_class is not None:
-            self.mlp = self.ffn_class(config)
+            self.mlp = self.make_ffn(config)
+
+    def make_ffn(self, config: Any) -> nn.Module:
+        """A dense FFN of this layer; the shared expert is one of its own width."""
+        return (self.ffn_class or type(self.mlp))(config)
 
     def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """token_mask: [B, S] bool, True for real tokens. A keyword, so that a recomputed layer gets it again."""
@@ -155,7 +160,7 @@ class EcMoePreTrainedMixin:
 class EcMoeModelMixin:
     """The base model: the dense one with other layers, its padding mask handed down to them."""
 
-    decoder_layer_class: type[nn.Module]
+    decoder_layer_class: Callable[[Any, int], nn.Module]  # one class, or a function where layers differ in theirs
 
     def __init__(self, config: Any) -> None:
         require_own_config(type(self), config)

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 
 import torch
 import transformers
-from families import FAMILIES, fill_zeros
+from families import fill_zeros, tiny_fields
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -49,8 +49,7 @@ def write_dense(
 ) -> PreTrainedModel:
     """Writes a random dense checkpoint whose layers all matter, and returns the model in eval mode."""
     config = getattr(transformers, f"{family}Config")(
-        **FAMILIES[family]
-        | {
+        **{
             "vocab_size": 300,
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -64,6 +63,7 @@ def write_dense(
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
+        | tiny_fields(family, fields)
         | fields
     )
     torch.manual_seed(seed)

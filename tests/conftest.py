@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from deprecations import no_deprecations  # noqa: F401  (autouse)
-from families import EVERY_FAMILY, FAMILIES, MIXED, fill_zeros
+from families import EVERY_FAMILY, fill_zeros, tiny_fields
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
@@ -48,7 +48,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 def build_config(family: str, **fields: object) -> PreTrainedConfig:
     """A tiny config; its capacity factor moves between the bounds on the experts of a token when they are given."""
-    merged = TINY | (FAMILIES | MIXED)[family] | fields
+    merged = TINY | tiny_fields(family, fields) | fields
     least, most = merged.get("min_experts_per_token", 0), merged.get("max_experts_per_token")
     if "capacity_factor" not in fields and most in (1, 2, 3):
         merged["capacity_factor"] = min(TINY["capacity_factor"], most)

@@ -29,12 +29,12 @@ class Part:
         return None if self.is_bias else 1
 
 
-def ffn_parts(config: Any) -> list[Part]:
-    """The parts of a family's dense FFN: gate before up before down, weights before biases.
+def ffn_parts(config: Any, layer: int) -> list[Part]:
+    """The parts of a layer's dense FFN: gate before up before down, weights before biases.
 
     config: of the expert-choice family, which says what the dense one calls them.
     """
-    ffn, width = config.dense_ffn, config.intermediate_size
+    ffn, width = config.dense_ffn, config.ffn_width_multiple(layer) * config.intermediate_size
     into = ["gate_proj", "up_proj"] if ffn.has_gate else ["up_proj"]
     is_fused = len(ffn.into) < len(into)
     parts = []
@@ -46,11 +46,11 @@ def ffn_parts(config: Any) -> list[Part]:
     return parts
 
 
-def parts_of_stack(config: Any, stacked: str) -> list[Part]:
+def parts_of_stack(config: Any, layer: int, stacked: str) -> list[Part]:
     """What a stacked parameter of the experts is made of, in order, such as gate and up of "gate_up_proj"."""
     is_bias = stacked.endswith("_bias")
     is_down = stacked.startswith("down_proj")
-    return [p for p in ffn_parts(config) if p.is_bias == is_bias and (p.matrix == "down_proj") == is_down]
+    return [p for p in ffn_parts(config, layer) if p.is_bias == is_bias and (p.matrix == "down_proj") == is_down]
 
 
 _REASONS = {

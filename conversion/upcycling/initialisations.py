@@ -27,6 +27,7 @@ class ExpertMatrix:
     generator: a fresh torch.Generator for a label, of this layer and expert alone; the same for all parts
         unless the label says otherwise. So the order of writing does not matter, and nor does an interruption.
     ratio, granularity: the options of the same names.
+    width_multiple: how many times as wide as the config says this layer's FFN is.
     """
 
     part: Part
@@ -34,6 +35,7 @@ class ExpertMatrix:
     generator: Callable[[str], torch.Generator]
     ratio: float
     granularity: int
+    width_multiple: int = 1
 
     @property
     def axis(self) -> int | None:
@@ -96,7 +98,7 @@ def _routed_neurons(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
     if wanted.axis is None:
         return dense.new_zeros(dense.shape)
     width = dense.shape[wanted.axis]
-    shared = num_shared_neurons(width, wanted.ratio)
+    shared = wanted.width_multiple * num_shared_neurons(width // wanted.width_multiple, wanted.ratio)
     return dense.narrow(wanted.axis, shared, width - shared)
 
 

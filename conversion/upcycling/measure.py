@@ -98,8 +98,9 @@ def _scale_and_shift(plan: Plan, layer: int) -> tuple[Tensor, Tensor]:
         return torch.full((config.hidden_size,), float(otherwise), device="cpu")
 
     ffn = config.dense_ffn
-    if ffn.norm is not None:
-        prefix = f"{_layer(plan, layer)}.{ffn.norm}"
+    norm = config.ffn_norm(layer)
+    if norm is not None:
+        prefix = f"{_layer(plan, layer)}.{norm}"
         return read(f"{prefix}.weight", 1) + ffn.norm_adds_one, read(f"{prefix}.bias", 0)
     embedding = next(name for name in sorted(source.headers) if "embed_tokens" in name)
     variance_D = source.read(embedding, 0, ESTIMATE_TOKENS).float().cpu().square().mean(0)

@@ -13,7 +13,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 
 import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
@@ -120,16 +119,10 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
             f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
             f"{', '.join(modeling_ecmoe.families())}, and of mixtures {', '.join(MIXTURES)}"
         )
-    if fields.get("use_bidirectional_attention"):
+    if fields.get("use_bidirectional_attention") in (True, "all"):  # Gemma-4's "vision" is causal in text
         raise ConversionError(
-            f"use_bidirectional_attention=True in {path}: its tokens see later ones, and only causal decoders can be "
-            "converted; give one of those"
-        )
-    activation = fields.get("hidden_act") or fields.get("hidden_activation")
-    if activation in ACT2FN and any(True for _ in ACT2FN[activation].parameters()):
-        raise ConversionError(
-            f"hidden_act={activation} in {path}: an activation with parameters, of which every expert would "
-            "need a copy; only those without can be converted"
+            f"use_bidirectional_attention={fields['use_bidirectional_attention']} in {path}: its tokens see later "
+            "ones, and only causal decoders can be converted; give one of those"
         )
     for name in ("dtype", "torch_dtype"):
         if fields.get(name) and not isinstance(getattr(torch, str(fields[name]), None), torch.dtype):
@@ -179,21 +172,26 @@ class _Maker:
 
     def plan(self, name: str, like: Tensor) -> PlannedTensor:
         """Where the tensor of that name comes from, and how."""
+        number = layer_number(name)
+        is_one = len(self.sources) == 1 or self.settings.mix_attention == "first"
         if ".mlp.gate." in name:
             dtype = self.plan_.dtype if name.endswith("gate.weight") else like.dtype
             return PlannedTensor(name, tuple(like.shape), dtype, lambda: iter([self._router(name, like)]))
         if ".mlp.experts." in name:
             layer, _, stacked = name.partition("experts.")
-            parts = parts_of_stack(self.config, stacked)
+            if stacked.startswith("act_fn."):  # of an activation that learns; the experts of a layer share it
+                return self._planned(name, like, [layer + stacked], lambda: self._verbatim(layer + stacked), is_one)
+            parts = parts_of_stack(self.config, number, stacked)
             return self._planned(
-                name, like, [layer + part.tensor for part in parts], lambda: self._experts(layer, parts)
+                name, like, [layer + part.tensor for part in parts], lambda: self._experts(layer, number, parts)
             )
         if ".mlp.shared_expert." in name:
             layer, _, tensor = name.partition("shared_expert.")
-            parts = [part for part in ffn_parts(self.config) if part.tensor == tensor]
+            if tensor.startswith("act_fn."):
+                return self._planned(name, like, [layer + tensor], lambda: self._verbatim(layer + tensor), is_one)
+            parts = [part for part in ffn_parts(self.config, number) if part.tensor == tensor]
             is_whole = self.settings.initialisation.shares == "all"
-            return self._planned(name, like, [layer + tensor], lambda: self._shared(layer, parts), is_whole)
-        is_one = len(self.sources) == 1 or self.settings.mix_attention == "first"
+            return self._planned(name, like, [layer + tensor], lambda: self._shared(layer, number, parts), is_whole)
         return self._planned(name, like, [name], lambda: self._verbatim(name), is_one)
 
     def _planned(
@@ -219,7 +217,7 @@ class _Maker:
             else:
                 yield torch.stack([block.float() for block in blocks]).mean(0).to(blocks[0].dtype)
 
-    def _experts(self, layer: str, parts: list[Part]) -> Iterator[Tensor]:
+    def _experts(self, layer: str, number: int, parts: list[Part]) -> Iterator[Tensor]:
         """Expert after expert, its parts in turn."""
         dense = [[_read(source, layer, part) for part in parts] for source in self.sources]
         for expert in range(self.config.num_experts):
@@ -230,14 +228,16 @@ class _Maker:
                     lambda label, key=f"{layer}experts.{expert}": generator_of(self.settings.seed, f"{key}:{label}"),
                     self.settings.ratio or 0,
                     self.settings.num_shards,
+                    self.config.ffn_width_multiple(number),
                 )
                 yield self.settings.initialisation.expert(wanted, matrix)
 
-    def _shared(self, layer: str, parts: list[Part]) -> Iterator[Tensor]:
+    def _shared(self, layer: str, number: int, parts: list[Part]) -> Iterator[Tensor]:
         """The parts of one tensor of the shared expert: all neurons, or the first ones."""
         width = self.config.intermediate_size
         if self.settings.initialisation.shares == "ratio":
             width = num_shared_neurons(width, self.settings.ratio or 0)
+        width *= self.config.ffn_width_multiple(number)
         for part in parts:
             dense = _read(self.sources[0], layer, part)
             yield dense if part.neuron_axis is None else dense.narrow(part.neuron_axis, 0, width)
@@ -289,8 +289,13 @@ def _check_dtypes(source: Source) -> None:
 
 def _is_beyond(name: str, config: Any) -> bool:
     """Whether a tensor is of a layer that the config does not count."""
+    return layer_number(name) >= config.num_hidden_layers
+
+
+def layer_number(name: str) -> int:
+    """The layer that a tensor belongs to; -1 for one of none."""
     number = name.partition(".layers.")[2].partition(".")[0]
-    return number.isdigit() and int(number) >= config.num_hidden_layers
+    return int(number) if number.isdigit() else -1
 
 
 def _check_tensors(plan: Plan, source: Source) -> None:
