@@ -65,6 +65,14 @@ def model_class(model_type: str, auto_class: str = "AutoModelForCausalLM") -> An
     return _class_of(dense, (COMPOSITE_AUTO_CLASSES if dense in composites() else AUTO_CLASSES)[auto_class])
 
 
+def auto_class_of(config: Any) -> str:
+    """The Auto class that makes the whole language model of a config, with what it reads beside text."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    has_more = hasattr(config, "text_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return "AutoModelForImageTextToText" if has_more else "AutoModelForCausalLM"
+
+
 def class_named(name: str) -> Any:
     """The class of that name, such as EcMoeQwen3ForCausalLM; None where no family has one."""
     if name.startswith("EcMoe"):

@@ -39,6 +39,7 @@ class ModelInMemory(Source):
             name: Header("", _NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), name)
             for name, tensor in self.tensors.items()
         }
+        self.left_out, self.has_weights = {}, not self.is_on_meta
 
     def config_fields(self) -> dict[str, Any]:
         return {**self.model.config.to_dict(), "model_type": self.model.config.model_type}
@@ -60,12 +61,12 @@ class ModelInMemory(Source):
         return self.given_tokenizer
 
     def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
-        tensor = self.tensors[name].detach()
+        tensor = self.tensors[self.headers[name].name].detach()
         return tensor if stop is None else tensor[start:stop]
 
-    def _is_same(self, name: str, other: str) -> bool:
-        one, two = self.tensors[name], self.tensors[other]
-        return one is two or super()._is_same(name, other)
+    def is_same(self, name: str, other: str) -> bool:
+        one, two = (self.tensors[self.headers[held].name] for held in (name, other))
+        return one is two or super().is_same(name, other)
 
     @contextlib.contextmanager
     def running(self, dtype: torch.dtype, device: str | None) -> Iterator[Any]:

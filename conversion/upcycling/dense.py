@@ -56,7 +56,6 @@ def parts_of_stack(config: Any, layer: int, stacked: str) -> list[Part]:
 _REASONS = {
     "gpt2": "its FFN is no pair of linear layers but of Conv1D, stored transposed",
     "bloom": "its FFN adds the residual itself",
-    "gemma3": "it reads images too; convert a text model (gemma3_text)",
     "gemma3n": "its layers run on several streams at once, with an FFN sparse by itself",
     "gpt_oss": "its experts have biases and clamped activations, and its attention has sinks",
     "mamba": "it has no FFN",

@@ -80,7 +80,7 @@ def estimated_thresholds(plan: Plan, measured: dict[str, Tensor] | None) -> dict
 
 
 def _layer(plan: Plan, layer: int) -> str:
-    return f"{plan.model.base_model_prefix}.layers.{layer}"
+    return f"{plan.decoder}.layers.{layer}"
 
 
 def _scale_and_shift(plan: Plan, layer: int) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,20 @@ import copy
 from typing import Any
 
 from ..targets import ways_out
-from .settings import Settings
+from .composites import left_out
+from .plan import Plan
 
 
-def notes_on(config: Any, settings: Settings) -> list[str]:
-    """One line each, with the remedy, for a config and the settings that it was made with."""
-    found = []
+def notes_on(plan: Plan) -> list[str]:
+    """One line each, with the remedy."""
+    config: Any = plan.config
+    settings, found = plan.settings, []
+    if parts := left_out(plan.sources[0]):
+        found.append(
+            "text_only=True leaves out "
+            + ", ".join(f"{part} ({size:,} parameters)" for part, size in parts.items())
+            + ": what is written reads text alone"
+        )
     if not router_learns(config):
         other = "" if settings.init == "mix" else ", init=granular (the FLOPs of one, in two halves), or init=shared"
         found.append(
@@ -19,7 +27,7 @@ def notes_on(config: Any, settings: Settings) -> list[str]:
             if config.num_experts > 1
             else "num_experts=1: there is nothing to choose among, and the router learns nothing; give 2 or more"
         )
-    closed = _closed_by_dense_layers(config)
+    closed = _closed_by_dense_layers(config) if plan.model.config is config else ""
     if closed:
         found.append(
             f"layers={settings.layers} leaves dense layers, with which the model cannot be written as {closed}; give "
