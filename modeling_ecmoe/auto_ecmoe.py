@@ -21,7 +21,6 @@ from .versions_ecmoe import EPImplementationInterface  # first: an older Transfo
 from .mixins_ecmoe import EcMoeHeadMixin
 from .parallel_ecmoe import EqualSplitsEP
 
-
 # By these names Trainer's label smoothing, pipelines and `transformers serve` know what a model is.
 _NAMES = {
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -97,6 +97,8 @@ def hands_token_mask(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if token_mask is None and inputs is not None:
             token_mask = token_mask_of(given.get("attention_mask"), inputs)
+        # Gemma-4 would leave the other tokens out of its last layers: those whose routes are looked at, and the mask's.
+        given.pop("logits_to_keep", None)
         return dense_forward(self, **given, token_mask=token_mask)
 
     return forward

@@ -1,8 +1,9 @@
 """Gemma-3 that reads images, with experts in its text decoder that choose their tokens."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import Gemma3Config, GenerationMixin
+from transformers import GenerationMixin
 from transformers.models.gemma3 import modeling_gemma3 as dense
+from transformers.models.gemma3.configuration_gemma3 import Gemma3Config
 
 from .auto_ecmoe import register_family
 from .composites_ecmoe import (
@@ -27,6 +28,7 @@ class EcMoeGemma3PreTrainedModel(EcMoePreTrainedMixin, dense.Gemma3PreTrainedMod
 
 
 class EcMoeGemma3Model(EcMoeCompositeModelMixin, EcMoeGemma3PreTrainedModel, dense.Gemma3Model):
+    config: EcMoeGemma3Config
     forward = hands_token_mask(dense.Gemma3Model.forward)
 
 
@@ -36,6 +38,7 @@ class EcMoeGemma3ForConditionalGeneration(
     dense.Gemma3ForConditionalGeneration,
     GenerationMixin,
 ):
+    config: EcMoeGemma3Config
     base_model_class = EcMoeGemma3Model
     forward = with_router_losses(dense.Gemma3ForConditionalGeneration.forward)
 

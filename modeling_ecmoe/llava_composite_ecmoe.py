@@ -1,8 +1,9 @@
 """LLaVA, with experts in its text decoder that choose their tokens."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationMixin, LlavaConfig
+from transformers import GenerationMixin
 from transformers.models.llava import modeling_llava as dense
+from transformers.models.llava.configuration_llava import LlavaConfig
 
 from .auto_ecmoe import register_family
 from .composites_ecmoe import (
@@ -21,14 +22,20 @@ from .qwen3_ecmoe import EcMoeQwen3Config
 @strict
 class EcMoeLlavaConfig(EcMoeCompositeConfigMixin, LlavaConfig):
     model_type = "ecmoe_llava"
-    text_config_classes = (EcMoeLlamaConfig, EcMoeMistralConfig, EcMoeQwen2Config, EcMoeQwen3Config)
+    text_config_classes = (
+        EcMoeLlamaConfig,
+        EcMoeMistralConfig,
+        EcMoeQwen2Config,
+        EcMoeQwen3Config,
+    )
 
 
 class EcMoeLlavaPreTrainedModel(EcMoePreTrainedMixin, dense.LlavaPreTrainedModel):
     config: EcMoeLlavaConfig
 
 
-class EcMoeLlavaModel(EcMoeCompositeModelMixin, EcMoeLlavaPreTrainedModel, dense.LlavaModel): ...
+class EcMoeLlavaModel(EcMoeCompositeModelMixin, EcMoeLlavaPreTrainedModel, dense.LlavaModel):
+    config: EcMoeLlavaConfig
 
 
 class EcMoeLlavaForConditionalGeneration(
@@ -37,6 +44,7 @@ class EcMoeLlavaForConditionalGeneration(
     dense.LlavaForConditionalGeneration,
     GenerationMixin,
 ):
+    config: EcMoeLlavaConfig
     base_model_class = EcMoeLlavaModel
     forward = with_router_losses(dense.LlavaForConditionalGeneration.forward)
 

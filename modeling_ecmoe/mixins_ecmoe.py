@@ -199,7 +199,12 @@ class EcMoeModelMixin:
                 token_mask=token_mask,
                 **kwargs,
             )
-        return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
+        if isinstance(outputs, tuple):
+            return outputs
+        if type(outputs).__dataclass_fields__.keys() <= MoeModelOutputWithPast.__dataclass_fields__.keys():
+            return MoeModelOutputWithPast(**outputs)
+        outputs.router_logits = getattr(outputs, "router_logits", None)  # of a class that says more, as Gemma-4's
+        return outputs
 
 
 def token_mask_of(attention_mask: Any, inputs: Tensor) -> Tensor | None:

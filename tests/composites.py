@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import transformers
 from checkpoints import tiny_tokenizer
-from families import fill_zeros
+from families import FAMILIES, fill_zeros
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -92,8 +92,99 @@ def _mistral3(text: dict[str, Any]) -> tuple[Any, Any]:
     return config, tokenizer  # PixtralProcessor wants torchvision
 
 
-# The name of a composite -> its dense config and its processor, or tokenizer, of what its text_config has besides TEXT.
-_MADE = {"Gemma3": _gemma3, "Llava": _llava, "Mistral3": _mistral3}
+def _qwen3_5(text: dict[str, Any]) -> tuple[Any, Any]:
+    tokenizer = _tokenizer(image_token=IMAGE)
+    config = transformers.Qwen3_5Config(
+        text_config=TEXT | FAMILIES["Qwen3_5Text"] | {"layer_types": ["linear_attention", "full_attention"]} | text,
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+        },
+        image_token_id=tokenizer.image_token_id,
+        tie_word_embeddings=False,
+    )
+    return config, tokenizer
+
+
+# Layer 0 slides, layer 2 reads the keys and values of layer 1 and is twice as wide.
+_GEMMA4 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 8,
+    "global_head_dim": 16,
+    "final_logit_softcapping": 5.0,
+    "num_kv_shared_layers": 1,
+    "use_double_wide_mlp": True,
+    "use_bidirectional_attention": "vision",
+}
+
+
+def _gemma4(text: dict[str, Any]) -> tuple[Any, Any]:
+    tokenizer = _tokenizer(image_token=IMAGE)
+    config = transformers.Gemma4Config(
+        text_config=TEXT | _GEMMA4 | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320} | text,
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 8,
+            "use_clipped_linears": True,
+        },
+        audio_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "subsampling_conv_channels": [8, 4],
+            "conv_kernel_size": 3,
+            "output_proj_dims": 16,
+        },
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=310,
+        audio_token_id=311,
+    )
+    return config, tokenizer
+
+
+def _gemma4_unified(text: dict[str, Any]) -> tuple[Any, Any]:
+    tokenizer = _tokenizer(image_token=IMAGE)
+    config = transformers.Gemma4UnifiedConfig(
+        text_config=TEXT | _GEMMA4 | {"num_global_key_value_heads": 1, "attention_k_eq_v": True} | text,
+        vision_config={
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 32,
+            "mm_posemb_size": 8,
+            "output_proj_dims": 32,
+        },
+        audio_config={"audio_embed_dim": 16},
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=310,
+        audio_token_id=311,
+    )
+    return config, tokenizer
+
+
+# The name of a composite -> its dense config and its processor, of what its text_config has besides TEXT. Of those whose
+# processor wants torchvision it is the tokenizer alone.
+_MADE = {
+    "Gemma3": _gemma3,
+    "Llava": _llava,
+    "Mistral3": _mistral3,
+    "Qwen3_5": _qwen3_5,
+    "Gemma4": _gemma4,
+    "Gemma4Unified": _gemma4_unified,
+}
+COMPOSITES = list(_MADE)
 
 
 def write_composite(folder: Path, name: str, text: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
@@ -107,13 +198,32 @@ def write_composite(folder: Path, name: str, text: dict[str, Any] | None = None,
     return model
 
 
-def image_inputs(folder: Path, name: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A prompt with one image, by the folder's own processor where it can be made without torchvision."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+def image_inputs(folder: Path, name: str, prompts: tuple[str, ...] = (PROMPT,)) -> dict[str, torch.Tensor]:
+    """Prompts that begin with one image each, padded on the left; by the folder's own processor where there is one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (len(prompts), 28, 28, 3), dtype=np.uint8)
+    if name in ("Gemma3", "Llava"):
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        texts = [("<boi>" if name == "Gemma3" else IMAGE) + prompt for prompt in prompts]
+        images = [[Image.fromarray(image)] for image in pixels]
+        made = dict(processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left"))
+        made.pop("mm_token_type_ids", None)
+        return made
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [IMAGE * 4 + prompt for prompt in prompts]  # each image is four tokens
+    made = dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left"))
+    made.pop("token_type_ids", None)
+    is_image = (made["input_ids"] == tokenizer.image_token_id).long()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    grid = torch.tensor([[x, y] for y in range(4) for x in range(4)]).repeat(len(prompts), 1, 1)
     if name == "Mistral3":
-        ids = transformers.AutoTokenizer.from_pretrained(folder)(IMAGE * 4 + PROMPT, return_tensors="pt")
-        values = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
-        return dict(ids) | {"pixel_values": values, "image_sizes": torch.tensor([[28, 28]])}
-    text = ("<boi>" if name == "Gemma3" else IMAGE) + PROMPT
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    return dict(processor(images=[Image.fromarray(pixels)], text=text, return_tensors="pt"))
+        return made | {"pixel_values": images, "image_sizes": torch.tensor([[28, 28]] * len(prompts))}
+    made["mm_token_type_ids"] = is_image
+    patches = images[..., :16, :16].unfold(2, 4, 4).unfold(3, 4, 4)  # [B, 3, 4, 4, 4, 4]
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # [B, 16, 48]
+    if name == "Qwen3_5":  # of two frames
+        grid = torch.tensor([[1, 4, 4]] * len(prompts))
+        return made | {"pixel_values": patches.repeat(1, 1, 2).flatten(0, 1), "image_grid_thw": grid}
+    if name == "Gemma4Unified":  # whole squares of pixels
+        wide = images[..., :16, :16].unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return made | {"pixel_values": wide, "image_position_ids": grid[:, [0, 1, 4, 5]]}
+    return made | {"pixel_values": patches, "image_position_ids": grid}
