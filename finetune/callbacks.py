@@ -15,7 +15,7 @@ from modeling_ecmoe import sparse_blocks
 def is_expert_choice(model: Any) -> bool:
     """Whether a model of the family, not its token-choice baseline."""
     config = model.config
-    return str(config.model_type).startswith("ecmoe_") and config.routing != "token_choice"
+    return str(config.model_type).startswith("ecmoe_") and config.get_text_config().routing != "token_choice"
 
 
 class StepTimer(TrainerCallback):

@@ -195,6 +195,8 @@ def write_composite(folder: Path, name: str, text: dict[str, Any] | None = None,
     fill_zeros(model)
     model.save_pretrained(folder, **options)
     processor.save_pretrained(folder)
+    if name == "Qwen3_5":  # as its own class writes it
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     return model
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+import modeling_ecmoe
 
 from ..errors import ConversionError
 from .source import DTYPES, Header, Source
@@ -113,7 +116,8 @@ def refuse_other(model: Any) -> None:
         raise ConversionError(f"source={name} is no model of Transformers; give one that from_pretrained loads")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ConversionError(f"source={name} is quantised; load it without quantization_config")
-    language_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    auto_class: Any = getattr(transformers, modeling_ecmoe.auto_class_of(model.config))
+    language_model: Any = auto_class._model_mapping.get(type(model.config), None)
     if language_model is not None and not isinstance(model, language_model):
         raise ConversionError(f"source={name} is not the language model, {language_model.__name__}; give that one")
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
