@@ -17,8 +17,10 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .block_ecmoe import EcMoeBlock
 from .context_ecmoe import announce_tokens, use_inference_routing
+from .documents_ecmoe import lengths_of_documents, tell_documents
 from .experts_ecmoe import EcMoeRaggedExperts
 from .notices_ecmoe import (
+    refuse_reentrant_checkpointing,
     require_experts,
     require_own_config,
     require_own_folder,
@@ -40,9 +42,12 @@ class EcMoeDecoderLayerMixin:
     """A dense decoder layer whose `mlp` is the sparse block, and which hands the real tokens to it.
 
     ffn_class: the dense FFN, where the layer's own class builds a mixture; None where it builds the FFN.
+    stateful_mixers: by their names in a layer, the token mixers that carry a state from token to token, each a
+        `ByDocument`.
     """
 
     ffn_class: type[nn.Module] | None = None
+    stateful_mixers: dict[str, type[nn.Module]] = {}
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -50,13 +55,30 @@ class EcMoeDecoderLayerMixin:
             self.mlp = EcMoeBlock(config, self.make_ffn, config.ffn_width_multiple(layer_idx))
         elif self.ffn_class is not None:
             self.mlp = self.make_ffn(config)
+        for name, mixer_class in self.stateful_mixers.items():
+            if hasattr(self, name):
+                setattr(self, name, mixer_class(config, layer_idx))
 
     def make_ffn(self, config: Any) -> nn.Module:
         """A dense FFN of this layer; the shared expert is one of its own width."""
         return (self.ffn_class or type(self.mlp))(config)
 
-    def forward(self, hidden_states: Tensor, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """token_mask: [B, S] bool, True for real tokens. A keyword, so that a recomputed layer gets it again."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        token_mask: Tensor | None = None,
+        document_lengths: list[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """token_mask: [B, S] bool, True for real tokens. document_lengths: of all rows, where documents are packed and
+        a layer carries a state. Keywords, so that a recomputed layer gets them again."""
+        if document_lengths is not None:
+            with tell_documents(self, document_lengths, kwargs.get("past_key_values")):
+                return self._forward(hidden_states, token_mask, *args, **kwargs)
+        return self._forward(hidden_states, token_mask, *args, **kwargs)
+
+    def _forward(self, hidden_states: Tensor, token_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self.mlp, EcMoeBlock) or torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
         self.mlp.token_mask = token_mask
@@ -161,6 +183,7 @@ class EcMoeModelMixin:
     """The base model: the dense one with other layers, its padding mask handed down to them."""
 
     decoder_layer_class: Callable[[Any, int], nn.Module]  # one class, or a function where layers differ in theirs
+    carries_state = False  # whether some of its token mixers do
 
     def __init__(self, config: Any) -> None:
         require_own_config(type(self), config)
@@ -188,6 +211,10 @@ class EcMoeModelMixin:
         inputs = input_ids if input_ids is not None else inputs_embeds
         if token_mask is None and inputs is not None:
             token_mask = token_mask_of(attention_mask, inputs)
+        if self.carries_state and inputs is not None:
+            kwargs["document_lengths"] = lengths_of_documents(inputs, position_ids, attention_mask, past_key_values)
+        if getattr(self.config, "num_kv_shared_layers", 0):
+            refuse_reentrant_checkpointing(self)
         with announce_tokens(self, token_mask):
             outputs = super().forward(
                 input_ids=input_ids,

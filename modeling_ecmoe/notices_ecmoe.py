@@ -153,3 +153,20 @@ def _adaptable(block: EcMoeBlock) -> list[str]:
     without the wrappers of an adapter that is there already."""
     weights = [name for name, weight in block.experts.named_parameters() if weight.dim() == 3]
     return list(dict.fromkeys(f"mlp.experts.{name.rpartition('.')[2]}" for name in weights))
+
+
+def refuse_reentrant_checkpointing(model: Any) -> None:
+    """Of a model whose last layers read keys and values of earlier ones: to these no gradient would come back, in
+    Transformers' dense model neither.
+
+    Raises:
+        ValueError: in train mode.
+    """
+    for layer in model.layers if model.training and torch.is_grad_enabled() else ():
+        options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(layer, "gradient_checkpointing", False) and options.get("use_reentrant"):
+            raise ValueError(
+                f"use_reentrant=True: num_kv_shared_layers={model.config.num_kv_shared_layers} layers read keys and "
+                "values of earlier ones, which reentrant checkpointing gives no gradient; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )

@@ -13,6 +13,7 @@ from transformers.models.olmo_hybrid import modeling_olmo_hybrid as dense
 
 from .auto_ecmoe import register_family
 from .configuration_ecmoe import EcMoeConfigMixin
+from .documents_ecmoe import ByDocument
 from .mixins_ecmoe import (
     ROUTER_LOGITS,
     EcMoeDecoderLayerMixin,
@@ -35,9 +36,11 @@ class EcMoeOlmoHybridConfig(EcMoeConfigMixin, OlmoHybridConfig):
 class EcMoeOlmoHybridAttentionDecoderLayer(EcMoeDecoderLayerMixin, dense.OlmoHybridAttentionDecoderLayer): ...
 
 
-class EcMoeOlmoHybridLinearAttentionDecoderLayer(
-    EcMoeDecoderLayerMixin, dense.OlmoHybridLinearAttentionDecoderLayer
-): ...
+class EcMoeOlmoHybridGatedDeltaNet(ByDocument, dense.OlmoHybridGatedDeltaNet): ...
+
+
+class EcMoeOlmoHybridLinearAttentionDecoderLayer(EcMoeDecoderLayerMixin, dense.OlmoHybridLinearAttentionDecoderLayer):
+    stateful_mixers = {"linear_attn": EcMoeOlmoHybridGatedDeltaNet}
 
 
 class EcMoeOlmoHybridPreTrainedModel(EcMoePreTrainedMixin, dense.OlmoHybridPreTrainedModel):
@@ -47,6 +50,8 @@ class EcMoeOlmoHybridPreTrainedModel(EcMoePreTrainedMixin, dense.OlmoHybridPreTr
 
 
 class EcMoeOlmoHybridModel(EcMoeModelMixin, EcMoeOlmoHybridPreTrainedModel, dense.OlmoHybridModel):
+    carries_state = True
+
     @staticmethod
     def decoder_layer_class(config: Any, layer_idx: int) -> EcMoeDecoderLayerMixin:
         if config.layer_types[layer_idx] == "linear_attention":

@@ -11,6 +11,7 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 from .auto_ecmoe import register_family
 from .configuration_ecmoe import DenseFFN, EcMoeConfigMixin
+from .documents_ecmoe import ByDocument
 from .mixins_ecmoe import (
     ROUTER_LOGITS,
     EcMoeDecoderLayerMixin,
@@ -27,7 +28,12 @@ class EcMoeQwen3_5TextConfig(EcMoeConfigMixin, Qwen3_5TextConfig):
     dense_ffn = DenseFFN(norm_adds_one=True)
 
 
+class EcMoeQwen3_5TextGatedDeltaNet(ByDocument, dense.Qwen3_5GatedDeltaNet): ...
+
+
 class EcMoeQwen3_5TextDecoderLayer(EcMoeDecoderLayerMixin, dense.Qwen3_5DecoderLayer):
+    stateful_mixers = {"linear_attn": EcMoeQwen3_5TextGatedDeltaNet}
+
     def make_ffn(self, config: Any) -> nn.Module:
         return dense.Qwen3_5MLP(config, config.intermediate_size)
 
@@ -41,6 +47,7 @@ class EcMoeQwen3_5TextPreTrainedModel(EcMoePreTrainedMixin, dense.Qwen3_5PreTrai
 class EcMoeQwen3_5TextModel(EcMoeModelMixin, EcMoeQwen3_5TextPreTrainedModel, dense.Qwen3_5TextModel):
     config: EcMoeQwen3_5TextConfig
     decoder_layer_class = EcMoeQwen3_5TextDecoderLayer
+    carries_state = True
 
 
 class EcMoeQwen3_5TextForCausalLM(

@@ -4,6 +4,8 @@ A tuple stands for a list with an entry a layer, and begins again where there ar
 is given the number of layers.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -17,15 +19,6 @@ LATENT = {
     "num_key_value_heads": 4,
 }
 SLIDING = {"sliding_window": 8, "sliding_window_pattern": 2}
-# Layer 0 slides and all others do not; those after layer 1 read its keys and values, and are twice as wide.
-GEMMA4 = {
-    "sliding_window": 8,
-    "layer_types": ("sliding_attention", *["full_attention"] * 7),
-    "num_kv_shared_layers": lambda num_layers: max(0, num_layers - 2),
-    "use_double_wide_mlp": True,
-    "global_head_dim": 16,
-    "final_logit_softcapping": 5.0,
-}
 FAMILIES: dict[str, dict[str, object]] = {
     "Llama": {},
     "Mistral": {},
@@ -105,9 +98,24 @@ FAMILIES: dict[str, dict[str, object]] = {
             "mrope_section": [1, 1, 0],
         },
     },
-    "Gemma4Text": GEMMA4
-    | {"num_hidden_layers": 3, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300},
-    "Gemma4UnifiedText": GEMMA4 | {"num_global_key_value_heads": 1, "attention_k_eq_v": True},
+    # The layers after the first read its keys and values and are twice as wide; so none of them slides.
+    "Gemma4Text": {
+        "layer_types": ("full_attention",),
+        "num_kv_shared_layers": lambda num_layers: num_layers - 1,
+        "use_double_wide_mlp": True,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+        "final_logit_softcapping": 5.0,
+    },
+    "Gemma4UnifiedText": {
+        "sliding_window": 8,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 5.0,
+    },
     "VaultGemma": {
         "sliding_window": 8,
         "query_pre_attn_scalar": 8,
@@ -130,7 +138,11 @@ MODEL_TYPES |= {"Gemma4Text": "gemma4_text", "Gemma4UnifiedText": "gemma4_unifie
 PARALLEL = ("Cohere2", "GPTNeoX", "Cohere")
 # Those whose tiny model keeps a window of the past alone, in some layers or all.
 SLIDING_CACHE = ("Mistral", "Olmo3", "Gemma2", "Gemma3Text", "Cohere2", "Starcoder2", "Ministral", "Exaone4")
-SLIDING_CACHE += ("GraniteSWA", "Cwm", "VaultGemma", "Gemma4Text", "Gemma4UnifiedText")
+SLIDING_CACHE += ("GraniteSWA", "Cwm", "VaultGemma", "Gemma4UnifiedText")
+# The layers of their tiny models whose token mixer carries a state instead of keys and values.
+STATEFUL = {"Qwen3_5Text": [0], "OlmoHybrid": [0]}
+# Their last layers read keys and values of earlier ones, to which reentrant checkpointing gives no gradient.
+SHARED_KEYS = ("Gemma4Text",)
 # One of each kind: the plain one, norms inside attention, norms on both sides and capped logits, no gate but biases.
 CORE = ("Llama", "Qwen3", "Gemma2", "GPTNeoX")
 EVERY_DENSE_FAMILY = [pytest.param(name, marks=() if name in CORE else pytest.mark.families) for name in FAMILIES]
@@ -149,8 +161,8 @@ def fill_zeros(model: nn.Module) -> None:
 
 
 def tiny_fields(family: str, given: dict[str, object]) -> dict[str, object]:
-    """What a tiny model of the family needs, with as many layers as are given, or 2 where the family asks for none."""
-    num_layers = given.get("num_hidden_layers", (FAMILIES | MIXED)[family].get("num_hidden_layers", 2))
+    """What a tiny model of the family needs, with as many layers as are given, or 2."""
+    num_layers: Any = given.get("num_hidden_layers", 2)
     fields: dict[str, object] = {}
     for name, value in (FAMILIES | MIXED)[family].items():
         if isinstance(value, tuple):

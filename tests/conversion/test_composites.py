@@ -1,7 +1,10 @@
 """Composites: the text decoder of a model that reads images gets experts, and all else stays what it was."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 import transformers
 from checkpointing import recompute_layers
 from checkpoints import all_tensors, write_dense, write_text
+from composite_process import outputs_of
 from composites import COMPOSITES, image_inputs, write_composite
 from converted import expert_adapters
 from families import CORE as CORE_FAMILIES
@@ -24,6 +28,7 @@ from ecmoe import conversion
 from ecmoe.conversion import ConversionError, convert
 from modeling_ecmoe import record_routing, sparse_blocks
 
+SCRIPT = Path(__file__).parents[1] / "composite_process.py"
 CORE = ("Gemma3", "Llava")  # with masks of its own, and without
 PROMPTS = ("and the cat", "or a dog that barks")
 
@@ -109,7 +114,7 @@ def test_routes_are_causal_with_an_image_cached_and_padded(routed: Any, folder: 
     changed["input_ids"][:, -1] = 70
     torch.testing.assert_close(routed(**changed).logits[:, :-1], logits[:, :-1], atol=1e-5, rtol=1e-5)
     # Alone, each row gives what it gives beside a longer one.
-    for row, prompt in enumerate(PROMPTS):
+    for row in range(len(PROMPTS)):
         alone = image_inputs_of_row(folder / "ecmoe", name, row)
         found = routed(**alone).logits[0]
         torch.testing.assert_close(found, logits[row, -len(found) :], atol=2e-5, rtol=1e-4)
@@ -224,3 +229,38 @@ def test_upcycled_in_memory(folder: Path, name: str) -> None:
     inputs = image_inputs(folder / "ecmoe", name, PROMPTS)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(model(**inputs).logits[real], dense(**inputs).logits[real], atol=1e-5, rtol=1e-5)
+
+
+OTHERS = [name for name in COMPOSITES if name not in CORE]
+
+
+@pytest.mark.parametrize(
+    "names", [CORE, pytest.param(OTHERS, marks=pytest.mark.families)], ids=lambda names: "-".join(names)
+)
+def test_remote_code_gives_the_outputs_of_the_package_twice(names: list[str], tmp_path: Path) -> None:
+    """From a converted folder, and from one that the remote code saved itself."""
+    folders, wanted = [], {}
+    for name in names:
+        write_composite(tmp_path / "dense" / name, name)
+        folders.append(tmp_path / name)
+        convert(str(tmp_path / "dense" / name), str(folders[-1]), num_experts=2, verify=False)
+        model, inputs = load(folders[-1]), image_inputs(folders[-1], name, PROMPTS)
+        with torch.no_grad():
+            for block in sparse_blocks(model).values():
+                block.experts.down_proj.normal_()
+        model.save_pretrained(folders[-1])
+        save_file(inputs, folders[-1] / "inputs.safetensors")
+        wanted |= {f"{name}.{key}": tensor for key, tensor in outputs_of(model, inputs).items()}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    for turn in ("first", "second"):
+        work = tmp_path / turn
+        work.mkdir()
+        environment |= {"HF_MODULES_CACHE": str(work / "modules"), "HF_HOME": str(work / "home")}
+        command = [sys.executable, SCRIPT, work / "out.safetensors", work / "again", *folders]
+        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = load_file(work / "out.safetensors")
+        assert found.keys() == wanted.keys()
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, wanted[key], atol=1e-5, rtol=1e-5, msg=f"{turn} {key}")
+        folders = [work / "again" / folder.name for folder in folders]

@@ -319,7 +319,7 @@ def test_the_default_adapters_of_every_family(family: str, make_model: Callable,
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.endswith(".base_layer") and "mlp" not in name
     }
-    assert attention == {name.removesuffix(".base_layer") for name in linear} and len(attention) >= 2 * 2
+    assert attention == {name.removesuffix(".base_layer") for name in linear} and len(attention) >= 2 * 2, linear
     assert sum(".experts." in name for name in names) == 2 * 2 * 2  # A and B of two stacks in two layers
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.5)
     for _ in range(2):  # B starts at zero, so A learns from the second step on

@@ -20,6 +20,7 @@ SHARED_FILES = {
     "adapters_ecmoe.py",
     "auto_ecmoe.py",
     "context_ecmoe.py",
+    "documents_ecmoe.py",
     "global_pool_ecmoe.py",
     "graphs_ecmoe.py",
     "kernels_ecmoe.py",
