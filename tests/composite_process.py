@@ -1,6 +1,7 @@
 """Loads composites as remote code in a process without the package: `composite_process.py OUTPUT AGAIN FOLDER...`.
 
-Saves to OUTPUT the logits and the generated tokens of each folder's inputs.safetensors, and each model again under AGAIN.
+Saves to OUTPUT the logits and the generated tokens of each folder's inputs.safetensors, of the model and of what it is
+when it was saved again under AGAIN.
 """
 
 import sys
@@ -20,6 +21,14 @@ def outputs_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[
     return {"logits": logits.contiguous(), "generated": generated}
 
 
+def loaded(folder: Path) -> PreTrainedModel:
+    """A composite whose own code and whose decoder's come from its folder."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    for part in (model, model.get_decoder()):
+        assert type(part).__module__.startswith("transformers_modules."), type(part).__module__
+    return model
+
+
 def main() -> None:
     for package in ("modeling_ecmoe", "ecmoe"):
         sys.modules[package] = None  # an import of it raises
@@ -28,18 +37,13 @@ def main() -> None:
     found = {}
     for folder in folders:
         inputs = load_file(folder / "inputs.safetensors")
-        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-        assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-        decoder = type(model.get_decoder()).__module__
-        assert decoder.startswith("transformers_modules."), decoder
-        auto_class = "AutoProcessor" if (folder / "processor_config.json").is_file() else "AutoTokenizer"
-        getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+        model = loaded(folder)
         found |= {f"{folder.name}.{name}": tensor for name, tensor in outputs_of(model, inputs).items()}
         assert transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).get_decoder() is not None
+        auto_class = "AutoProcessor" if (folder / "processor_config.json").is_file() else "AutoTokenizer"
+        getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
         model.save_pretrained(again / folder.name)
-        save_file(inputs, again / folder.name / "inputs.safetensors")
-        for path in [*folder.glob("processor*.json"), *folder.glob("tokenizer*")]:
-            (again / folder.name / path.name).write_bytes(path.read_bytes())
+        found |= {f"{folder.name}.again.{n}": t for n, t in outputs_of(loaded(again / folder.name), inputs).items()}
     save_file(found, output)
 
 

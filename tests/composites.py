@@ -215,7 +215,7 @@ def image_inputs(folder: Path, name: str, prompts: tuple[str, ...] = (PROMPT,)) 
     made = dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left"))
     made.pop("token_type_ids", None)
     is_image = (made["input_ids"] == tokenizer.image_token_id).long()
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255).contiguous()
     grid = torch.tensor([[x, y] for y in range(4) for x in range(4)]).repeat(len(prompts), 1, 1)
     if name == "Mistral3":
         return made | {"pixel_values": images, "image_sizes": torch.tensor([[28, 28]] * len(prompts))}
@@ -227,5 +227,5 @@ def image_inputs(folder: Path, name: str, prompts: tuple[str, ...] = (PROMPT,)) 
         return made | {"pixel_values": patches.repeat(1, 1, 2).flatten(0, 1), "image_grid_thw": grid}
     if name == "Gemma4Unified":  # whole squares of pixels
         wide = images[..., :16, :16].unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        return made | {"pixel_values": wide, "image_position_ids": grid[:, [0, 1, 4, 5]]}
+        return made | {"pixel_values": wide, "image_position_ids": grid[:, [0, 1, 4, 5]].contiguous()}
     return made | {"pixel_values": patches, "image_position_ids": grid}
