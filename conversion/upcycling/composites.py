@@ -14,6 +14,7 @@ import modeling_ecmoe
 from ..checkpoints.locate import last_line
 from ..checkpoints.source import Source
 from ..errors import ConversionError
+from .dense import why_not
 
 _HEAD = "lm_head.weight"
 BUILDING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, ValueError)
@@ -27,20 +28,24 @@ def refuse_composite(source: Source, fields: dict[str, Any], text_only: bool) ->
     Raises:
         ConversionError: with the nearest thing that can be converted.
     """
-    kind, known, decoders = fields.get("model_type"), modeling_ecmoe.composites(), modeling_ecmoe.families()
-    if kind in known:
-        decoders = {c.model_type.removeprefix("ecmoe_") for c in modeling_ecmoe.config_class(kind).text_config_classes}
+    kind, known, families = fields.get("model_type"), modeling_ecmoe.composites(), modeling_ecmoe.families()
     text: Any = source.config().get_text_config()
-    if (kind in known or text_only) and text.model_type in decoders:
+    own = modeling_ecmoe.config_class(kind).text_config_classes if kind in known else ()
+    decoders = [config_class.model_type.removeprefix("ecmoe_") for config_class in own]
+    if text.model_type in decoders or (text_only and text.model_type in families):
         return
-    if text.model_type in modeling_ecmoe.families():
-        instead = f"text_only=True (--text-only) converts its decoder, a {text.model_type}, alone"
+    if kind in known:
+        reason = (
+            f"with text_config.model_type={text.model_type} is not supported; its decoder may be {', '.join(decoders)}"
+        )
     else:
-        instead = f"its decoder is a {text.model_type}, and no family here is"
-    those = f"; of those that read more than text {', '.join(known)} can be converted" * (kind not in known)
-    raise ConversionError(
-        f"model_type={kind} is not supported with text_config.model_type={text.model_type}{those}; {instead}"
-    )
+        reason = f"is not supported: it reads more than text, and of such models {', '.join(known)} can be converted"
+    if text.model_type in families:
+        instead = f"its decoder alone, {text.model_type}, can be: say text_only=True (--text-only)"
+    else:
+        found = why_not(text.to_dict())
+        instead = f"nor is there a family for its decoder, {text.model_type}{f': {found}' if found else ''}"
+    raise ConversionError(f"model_type={kind} {reason}; {instead}")
 
 
 def as_in_memory(source: Source, config: Any, text_only: bool) -> PreTrainedConfig:

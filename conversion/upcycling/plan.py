@@ -13,7 +13,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
@@ -126,7 +126,7 @@ def read_dense_config(source: Source, text_only: bool = False) -> PreTrainedConf
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
-    if isinstance(fields.get("text_config"), dict):
+    if isinstance(fields.get("text_config"), dict) and model_type in CONFIG_MAPPING:
         refuse_composite(source, fields, text_only)
         whole: Any = source.config()
         _refuse_decoder(whole.get_text_config().to_dict(), path)
@@ -149,6 +149,11 @@ def read_dense_config(source: Source, text_only: bool = False) -> PreTrainedConf
 
 def _refuse_decoder(fields: dict[str, Any], path: str) -> None:
     """What no family can express of the fields of a decoder's config."""
+    if fields.get("enable_moe_block"):
+        raise ConversionError(
+            f"enable_moe_block=True in {path}: its layers add experts of their own to the FFN, which no family here "
+            "has; only the dense models of this kind can be converted"
+        )
     if fields.get("use_bidirectional_attention") in (True, "all"):  # Gemma-4's "vision" is causal in text
         raise ConversionError(
             f"use_bidirectional_attention={fields['use_bidirectional_attention']} in {path}: its tokens see later "
