@@ -14,7 +14,7 @@ import modeling_ecmoe
 from ..checkpoints.locate import last_line
 from ..checkpoints.source import Source
 from ..errors import ConversionError
-from .dense import why_not
+from .refusals import why_not
 
 _HEAD = "lm_head.weight"
 BUILDING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, ValueError)
@@ -35,17 +35,14 @@ def refuse_composite(source: Source, fields: dict[str, Any], text_only: bool) ->
     if text.model_type in decoders or (text_only and text.model_type in families):
         return
     if kind in known:
-        reason = (
-            f"with text_config.model_type={text.model_type} is not supported; its decoder may be {', '.join(decoders)}"
-        )
+        why = f"its decoder is a {text.model_type}, and may be {', '.join(decoders)}"
+    elif text.model_type in families:
+        why = f"it reads more than text, and of such models {', '.join(known)} can be converted"
     else:
-        reason = f"is not supported: it reads more than text, and of such models {', '.join(known)} can be converted"
-    if text.model_type in families:
-        instead = f"its decoder alone, {text.model_type}, can be: say text_only=True (--text-only)"
-    else:
-        found = why_not(text.to_dict())
-        instead = f"nor is there a family for its decoder, {text.model_type}{f': {found}' if found else ''}"
-    raise ConversionError(f"model_type={kind} {reason}; {instead}")
+        raise ConversionError(f"model_type={kind} is not supported: {why_not(fields)}")
+    alone = text.model_type in families
+    instead = "say text_only=True (--text-only) to convert its decoder alone" if alone else "convert another one"
+    raise ConversionError(f"model_type={kind} is not supported: {why}; {instead}")
 
 
 def as_in_memory(source: Source, config: Any, text_only: bool) -> PreTrainedConfig:

@@ -1,5 +1,5 @@
 """The FFN of a dense family in the terms of every initialisation: gate_proj, up_proj, down_proj, whatever they are
-called in its files; and why a family cannot be converted."""
+called in its files."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -51,29 +51,3 @@ def parts_of_stack(config: Any, layer: int, stacked: str) -> list[Part]:
     is_bias = stacked.endswith("_bias")
     is_down = stacked.startswith("down_proj")
     return [p for p in ffn_parts(config, layer) if p.is_bias == is_bias and (p.matrix == "down_proj") == is_down]
-
-
-_REASONS = {
-    "gpt2": "its FFN is no pair of linear layers but of Conv1D, stored transposed",
-    "bloom": "its FFN adds the residual itself",
-    "gemma3n": "its layers run on several streams at once, with an FFN sparse by itself",
-    "gpt_oss": "its experts have biases and clamped activations, and its attention has sinks",
-    "mamba": "it has no FFN",
-    "mamba2": "it has no FFN",
-    "rwkv": "its FFN looks at the token before",
-}
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def why_not(config: dict[str, Any]) -> str | None:
-    """Why a config.json's family cannot be expressed, where that is known; None otherwise."""
-    reason = _REASONS.get(str(config.get("model_type")))
-    if reason:
-        return reason
-    if any(isinstance(config.get(field), int) and config[field] > 1 for field in _EXPERT_FIELDS):
-        return "a mixture of experts that no family here computes the rest of"
-    if config.get("is_encoder_decoder"):
-        return "it is an encoder and a decoder; only decoders can be converted"
-    if "vision_config" in config or "audio_config" in config:
-        return "it reads more than text; convert a text model"
-    return None

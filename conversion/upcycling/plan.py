@@ -24,11 +24,12 @@ from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
 from .composites import BUILDING_ERRORS, as_in_memory, decoder_name, is_passed_over, refuse_composite
-from .dense import Part, ffn_parts, parts_of_stack, why_not
+from .dense import Part, ffn_parts, parts_of_stack
 from .initialisations import ExpertMatrix, config_fields, normal, num_shared_neurons
 from .mixtures import KEPT, MIXTURES, MixtureMaker
 from .mixtures import complete as complete_mixture
 from .mixtures import config_fields as mixture_fields
+from .refusals import why_not
 from .settings import Settings
 
 # What may differ between the configs of checkpoints that are mixed.
@@ -126,7 +127,8 @@ def read_dense_config(source: Source, text_only: bool = False) -> PreTrainedConf
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
-    if isinstance(fields.get("text_config"), dict) and model_type in CONFIG_MAPPING:
+    has_parts = isinstance(fields.get("text_config"), dict) and model_type in CONFIG_MAPPING
+    if has_parts or model_type in modeling_ecmoe.composites():
         refuse_composite(source, fields, text_only)
         whole: Any = source.config()
         _refuse_decoder(whole.get_text_config().to_dict(), path)
@@ -137,11 +139,7 @@ def read_dense_config(source: Source, text_only: bool = False) -> PreTrainedConf
             "not; leave it out"
         )
     if not isinstance(model_type, str) or model_type not in {*modeling_ecmoe.families(), *MIXTURES}:
-        reason = why_not(fields)
-        raise ConversionError(
-            f"model_type={model_type} is not supported{f': {reason}' if reason else ''}; supported are "
-            f"{', '.join(modeling_ecmoe.families())}, and of mixtures {', '.join(MIXTURES)}"
-        )
+        raise ConversionError(f"model_type={model_type} is not supported: {why_not(fields)}")
     _refuse_decoder(fields, path)
     config: PreTrainedConfig = source.config()
     return config
@@ -151,8 +149,8 @@ def _refuse_decoder(fields: dict[str, Any], path: str) -> None:
     """What no family can express of the fields of a decoder's config."""
     if fields.get("enable_moe_block"):
         raise ConversionError(
-            f"enable_moe_block=True in {path}: its layers add experts of their own to the FFN, which no family here "
-            "has; only the dense models of this kind can be converted"
+            f"enable_moe_block=True in {path}: a {fields.get('model_type')} with experts beside its FFNs; convert one "
+            "without"
         )
     if fields.get("use_bidirectional_attention") in (True, "all"):  # Gemma-4's "vision" is causal in text
         raise ConversionError(

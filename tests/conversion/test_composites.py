@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,17 @@ import pytest
 import torch
 import transformers
 from checkpointing import recompute_layers
-from checkpoints import all_tensors, write_dense, write_text
+from checkpoints import all_tensors
 from composite_process import outputs_of
 from composites import COMPOSITES, image_inputs, write_composite
 from converted import expert_adapters
-from families import CORE as CORE_FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ecmoe
 import modeling_ecmoe
 from ecmoe import conversion
-from ecmoe.conversion import ConversionError, convert
+from ecmoe.conversion import convert
 from modeling_ecmoe import record_routing, sparse_blocks
 
 SCRIPT = Path(__file__).parents[1] / "composite_process.py"

@@ -13,7 +13,6 @@ import psutil
 import pytest
 import torch
 from checkpoints import all_tensors, write_dense
-from families import MODEL_TYPES
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import save_file
 
@@ -106,32 +105,32 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 NO_MODEL = "describes no model that can be built"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unsupported family": (
-        lambda folder: edit_config(folder, model_type="codegen"),
-        f"model_type=codegen is not supported; supported are {', '.join(sorted(MODEL_TYPES.values()))}",
+        lambda folder: edit_config(folder, model_type="qwenn3"),
+        "model_type=qwenn3 is not supported: no family has that name; the nearest are qwen3, ",
     ),
     "FFN of another kind": (
-        lambda folder: edit_config(folder, model_type="gpt2"),
-        "model_type=gpt2 is not supported: its FFN is no pair of linear layers but of Conv1D, stored transposed; ",
+        lambda folder: edit_config(folder, model_type="bloom"),
+        "model_type=bloom is not supported: its FFN adds the residual itself; convert a dense decoder whose layer does",
     ),
     "experts already": (
         lambda folder: edit_config(folder, model_type="gpt_oss", num_local_experts=8),
         "model_type=gpt_oss is not supported: its experts have biases and clamped activations, and its attention ",
     ),
-    "activation": (
-        lambda folder: edit_config(folder, hidden_act="xielu"),
-        "hidden_act=xielu in ",
+    "experts beside FFNs": (
+        lambda folder: edit_config(folder, model_type="gemma4_text", enable_moe_block=True),
+        "a gemma4_text with experts beside its FFNs; convert one without",
     ),
     "encoder": (
         lambda folder: edit_config(folder, model_type="t5", is_encoder_decoder=True),
-        "model_type=t5 is not supported: it is an encoder and a decoder; only decoders can be converted; ",
+        "model_type=t5 is not supported: it is an encoder and a decoder; convert a decoder by itself",
     ),
     "images": (
-        lambda folder: edit_config(folder, model_type="gemma3", vision_config={}),
-        "model_type=gemma3 is not supported: it reads images too; convert a text model (gemma3_text); ",
+        lambda folder: edit_config(folder, model_type="paligemma", vision_config={}),
+        "model_type=paligemma is not supported: it reads more than text; convert a text model",
     ),
     "sounds": (
         lambda folder: edit_config(folder, model_type="qwen2_audio", audio_config={}),
-        "model_type=qwen2_audio is not supported: it reads more than text; convert a text model; ",
+        "model_type=qwen2_audio is not supported: it reads more than text; convert a text model",
     ),
     "family is no text": (lambda folder: edit_config(folder, model_type=[]), "model_type=[] is not supported"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
