@@ -1,4 +1,4 @@
-"""Composites on disk: tiny random checkpoints with images, written by Transformers' own classes, and their processors."""
+"""Composites on disk: tiny random checkpoints that read images, by Transformers' own classes, with their processors."""
 
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def _gemma4_unified(text: dict[str, Any]) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-# The name of a composite -> its dense config and its processor, of what its text_config has besides TEXT. Of those whose
+# The name of a composite -> its dense config and its processor, of what its text_config has besides TEXT. Where the
 # processor wants torchvision it is the tokenizer alone.
 _MADE = {
     "Gemma3": _gemma3,
@@ -187,9 +187,21 @@ _MADE = {
 COMPOSITES = list(_MADE)
 
 
-def write_composite(folder: Path, name: str, text: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
-    """Writes a random dense composite whose layers all matter, and returns the model in eval mode."""
-    config, processor = _MADE[name](text or {})
+def llava_like(config_class: str, **text: Any) -> Any:
+    """The config of a composite of another kind around a decoder."""
+    vision = VISION | {"model_type": "clip_vision_model", "projection_dim": 16}
+    return getattr(transformers, config_class)(text_config=TEXT | text, vision_config=vision, image_token_index=300)
+
+
+def write_composite(
+    folder: Path, name: str, text: dict[str, Any] | None = None, config: Any = None, **options: Any
+) -> PreTrainedModel:
+    """Writes a random dense composite whose layers all matter, and returns the model in eval mode.
+
+    text: what its text_config has besides TEXT. config: of another composite than the named ones.
+    """
+    made, processor = _MADE[name](text or {})
+    config = config or made
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     fill_zeros(model)

@@ -40,9 +40,9 @@ def keep_tokenizer(source: Source, folder: Path, config: PreTrainedConfig) -> No
 
 
 def keep_processor(source: Source, folder: Path, config: PreTrainedConfig) -> None:
-    """Makes sure that the folder, with this config, gives the processor of the source, which Transformers may have found
-    by the model's class alone. Where the source's cannot be made here, for want of torchvision say, its files are what
-    there is."""
+    """Makes sure that the folder, with this config, gives the processor of the source, which Transformers may have
+    found by the model's class alone. Where the source's cannot be made here, for want of torchvision say, its files are
+    what there is."""
     if not isinstance(source, Checkpoint):
         return
     try:

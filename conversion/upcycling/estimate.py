@@ -47,8 +47,8 @@ def parameters(plan: Plan) -> dict[str, int]:
 
 
 def flops_per_token(plan: Plan) -> dict[str, int]:
-    """Of a forward pass of the decoder, two per weight that a token is multiplied with; without attention scores, which grow with the
-    context and are the same for both models."""
+    """Of a forward pass of the decoder, two per weight that a token is multiplied with; without attention scores, which
+    grow with the context and are the same for both models."""
     config: Any = plan.config
     counted = parameters(plan)
     # The embedding is looked up, not multiplied; where it is the output layer as well, it is multiplied there.
