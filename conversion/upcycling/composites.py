@@ -30,7 +30,7 @@ def refuse_composite(source: Source, fields: dict[str, Any], text_only: bool) ->
     """
     kind, known, families = fields.get("model_type"), modeling_ecmoe.composites(), modeling_ecmoe.families()
     text: Any = source.config().get_text_config()
-    own = modeling_ecmoe.config_class(kind).text_config_classes if kind in known else ()
+    own = modeling_ecmoe.config_class(str(kind)).text_config_classes if kind in known else ()
     decoders = [config_class.model_type.removeprefix("ecmoe_") for config_class in own]
     if text.model_type in decoders or (text_only and text.model_type in families):
         return

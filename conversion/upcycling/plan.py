@@ -114,7 +114,9 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
     else:
         maker = MixtureMaker(mixture, sources[0])
     plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
-    plan.tensors.extend(_kept_aside(sources[0], name) for name in sources[0].headers if is_passed_over(name, model))
+    if whole is not config:
+        aside = (n for n in sources[0].headers if is_passed_over(n, model) and not is_unread(n))
+        plan.tensors.extend(_kept_aside(sources[0], name) for name in aside)
     for source in sources:
         _check_tensors(plan, source)
     return plan
