@@ -100,13 +100,14 @@ def compare(
     checkpoint = os.fspath(checkpoint)
     _refuse_numbers(steps, max_tokens, minutes, quick)
     model, tokenizer = load_expert_choice(checkpoint, device)
-    everything, fixed = _everything(model.config, routings, max_tokens, timing, steps)
-    text = _read(tokenizer, data, text_column or "text", _row_length(model.config), steps, everything.held_out)
+    config = model.config.get_text_config()
+    everything, fixed = _everything(config, routings, max_tokens, timing, steps)
+    text = _read(tokenizer, data, text_column or "text", _row_length(config), steps, everything.held_out)
     found = sum(batch["input_ids"].numel() for batch in text.held_out)
     everything = replace(everything, held_out=found, calibration=min(CALIBRATION_BATCHES, len(text.training)))
     rates = _rates(model, everything.variants, text.held_out[0])
     seconds = QUICK_SECONDS if quick else 60 * minutes if minutes else COMPARISON_SECONDS
-    amounts = choose(everything, rates, steps, seconds, round(model.config.capacity_factor), fixed)
+    amounts = choose(everything, rates, steps, seconds, round(model.config.get_text_config().capacity_factor), fixed)
     text = text.first(amounts, steps)
     result: dict[str, Any] = {"checkpoint": checkpoint, "steps": steps} | _settings(model, text, steps)
     result["amount"] = described(amounts, everything, rates, steps)
@@ -175,8 +176,8 @@ def _part(batch: Batch, tokens: int) -> Batch:
 def _settings(model: Any, text: "_Text", steps: int) -> dict[str, Any]:
     return {
         "model_type": model.config.model_type,
-        "num_experts": model.config.num_experts,
-        "normalize_combine_weights": model.config.normalize_combine_weights,
+        "num_experts": model.config.get_text_config().num_experts,
+        "normalize_combine_weights": model.config.get_text_config().normalize_combine_weights,
         "learning_rate": LEARNING_RATE,
         "balance_loss_coefficient": BALANCE_COEFFICIENT,
         "tokens_per_batch": text.held_out[0]["input_ids"].numel(),

@@ -112,8 +112,8 @@ def evaluate(
         own = None if is_on_disk and not all(on_disk) else tokenizer
         with opened(other, own, device) as (model, its_tokenizer):
             entry: dict[str, Any] = {"checkpoint": name_of(other), "model_type": model.config.model_type}
-            if getattr(model.config, "thresholds_from", None):
-                entry["thresholds_from"] = model.config.thresholds_from
+            if measured_on := getattr(model.config.get_text_config(), "thresholds_from", None):
+                entry["thresholds_from"] = measured_on
             if data is not None:
                 found, max_tokens = _on_data(model, its_tokenizer, data, columns, max_tokens, seconds, name_of(other))
                 entry |= found.figures
@@ -131,7 +131,7 @@ def evaluate(
 
 
 def _context(model: Any) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or WINDOW
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
 
 
 def _on_data(

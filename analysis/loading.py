@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-import modeling_ecmoe  # noqa: F401  registers the family
+import modeling_ecmoe
 from ecmoe.hub import why_not_from_hub
 from ecmoe.progress import announce
 
@@ -35,7 +36,9 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
         announce(f"Loading {checkpoint}, {size / 1e9:.1f} GB.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        config = AutoConfig.from_pretrained(checkpoint)
+        auto_class = getattr(transformers, modeling_ecmoe.auto_class_of(config))
+        model: Any = auto_class.from_pretrained(checkpoint, dtype=dtype)
         model = model.to(place)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AnalysisError(f"checkpoint={checkpoint} {_why_not(error, path)}") from error

@@ -47,7 +47,7 @@ def token_losses(model: Any, inputs: Mapping[str, Tensor], is_predicted: Tensor)
 
 
 def _logits_at_once(model: Any) -> int:
-    return max(64, _LOGITS // (getattr(model.config, "vocab_size", None) or 1))
+    return max(64, _LOGITS // (getattr(model.config.get_text_config(), "vocab_size", None) or 1))
 
 
 def _cross_entropies(values_ND: Tensor, head: Callable[[Tensor], Tensor], targets_N: Tensor, model: Any) -> Tensor:

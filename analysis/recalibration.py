@@ -78,7 +78,7 @@ def calibrate(
     with threshold_shards(folder) as shards:
         model, tokenizer = load_expert_choice(os.fspath(folder), device)
         _refuse_token_choice(model, checkpoint)
-        length = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+        length = min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
         held_out, rest = _rows(tokenizer, itertools.chain([first], documents), text, length, tokens)
         padding = padding_id(tokenizer)
         looked_at, calibrated_on = list(_batches(held_out, LOGITS, padding)), list(_batches(rest, POOL, padding))
@@ -93,7 +93,7 @@ def calibrate(
             f"Calibrating {folder} on {found['tokens']:,} tokens of {text}; {found['held_out_tokens']:,} others are "
             "looked at before and after."
         )
-        replaced = _thresholds(model), model.config.thresholds_from
+        replaced = _thresholds(model), model.config.get_text_config().thresholds_from
         found["before"] = _look(model, looked_at, "Before")
         found["thresholds_from"] = f"{found['tokens']:,} tokens of {Path(text).name}"
         _calibrate(model, calibrated_on, found["thresholds_from"])
@@ -114,7 +114,7 @@ def load_warning(found: dict[str, Any]) -> str | None:
 
 
 def _refuse_token_choice(model: Any, checkpoint: Any) -> None:
-    if model.config.inference_routing == "token_choice":
+    if model.config.get_text_config().inference_routing == "token_choice":
         raise AnalysisError(
             f"checkpoint={checkpoint} has inference_routing=token_choice: its tokens choose, and there are no "
             "thresholds to calibrate"

@@ -110,7 +110,8 @@ def routes_of_text(model: Any, tokenizer: Any, text: str, source: str = "text") 
         AnalysisError: when the text has no token or more than the model's context, or a score is not finite.
     """
     ids, texts = _tokens(tokenizer, text)
-    context = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
     if not ids:
         raise AnalysisError(f"{source} has no tokens; give some text")
     if context and len(ids) > context:
@@ -122,7 +123,7 @@ def routes_of_text(model: Any, tokenizer: Any, text: str, source: str = "text") 
         blocks = sparse_blocks(model)
     except ValueError as error:
         raise AnalysisError(f"{error}: there are no routes to look at") from error
-    has_thresholds = model.config.inference_routing != "token_choice"
+    has_thresholds = config.inference_routing != "token_choice"
     input_ids = torch.tensor([ids], device=model.device)
     _announce(model, input_ids)
     with (
@@ -135,10 +136,10 @@ def routes_of_text(model: Any, tokenizer: Any, text: str, source: str = "text") 
     statistics = record.report()["layers"]
     return TextRoutes(
         model_type=model.config.model_type,
-        num_experts=model.config.num_experts,
-        capacity_factor=float(model.config.capacity_factor),
-        min_experts=model.config.min_experts_per_token,
-        max_experts=model.config.max_experts_per_token,
+        num_experts=config.num_experts,
+        capacity_factor=float(config.capacity_factor),
+        min_experts=config.min_experts_per_token,
+        max_experts=config.max_experts_per_token,
         has_thresholds=has_thresholds,
         token_ids=ids,
         names=[str(name) for name in tokenizer.convert_ids_to_tokens(ids)],

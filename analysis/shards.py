@@ -209,7 +209,9 @@ def _record(folder: Path, calibrated: Calibrated) -> str:
 
 def _config(folder: Path, entry: dict[str, Any]) -> str:
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return json.dumps(fields | {"thresholds_from": entry["thresholds_from"]}, indent=2, sort_keys=True) + "\n"
+    decoder = fields.get("text_config", fields)  # of a composite
+    decoder["thresholds_from"] = entry["thresholds_from"]
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
 def _card(folder: Path, entry: dict[str, Any]) -> str:

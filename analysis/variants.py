@@ -117,6 +117,7 @@ def _with_choices(k: int, num_experts: int, has_bias: bool) -> list[Variant]:
 
 def configure(model: Any, variant: Variant) -> None:
     """Sets the fields where every block reads them, at each call; none of them changes a weight."""
+    config = model.config.get_text_config()
     for name, value in variant.fields.items():
-        setattr(model.config, name, value)
-    model.config.validate()
+        setattr(config, name, value)
+    config.validate()

@@ -24,7 +24,7 @@ _OF_SETTINGS: tuple[str, ...] = (
 )
 _OF_SETTINGS += ("routing", "min_experts_per_token", "max_experts_per_token")
 # Options that have no meaning in one of the two directions.
-_ONLY_IN = {*_OF_SETTINGS, "router_prompts", "mix_with", "num_gpus"}
+_ONLY_IN = {*_OF_SETTINGS, "text_only", "router_prompts", "mix_with", "num_gpus"}
 _ONLY_OUT = {"num_experts_per_tok"}
 
 

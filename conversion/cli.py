@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--router-prompts", metavar="FILE", help="JSON list with a list of texts for each expert")
     parser.add_argument("--mix-with", nargs="+", metavar="SOURCE", help="the other checkpoints of mix")
     parser.add_argument("--mix-attention", help="average or first (default: average)")
+    parser.add_argument("--text-only", action="store_true", help="of a model that reads images: its decoder alone")
     parser.add_argument("--seed", type=int, help="of everything that is drawn (default: 0)")
     parser.add_argument("--routing", help="of a mixture: expert_choice (default), threshold, or token_choice, its own")
     parser.add_argument("--min-experts-per-token", type=int, help="of a mixture (default: 1; 0 beside a shared expert)")

@@ -57,7 +57,7 @@ class Calibration:
     def refresh(self) -> bool:
         """Runs once in a step, and says whether it did. Not in threshold training, whose routes hang on the averages;
         dense models and token choice have none."""
-        is_wanted = self.trainer.routes and self.trainer.model.config.routing == "expert_choice"
+        is_wanted = self.trainer.routes and self.trainer.model.config.get_text_config().routing == "expert_choice"
         state, (run, step) = self.trainer.state, self.last
         if not is_wanted or state.global_step <= (step if run is state else 0):
             return False

@@ -19,7 +19,7 @@ def has_experts(model: Any) -> bool:
 
 def is_expert_choice(model: Any) -> bool:
     """Whether a model of the family, not its token-choice baseline."""
-    return has_experts(model) and model.config.routing != "token_choice"
+    return has_experts(model) and model.config.get_text_config().routing != "token_choice"
 
 
 class StepTimer(TrainerCallback):

@@ -31,6 +31,11 @@ def load_config(recipe: Recipe) -> Any:
     _refuse_adapter(recipe.model, path)
     try:
         config: Any = AutoConfig.from_pretrained(recipe.model)
+        if str(config.model_type).startswith("ecmoe_") and hasattr(config, "text_config"):
+            raise RecipeError(
+                f"model={recipe.model} is an {config.model_type}, which reads images too, and recipes train on text "
+                "alone; convert its source with --text-only, or train it with a trainer of your own"
+            )
         if recipe.routing_fields and not str(config.model_type).startswith("ecmoe_"):
             name, value = next(iter(recipe.routing_fields.items()))
             raise RecipeError(

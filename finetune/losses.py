@@ -131,11 +131,11 @@ def router_losses(language_model: Any) -> Iterator[list[Tensor]]:
 
     def keep(_module: nn.Module, _args: tuple, options: dict[str, Any], output: Any) -> None:
         if torch.is_grad_enabled():  # not a reference model's
-            mask = options.get("attention_mask")
+            mask = options.get("attention_mask") if options.get("token_mask") is None else options["token_mask"]
             mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
             found.append(language_model.router_losses(output.router_logits, mask)[1])
 
-    base = language_model.base_model
+    base = language_model.get_decoder()
     hooks = [base.register_forward_pre_hook(ask, with_kwargs=True), base.register_forward_hook(keep, with_kwargs=True)]
     try:
         yield found

@@ -108,7 +108,7 @@ class ExpertChoiceTrainerMixin:
         """Whether the router's losses are added here: TRL's trainers compute the loss beside the model, know no z-loss,
         and balance token choice over all layers at once, where opposite collapses cancel; and so does Trainer where it
         smooths labels or has a loss of the user's."""
-        config = self.model.config
+        config = self.model.config.get_text_config()
         if not str(config.model_type).startswith("ecmoe_"):
             return False
         has_router_loss = bool(config.router_z_loss_coef or config.router_aux_loss_coef)

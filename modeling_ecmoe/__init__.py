@@ -7,7 +7,16 @@ and what works on any model of them.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .registry_ecmoe import class_endings, class_named, config_class, families, model_class, register_all
+from .registry_ecmoe import (
+    auto_class_of,
+    class_endings,
+    class_named,
+    composites,
+    config_class,
+    families,
+    model_class,
+    register_all,
+)
 
 if TYPE_CHECKING:
     from .calibration_ecmoe import calibrate_thresholds
@@ -31,7 +40,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f".{_FILE_OF[name]}", __name__), name)
     if name == "__all__":
         classes = [prefix + ending for prefix in families().values() for ending in class_endings()]
-        return [*_FILE_OF, "config_class", "families", "model_class", *classes]
+        classes += [prefix + ending for prefix in composites().values() for ending in class_endings(is_composite=True)]
+        return [*_FILE_OF, "auto_class_of", "composites", "config_class", "families", "model_class", *classes]
     found = class_named(name)
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,28 +10,38 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from .versions_ecmoe import EPImplementationInterface  # first: an older Transformers is refused in one line
 
 # isort: split
-from .configuration_ecmoe import AUTO_CLASSES
 from .mixins_ecmoe import EcMoeHeadMixin
 from .parallel_ecmoe import EqualSplitsEP
 
+# By these names Trainer's label smoothing, pipelines and `transformers serve` know what a model is.
+_NAMES = {
+    "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+
 
 def register_family(config_class: Any, *model_classes: type[PreTrainedModel]) -> None:
-    """Registers a family's config class and its models, in the order of `AUTO_CLASSES`, with the Auto classes."""
+    """Registers a family's config class and its models with the Auto classes that the config class names."""
     config_class.register_for_auto_class()
     _make_known(config_class)
-    for auto_class, model_class in zip(AUTO_CLASSES, model_classes, strict=True):
+    for auto_class, ending in config_class.auto_classes.items():
+        if not hasattr(transformers, auto_class):  # of a newer version than the oldest supported one
+            continue
+        (model_class,) = (found for found in model_classes if found.__name__.endswith(ending))
         getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_class)
         if auto_class == "AutoModel":
             EcMoeHeadMixin.base_models[config_class.model_type] = model_class
-        if auto_class == "AutoModelForCausalLM":
-            # By these names Trainer's label smoothing and `transformers serve` know a language model.
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
+        if auto_class in _NAMES:
+            _NAMES[auto_class][config_class.model_type] = model_class.__name__
 
 
 def _make_known(config_class: Any) -> None:

@@ -115,7 +115,8 @@ def as_batches(
         )
     if not callable(tokenizer):
         raise ValueError(f"tokenizer={tokenizer!r}: texts are given; give their tokenizer too, or batches of input_ids")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    config = None if config is None else config.get_text_config()
     length = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
     ids = [token_ids(tokenizer, text) for text in texts]
     rows = [torch.tensor(row[begin : begin + length]) for row in ids for begin in range(0, len(row), length)]

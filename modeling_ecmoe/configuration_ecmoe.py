@@ -3,7 +3,7 @@
 import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -51,9 +51,68 @@ class DenseFFN:
         return getattr(layer, names[0], None), getattr(layer, names[1], None)
 
 
+CONVERT_FIRST = "convert it first: `ecmoe-convert SOURCE DESTINATION`, or ecmoe.upcycle(model) in Python"
+
+# How the classes that an Auto class makes end.
+AUTO_CLASSES = {
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+}
+# Of a composite, which reads text alone too.
+COMPOSITE_AUTO_CLASSES = {
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForConditionalGeneration",
+    "AutoModelForMultimodalLM": "ForConditionalGeneration",
+    "AutoModelForImageTextToText": "ForConditionalGeneration",
+}
+
+
+class EcMoeFolderMixin:
+    """How a config of ours is read from a checkpoint's folder and written into one.
+
+    auto_classes: the Auto classes that load it, and how the class that each makes ends.
+    """
+
+    auto_classes: ClassVar[dict[str, str]] = AUTO_CLASSES
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As Transformers', which would take the config of any model.
+
+        Raises:
+            ValueError: for another family's. That of the dense model is taken for its sizes.
+        """
+        found = config_dict.get("model_type")
+        dense = cls.model_type.removeprefix("ecmoe_")
+        if found and found not in (cls.model_type, dense):
+            raise ValueError(
+                f"model_type={found} is not what {cls.__name__} reads, which is {cls.model_type}, or {dense} for its "
+                f"sizes alone. To make experts of a dense model, {CONVERT_FIRST}"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Saves with a complete `auto_map`, so that the folder loads as remote code with every Auto class.
+
+        Transformers writes the entry of the saved class alone, and for a checkpoint that came from the Hub it
+        would keep the others pointing at the repository it came from.
+        """
+        file = type(self).__module__.rpartition(".")[2]
+        family = type(self).__name__.removesuffix("Config")
+        self.auto_map = {
+            auto_class: f"{file}.{family}{ending}"
+            for auto_class, ending in {"AutoConfig": "Config", **self.auto_classes}.items()
+        }
+        _remove_code_of_before(Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
+
+
 @strict
 @dataclass(kw_only=True, repr=False)
-class EcMoeConfigMixin:
+class EcMoeConfigMixin(EcMoeFolderMixin):
     """The fields that expert choice adds to a dense configuration; all others are the dense family's own.
 
     num_experts: experts in each sparse layer, E.
@@ -334,55 +393,12 @@ class EcMoeConfigMixin:
                 "max_experts_per_token to bound the experts of a token, or capacity_factor for token choice"
             )
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As Transformers', which would take the config of any model.
-
-        Raises:
-            ValueError: for another family's. That of the dense model is taken for its sizes.
-        """
-        found = config_dict.get("model_type")
-        dense = cls.model_type.removeprefix("ecmoe_")
-        if found and found not in (cls.model_type, dense):
-            raise ValueError(
-                f"model_type={found} is not what {cls.__name__} reads, which is {cls.model_type}, or {dense} for its "
-                f"sizes alone. To make experts of a dense model, {CONVERT_FIRST}"
-            )
-        return super().from_dict(config_dict, **kwargs)
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Saves with a complete `auto_map`, so that the folder loads as remote code with every Auto class.
-
-        Transformers writes the entry of the saved class alone, and for a checkpoint that came from the Hub it
-        would keep the others pointing at the repository it came from.
-        """
-        file = type(self).__module__.rpartition(".")[2]
-        family = type(self).__name__.removesuffix("Config")
-        self.auto_map = {
-            auto_class: f"{file}.{family}{ending}"
-            for auto_class, ending in {"AutoConfig": "Config", **AUTO_CLASSES}.items()
-        }
-        _remove_code_of_before(Path(save_directory))
-        super().save_pretrained(save_directory, **kwargs)
-
 
 def _remove_code_of_before(folder: Path) -> None:
     """Of a checkpoint that is saved over itself: the file that held all families once, where its config names it."""
     code, config = folder / "modeling_ecmoe.py", folder / "config.json"
     if code.is_file() and config.is_file() and '"modeling_ecmoe.EcMoe' in config.read_text(encoding="utf-8"):
         code.unlink()
-
-
-CONVERT_FIRST = "convert it first: `ecmoe-convert SOURCE DESTINATION`, or ecmoe.upcycle(model) in Python"
-
-# How the classes that an Auto class makes end.
-AUTO_CLASSES = {
-    "AutoModel": "Model",
-    "AutoModelForCausalLM": "ForCausalLM",
-    "AutoModelForSequenceClassification": "ForSequenceClassification",
-    "AutoModelForTokenClassification": "ForTokenClassification",
-    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
-}
 
 
 def _refuse_misspelled(unknown: dict[str, Any]) -> None:

@@ -152,7 +152,8 @@ class EcMoePreTrainedMixin:
         the level "info", for a model is loaded often; and where a quantiser passes the experts by, says so while there
         is memory left."""
         require_own_folder(model)
-        logger.info(f"Thresholds from: {model.config.thresholds_from or 'training, or never calibrated'}")
+        measured_on = model.config.get_text_config().thresholds_from
+        logger.info(f"Thresholds from: {measured_on or 'training, or never calibrated'}")
         if load_config.hf_quantizer is not None:
             warn_unquantized(model, load_config.hf_quantizer, load_config.dtype)
         loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
@@ -170,7 +171,8 @@ class EcMoePreTrainedMixin:
         experts = [module for module in self.modules() if isinstance(module, EcMoeRaggedExperts)]
         held = [parameter for module in experts for parameter in module.parameters()]
         routed = sum(parameter.numel() for parameter in held if parameter.requires_grad or not only_trainable)
-        return total - round(routed * (1 - self.config.mean_experts_per_token / self.config.num_experts))
+        config = self.config.get_text_config()
+        return total - round(routed * (1 - config.mean_experts_per_token / config.num_experts))
 
     @property
     def loss_function(self) -> Any:
@@ -197,7 +199,7 @@ class EcMoePreTrainedMixin:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
+        std = self.config.get_text_config().initializer_range
         if isinstance(module, EcMoeRaggedExperts):
             for name, parameter in module.named_parameters():
                 if name.endswith("_bias"):
@@ -240,10 +242,9 @@ class EcMoeModelMixin:
         """As the dense model's. token_mask [B, S] bool, True for real tokens; read off a 2-D attention_mask."""
         inputs = input_ids if input_ids is not None else inputs_embeds
         if token_mask is None and inputs is not None:
-            token_mask = _token_mask(attention_mask, inputs)
-            if (
-                token_mask is None and not self.config.dense_ffn.place
-            ):  # such layers may hand on tokens without their rows
+            token_mask = token_mask_of(attention_mask, inputs)
+            # Layers that are their own FFN may hand on tokens without their rows.
+            if token_mask is None and not self.config.dense_ffn.place:
                 token_mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         if self.carries_state and inputs is not None:
             kwargs["document_lengths"] = lengths_of_documents(inputs, position_ids, attention_mask, past_key_values)
@@ -260,7 +261,12 @@ class EcMoeModelMixin:
                 token_mask=token_mask,
                 **kwargs,
             )
-        return outputs if isinstance(outputs, tuple) else MoeModelOutputWithPast(**outputs)
+        if isinstance(outputs, tuple):
+            return outputs
+        if type(outputs).__dataclass_fields__.keys() <= MoeModelOutputWithPast.__dataclass_fields__.keys():
+            return MoeModelOutputWithPast(**outputs)
+        outputs.router_logits = getattr(outputs, "router_logits", None)  # of a class that says more, as Gemma-4's
+        return outputs
 
 
 class RecordedForward:
@@ -273,7 +279,7 @@ class RecordedForward:
         return super().forward(*args, return_dict=True, **kwargs)
 
 
-def _token_mask(attention_mask: Any, inputs: Tensor) -> Tensor | None:
+def token_mask_of(attention_mask: Any, inputs: Tensor) -> Tensor | None:
     """[B, S] bool, True for real tokens, of a 2-D attention mask; of any other mask None.
 
     inputs: [B, S, ...]. With a cache the mask covers past tokens too; the last S columns are the tokens at hand.
@@ -283,7 +289,55 @@ def _token_mask(attention_mask: Any, inputs: Tensor) -> Tensor | None:
     return attention_mask[:, -inputs.shape[1] :].bool()
 
 
-class EcMoeForCausalLMMixin:
+def share_of_step(labels: Tensor, num_items: Any) -> Any:
+    """What a loss that is a mean is multiplied by: over several micro-batches the loss is a share of the step's
+    predicted tokens, `num_items`, and so is this; None is a step of its own."""
+    predicted = labels != -100  # the first label of a row is predicted by nothing
+    return 1 if num_items is None else predicted[..., 1:].sum() / num_items
+
+
+class EcMoeLanguageModelMixin:
+    """What a model that generates adds to its dense class, whatever it reads: router losses, causal routes."""
+
+    def _has_router_loss(self) -> bool:
+        config = self.config.get_text_config()
+        return config.router_z_loss_coef > 0 or config.router_aux_loss_coef > 0
+
+    def router_losses(
+        self, router_logits: tuple[Tensor, ...], token_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Token choice's balance loss (None otherwise), and what the coefficients add to the loss."""
+        config = self.config.get_text_config()
+        routers = [module for module in self.modules() if isinstance(module, EcMoeRouter)]
+        learns = torch.is_grad_enabled() and any(router.weight.requires_grad for router in routers)
+        if self.training and self._has_router_loss() and learns and not router_logits[0].requires_grad:
+            raise ValueError(
+                "router_z_loss_coef and router_aux_loss_coef have no gradient under reentrant gradient checkpointing; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        added = router_logits[0].new_zeros(())
+        if config.router_z_loss_coef:
+            added = added + config.router_z_loss_coef * router_z_loss(
+                router_logits, None if token_mask is None else token_mask.flatten()
+            )
+        if config.routing != "token_choice":
+            return None, added
+        # Layer by layer, as the paper has it. Over the tokens of all layers together, as Transformers' models take it,
+        # an expert that is overloaded in one layer and idle in the next looks balanced.
+        losses: list[Any] = [
+            load_balancing_loss_func((logits,), config.num_experts, int(config.capacity_factor), token_mask)
+            for logits in router_logits
+        ]
+        balance = torch.stack(losses).mean()
+        return balance, added + config.router_aux_loss_coef * balance
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' `generate`, routed causally also when the model was left in train mode."""
+        with use_inference_routing(self):
+            return super().generate(*args, **kwargs)
+
+
+class EcMoeForCausalLMMixin(EcMoeLanguageModelMixin):
     """The language model: the dense head, the router logits among the outputs, causal routes in `generate`."""
 
     base_model_class: type[PreTrainedModel]
@@ -337,14 +391,10 @@ class EcMoeForCausalLMMixin:
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if asked or adds_loss:
-            mask = _token_mask(attention_mask, outputs.last_hidden_state)
+            mask = token_mask_of(attention_mask, outputs.last_hidden_state)
             aux_loss, router_loss = self.router_losses(outputs.router_logits, kwargs.get("token_mask", mask))
             if adds_loss and labels is not None:
-                items = kwargs.get("num_items_in_batch")
-                # Over several micro-batches the loss is a share of the step's predicted tokens, and so is this.
-                predicted = labels != -100  # the first label of a row is predicted by nothing
-                share = 1 if items is None else predicted[..., 1:].sum() / items
-                loss = loss + share * router_loss.to(loss.device)
+                loss = loss + share_of_step(labels, kwargs.get("num_items_in_batch")) * router_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -358,42 +408,6 @@ class EcMoeForCausalLMMixin:
     def scale_logits(self, logits: Tensor) -> Tensor:
         """What the dense family does to its logits: nothing, unless a family says otherwise."""
         return logits
-
-    def _has_router_loss(self) -> bool:
-        return self.config.router_z_loss_coef > 0 or self.config.router_aux_loss_coef > 0
-
-    def router_losses(
-        self, router_logits: tuple[Tensor, ...], token_mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Token choice's balance loss (None otherwise), and what the coefficients add to the loss."""
-        config = self.config
-        routers = [module for module in self.modules() if isinstance(module, EcMoeRouter)]
-        learns = torch.is_grad_enabled() and any(router.weight.requires_grad for router in routers)
-        if self.training and self._has_router_loss() and learns and not router_logits[0].requires_grad:
-            raise ValueError(
-                "router_z_loss_coef and router_aux_loss_coef have no gradient under reentrant gradient checkpointing; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        added = router_logits[0].new_zeros(())
-        if config.router_z_loss_coef:
-            added = added + config.router_z_loss_coef * router_z_loss(
-                router_logits, None if token_mask is None else token_mask.flatten()
-            )
-        if config.routing != "token_choice":
-            return None, added
-        # Layer by layer, as the paper has it. Over the tokens of all layers together, as Transformers' models take it,
-        # an expert that is overloaded in one layer and idle in the next looks balanced.
-        losses: list[Any] = [
-            load_balancing_loss_func((logits,), config.num_experts, int(config.capacity_factor), token_mask)
-            for logits in router_logits
-        ]
-        balance = torch.stack(losses).mean()
-        return balance, added + config.router_aux_loss_coef * balance
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers' `generate`, routed causally also when the model was left in train mode."""
-        with use_inference_routing(self):
-            return super().generate(*args, **kwargs)
 
 
 class EcMoeHeadMixin:

@@ -1,7 +1,8 @@
 """The families of the package: found by their files, known to Transformers at once, loaded when they are asked for.
 
 A family is the file `<dense model_type>_ecmoe.py`. Its classes are called as the dense ones with EcMoe before them, its
-model_type is the dense one with `ecmoe_` before it. So Transformers' own table of names says what is in which file.
+model_type is the dense one with `ecmoe_` before it. So Transformers' own table of names says what is in which file. A
+composite, which has a decoder of such a family, is the file `<dense model_type>_composite_ecmoe.py`.
 
 Nothing is imported here that is slow: a command's --help is answered before torch and Transformers are loaded.
 """
@@ -19,23 +20,36 @@ from types import ModuleType
 from typing import Any
 
 _SUFFIX = "_ecmoe"
+_COMPOSITE_SUFFIX = "_composite_ecmoe"
 _CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 
 
 @functools.cache
 def families() -> Mapping[str, str]:
-    """The dense model_type of each family that the installed Transformers has -> how our classes of it begin, such as
-    "EcMoeLlama"."""
+    """The dense model_type of each text family that the installed Transformers has -> how our classes of it begin, such
+    as "EcMoeLlama"."""
+    return _prefixes(_SUFFIX)
+
+
+@functools.cache
+def composites() -> Mapping[str, str]:
+    """The same of composites, which read images or sound too: "gemma3" -> "EcMoeGemma3"."""
+    return _prefixes(_COMPOSITE_SUFFIX)
+
+
+def _prefixes(suffix: str) -> dict[str, str]:
     dense_configs: dict[str, str] = importlib.import_module(_CONFIG_MODULE).CONFIG_MAPPING_NAMES
-    files = sorted(file.name.removesuffix(_SUFFIX) for file in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return {dense: "EcMoe" + dense_configs[dense].removesuffix("Config") for dense in files if dense in dense_configs}
+    files = [file.name for file in pkgutil.iter_modules([str(Path(__file__).parent)]) if file.name.endswith(suffix)]
+    found = sorted(file.removesuffix(suffix) for file in files)
+    return {dense: "EcMoe" + dense_configs[dense].removesuffix("Config") for dense in found if dense in dense_configs}
 
 
-def class_endings() -> list[str]:
-    """How the classes of a family end that are found by their names."""
-    from .configuration_ecmoe import AUTO_CLASSES
+def class_endings(is_composite: bool = False) -> list[str]:
+    """How the classes of a family, or of a composite, end that are found by their names."""
+    from .configuration_ecmoe import AUTO_CLASSES, COMPOSITE_AUTO_CLASSES
 
-    return ["Config", "PreTrainedModel", *AUTO_CLASSES.values()]
+    heads = COMPOSITE_AUTO_CLASSES if is_composite else AUTO_CLASSES
+    return ["Config", "PreTrainedModel", *dict.fromkeys(heads.values())]
 
 
 def config_class(dense_model_type: str) -> Any:
@@ -45,23 +59,35 @@ def config_class(dense_model_type: str) -> Any:
 
 def model_class(model_type: str, auto_class: str = "AutoModelForCausalLM") -> Any:
     """The model class of a family for an Auto class, the family named by its own model_type or the dense one."""
-    from .configuration_ecmoe import AUTO_CLASSES
+    from .configuration_ecmoe import AUTO_CLASSES, COMPOSITE_AUTO_CLASSES
 
-    return _class_of(model_type.removeprefix("ecmoe_"), AUTO_CLASSES[auto_class])
+    dense = model_type.removeprefix("ecmoe_")
+    return _class_of(dense, (COMPOSITE_AUTO_CLASSES if dense in composites() else AUTO_CLASSES)[auto_class])
+
+
+def auto_class_of(config: Any) -> str:
+    """The Auto class that makes the whole language model of a config, with what it reads beside text."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    has_more = hasattr(config, "text_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return "AutoModelForImageTextToText" if has_more else "AutoModelForCausalLM"
 
 
 def class_named(name: str) -> Any:
     """The class of that name, such as EcMoeQwen3ForCausalLM; None where no family has one."""
     if name.startswith("EcMoe"):
-        for dense, prefix in families().items():
-            if name.startswith(prefix) and name.removeprefix(prefix) in class_endings():
-                return _class_of(dense, name.removeprefix(prefix))
+        for known, endings in ((families(), class_endings()), (composites(), class_endings(is_composite=True))):
+            for dense, prefix in known.items():
+                if name.startswith(prefix) and name.removeprefix(prefix) in endings:
+                    return _class_of(dense, name.removeprefix(prefix))
     return None
 
 
 def _class_of(dense_model_type: str, ending: str) -> Any:
-    family = importlib.import_module(f".{dense_model_type}{_SUFFIX}", __package__)
-    return getattr(family, families()[dense_model_type] + ending)
+    is_composite = dense_model_type in composites()
+    suffix, prefixes = (_COMPOSITE_SUFFIX, composites()) if is_composite else (_SUFFIX, families())
+    family = importlib.import_module(f".{dense_model_type}{suffix}", __package__)
+    return getattr(family, prefixes[dense_model_type] + ending)
 
 
 def register_all() -> None:
@@ -121,7 +147,7 @@ def _register(module: ModuleType) -> None:
         others = {name: config for name, config in registered.items() if _dense_of(name) is None}  # of remote code
         module.CONFIG_MAPPING._extra_content = _LoadedWhenAskedFor(others)
     elif not isinstance(registered, _LoadedWhenAskedFor):
-        for dense in families():
+        for dense in (*families(), *composites()):
             module.AutoConfig.register(f"ecmoe_{dense}", config_class(dense), exist_ok=True)
 
 
@@ -149,7 +175,7 @@ class _LoadedWhenAskedFor(dict[str, Any]):
 
 
 def _own_model_types() -> list[str]:
-    return [f"ecmoe_{dense}" for dense in families()]
+    return [f"ecmoe_{dense}" for dense in (*families(), *composites())]
 
 
 def _dense_of(model_type: object) -> str | None:
@@ -157,4 +183,4 @@ def _dense_of(model_type: object) -> str | None:
     if not isinstance(model_type, str) or not model_type.startswith("ecmoe_"):
         return None
     dense = model_type.removeprefix("ecmoe_")
-    return dense if dense in families() else None
+    return dense if dense in families() or dense in composites() else None

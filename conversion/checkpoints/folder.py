@@ -8,11 +8,13 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+import modeling_ecmoe
 from ecmoe.hub import why_not_from_hub
 
 from ..errors import ConversionError
@@ -28,6 +30,8 @@ ADAPTER_NAME = "adapter_config.json"  # of PEFT
 COMPANIONS = ["*token*.json", "*tekken*.json", "*vocab*", "merges.txt", "*.model", "*.model.*", "*.tiktoken", "*.jinja"]
 COMPANIONS += ["additional_chat_templates/*"]
 COMPANIONS += ["generation_config.json", "LICENSE*", "NOTICE*"]
+# And of a model that reads images or sound: what makes tensors of them, and the older form of a chat template.
+PROCESSOR = ["*processor_config.json", "chat_template.json"]
 
 
 class Checkpoint(Source):
@@ -47,6 +51,7 @@ class Checkpoint(Source):
         self.folder, self.commit = locate(source, revision, with_weights=not headers_only)
         self.place, self.config_place = str(self.folder), str(self.folder / "config.json")
         self._refuse_adapter()
+        self.left_out, self.has_weights = {}, not (self.commit and headers_only)
         if self.commit and headers_only:
             self.headers = self._headers_on_hub(source.partition("@")[0])
         else:
@@ -188,11 +193,12 @@ class Checkpoint(Source):
 
     @contextlib.contextmanager
     def running(self, dtype: torch.dtype, device: str | None) -> Iterator[Any]:
-        yield load_model(AutoModelForCausalLM, self.folder, dtype, device, None)
+        auto_class = getattr(transformers, modeling_ecmoe.auto_class_of(self.config()))
+        yield load_model(auto_class, self.folder, dtype, device, None)
 
     def copy_companions(self, folder: Path) -> None:
-        """Byte for byte."""
-        for pattern in COMPANIONS:
+        """Byte for byte; where parts of the model are left out, without what makes tensors for them."""
+        for pattern in COMPANIONS + PROCESSOR * (not self.left_out):
             for path in filter(Path.is_file, self.folder.glob(pattern)):
                 copy = folder / path.relative_to(self.folder)
                 copy.parent.mkdir(exist_ok=True)
@@ -211,4 +217,4 @@ class Checkpoint(Source):
     @property
     def bytes_to_load(self) -> int:
         """From the headers: of a Hub id that is only looked at there are no files."""
-        return sum(held.nbytes for held in self.headers.values())
+        return sum(held.nbytes for held in (*self.headers.values(), *self.left_out.values()))

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+import modeling_ecmoe
 
 from ..errors import ConversionError
 from .source import DTYPES, Header, Source
@@ -39,6 +42,7 @@ class ModelInMemory(Source):
             name: Header("", _NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), name)
             for name, tensor in self.tensors.items()
         }
+        self.left_out, self.has_weights = {}, not self.is_on_meta
 
     def config_fields(self) -> dict[str, Any]:
         return {**self.model.config.to_dict(), "model_type": self.model.config.model_type}
@@ -60,12 +64,12 @@ class ModelInMemory(Source):
         return self.given_tokenizer
 
     def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
-        tensor = self.tensors[name].detach()
+        tensor = self.tensors[self.headers[name].name].detach()
         return tensor if stop is None else tensor[start:stop]
 
-    def _is_same(self, name: str, other: str) -> bool:
-        one, two = self.tensors[name], self.tensors[other]
-        return one is two or super()._is_same(name, other)
+    def is_same(self, name: str, other: str) -> bool:
+        one, two = (self.tensors[self.headers[held].name] for held in (name, other))
+        return one is two or super().is_same(name, other)
 
     @contextlib.contextmanager
     def running(self, dtype: torch.dtype, device: str | None) -> Iterator[Any]:
@@ -112,7 +116,8 @@ def refuse_other(model: Any) -> None:
         raise ConversionError(f"source={name} is no model of Transformers; give one that from_pretrained loads")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ConversionError(f"source={name} is quantised; load it without quantization_config")
-    language_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    auto_class: Any = getattr(transformers, modeling_ecmoe.auto_class_of(model.config))
+    language_model: Any = auto_class._model_mapping.get(type(model.config), None)
     if language_model is not None and not isinstance(model, language_model):
         raise ConversionError(f"source={name} is not the language model, {language_model.__name__}; give that one")
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]

@@ -33,6 +33,7 @@ _UNREAD = (
     "rotary_emb.inv_freq",
     *(f".{attention}.{buffer}" for attention in ("attention", "attn") for buffer in ("bias", "masked_bias")),
     ".attn.causal_mask",
+    ".embeddings.position_ids",
 )
 
 
@@ -96,7 +97,8 @@ class Source(ABC):
     """Tensors by name, read when asked for, and the config of the model they belong to.
 
     source: what the user calls it. place: what a message calls it. config_place: the same of its config. commit: of the
-    Hub, where it came from there. headers: what is known of its tensors, by name.
+    Hub, where it came from there. headers: what is known of its tensors, by name. left_out: the same of those that are
+    not converted. has_weights: whether they can be read, or only the headers are here.
     """
 
     source: str
@@ -104,6 +106,8 @@ class Source(ABC):
     config_place: str
     commit: str | None
     headers: dict[str, Header]
+    left_out: dict[str, Header]
+    has_weights: bool
     damaged = "it is damaged; fetch it again"  # what a message says of numbers that are none
 
     @abstractmethod
@@ -152,17 +156,27 @@ class Source(ABC):
             raise ConversionError(f"{name} of {self.source} holds NaN or infinity: {self.damaged}")
         return tensor
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor as it is, in blocks of rows of `PIECE_BYTES` at most; one without dimensions whole."""
-        header = self.headers[name]
+    def pieces(self, name: str, checked: bool = True) -> Iterator[Tensor]:
+        """A tensor as it is, in blocks of rows of `PIECE_BYTES` at most; one without dimensions whole.
+
+        checked: refuse one that is not finite.
+        """
+        header, read = self.headers[name], self.read if checked else self._rows
         if not header.shape:
-            yield self.read(name)
+            yield read(name, 0, None)
             return
         num_rows = header.shape[0]
         row_bytes = math.prod(header.shape[1:]) * DTYPES[header.dtype].itemsize
         rows_at_once = max(1, PIECE_BYTES // max(1, row_bytes))
         for start in range(0, num_rows, rows_at_once):
-            yield self.read(name, start, min(start + rows_at_once, num_rows))
+            yield read(name, start, min(start + rows_at_once, num_rows))
+
+    def keep(self, names: Mapping[str, str]) -> None:
+        """Keeps some of its tensors, by the names that they are to have and those that they had; the others are left
+        out."""
+        kept = set(names.values())
+        self.left_out = {name: header for name, header in self.headers.items() if name not in kept}
+        self.headers = {name: self.headers[old] for name, old in names.items()}
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Every one of these tensors is there in that shape.
@@ -189,13 +203,14 @@ class Source(ABC):
             ConversionError: naming the first that has not, which the output would lose.
         """
         for name, partner in tied.items():
-            if name in self.headers and not self._is_same(name, partner):
+            if name in self.headers and not self.is_same(name, partner):
                 raise ConversionError(
                     f"{name} of {self.source} is not {partner}, which tie_word_embeddings=True makes it; set "
                     f"tie_word_embeddings to false in {self.config_place} to keep both"
                 )
 
-    def _is_same(self, name: str, other: str) -> bool:
+    def is_same(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same values."""
         one, two = self.headers[name], self.headers[other]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return False
@@ -203,7 +218,9 @@ class Source(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the checkpoint, read off its embedding."""
-        names = sorted(name for name in self.headers if not is_unread(name)) or sorted(self.headers)
-        name = next((name for name in names if "embed" in name or "wte." in name), names[0])
+        """The dtype of the checkpoint, read off the embedding of its tokens."""
+        names = [name for name in self.headers if not is_unread(name)] or list(self.headers)
+        name = min(
+            names, key=lambda name: ("embed_tokens" not in name, "embed" not in name and "wte." not in name, name)
+        )
         return DTYPES[self.headers[name].dtype]

@@ -1,13 +1,14 @@
-"""The tokenizer of a written folder: the ids of the source's, whatever files that one loads from."""
+"""The tokenizer of a written folder: the ids of the source's, whatever files that one loads from; and its processor."""
 
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
 
 from ..errors import ConversionError
+from .folder import Checkpoint
 from .source import Source
 
 # What tokenizers treat differently: capitals, digits, several spaces, accents that are composed and not, scripts.
@@ -28,18 +29,32 @@ def keep_tokenizer(source: Source, folder: Path, config: PreTrainedConfig) -> No
         wanted = source.tokenizer()
     except ConversionError:
         return  # there is none; where one is needed that was said
-    if _is_same(wanted, _loaded(folder, config)):
+    if _is_same(wanted, _loaded(AutoTokenizer, folder, config)):
         return
     wanted.save_pretrained(folder)
-    if not _is_same(wanted, _loaded(folder, config)):
+    if not _is_same(wanted, _loaded(AutoTokenizer, folder, config)):
         raise ConversionError(
             f"source={source.place}: its tokenizer ({type(wanted).__name__}) is another one when it is loaded from the "
             "output; save it with save_pretrained in Transformers' own form and convert again"
         )
 
 
-def _loaded(folder: Path, config: PreTrainedConfig) -> Any:
-    """The tokenizer of the folder as it will be once its config.json is there; None where none loads."""
+def keep_processor(source: Source, folder: Path, config: PreTrainedConfig) -> None:
+    """Makes sure that the folder, with this config, gives the processor of the source, which Transformers may have
+    found by the model's class alone. Where the source's cannot be made here, for want of torchvision say, its files are
+    what there is."""
+    if not isinstance(source, Checkpoint):
+        return
+    try:
+        wanted = AutoProcessor.from_pretrained(source.folder)
+    except _LOADING_ERRORS:
+        return
+    if isinstance(wanted, ProcessorMixin) and type(_loaded(AutoProcessor, folder, config)) is not type(wanted):
+        wanted.save_pretrained(folder)
+
+
+def _loaded(auto_class: Any, folder: Path, config: PreTrainedConfig) -> Any:
+    """The tokenizer or processor of the folder as it will be once its config.json is there; None where none loads."""
     with tempfile.TemporaryDirectory() as scratch:
         for path in folder.iterdir():
             if path.is_dir():
@@ -48,7 +63,7 @@ def _loaded(folder: Path, config: PreTrainedConfig) -> Any:
                 shutil.copyfile(path, Path(scratch) / path.name)
         config.save_pretrained(scratch)
         try:
-            return AutoTokenizer.from_pretrained(scratch)
+            return auto_class.from_pretrained(scratch)
         except _LOADING_ERRORS:
             return None
 

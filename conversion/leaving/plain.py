@@ -180,6 +180,11 @@ def read_expert_choice_config(source: Checkpoint) -> Any:
         source.config_fields().get("model_type"),
         [f"ecmoe_{name}" for name in modeling_ecmoe.families()],
     )
+    if str(model_type).removeprefix("ecmoe_") in modeling_ecmoe.composites():
+        raise ConversionError(
+            f"source={source.place} has model_type={model_type}, which reads more than text, and the plain classes "
+            "that --to writes read text alone; keep it as it is, or convert its source with --text-only"
+        )
     if model_type not in known:
         raise ConversionError(
             f"source={source.place} has model_type={model_type}, and --to takes an expert-choice checkpoint "

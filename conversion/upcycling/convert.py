@@ -25,7 +25,7 @@ from ..checkpoints.memory import ModelInMemory
 from ..checkpoints.places import check_disk, free_place, parse_size
 from ..checkpoints.provenance import RECORD_NAME, VERSIONS
 from ..checkpoints.source import Source
-from ..checkpoints.tokenizer import keep_tokenizer
+from ..checkpoints.tokenizer import keep_processor, keep_tokenizer
 from ..checkpoints.workspace import Workspace, produce
 from ..checkpoints.writer import overwrite_tensors, write_shards, write_whole
 from ..errors import ConversionError
@@ -34,6 +34,7 @@ from ..models import TOLERANCE, check_memory, load_model
 from ..targets import ways_out
 from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, check_same_tokenizer, read_texts, text_name
 from .card import render_card
+from .composites import left_out
 from .estimate import estimate, parameters, seconds_to_convert
 from .measure import ESTIMATED, estimated_thresholds, measured_router, one_per_replica
 from .notes import notes_on
@@ -72,6 +73,7 @@ def convert(
     dry_run: bool = False,
     num_gpus: int | None = None,
     tokenizer: Any = None,
+    text_only: bool = False,
 ) -> dict[str, Any]:
     """Converts a dense checkpoint, or a mixture whose tokens choose, into an expert-choice one and returns what was
     measured on the way.
@@ -111,6 +113,8 @@ def convert(
             a lack of disk and memory, which the figures show.
         num_gpus: of the dry run's estimates; None is the machine at hand.
         tokenizer: of a model in memory; it is saved beside the weights, and needed unless verify=False.
+        text_only: of a source that reads images or sound too, write its decoder alone as a causal language model.
+            Without it the decoder gets experts and all else stays as it is.
 
     Raises:
         ConversionError: for anything the user can put right, and when an exact initialisation is not exact.
@@ -118,7 +122,7 @@ def convert(
     check_arguments(locals())
     settings = Settings(init, num_experts, capacity_factor, ratio, granularity, layers, router, mix_attention, seed)
     bounds: Any = {"min_experts_per_token": min_experts_per_token, "max_experts_per_token": max_experts_per_token}
-    settings = replace(settings, routing=routing, **bounds)
+    settings = replace(settings, routing=routing, text_only=text_only, **bounds)
     target, shard_size = free_place(destination), parse_size(max_shard_size)
     machine = machine_at_hand(device)
     sources = [open_source(source, revision, dry_run, tokenizer)]
@@ -148,7 +152,8 @@ def convert(
         "calibration_tokens_of_kinds": texts.tokens if texts and calibrates and len(texts.tokens) > 1 else {},
         **asdict(plan.settings),
         "parameters": parameters(plan),
-        "ways_out": ways_out(plan.config),
+        "left_out": left_out(sources[0]),
+        "ways_out": ways_out(plan.model.config),
         "notes": notes,
         "versions": VERSIONS,
     }
@@ -229,7 +234,9 @@ def _fill(
         config.thresholds_from = ESTIMATED if texts is None else text_name(record["text"], texts)
     write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
     plan.sources[0].copy_companions(folder)
-    keep_tokenizer(plan.sources[0], folder, config)
+    keep_tokenizer(plan.sources[0], folder, plan.model.config)
+    if plan.model.config is not config:
+        keep_processor(plan.sources[0], folder, plan.model.config)
     custom_object_save(plan.model, folder)
 
     thresholds = work.recall("thresholds")
@@ -241,7 +248,7 @@ def _fill(
     record["verification"] = None
     if verify:
         assert texts is not None
-        converted = load_model(type(plan.model), folder, plan.dtype, device, config)
+        converted = load_model(type(plan.model), folder, plan.dtype, device, plan.model.config)
         if thresholds is None and not tokens_choose(config):
             thresholds = _calibrate(converted, texts.calibration, plan)
             work.keep("thresholds", thresholds)
@@ -268,7 +275,7 @@ def _fill(
     write_whole(folder / RECORD_NAME, json.dumps(record, indent=2) + "\n")
     write_whole(folder / "README.md", render_card(plan, record))
     with tempfile.TemporaryDirectory() as scratch:  # with config.json a folder loads, so it comes last and at once
-        plan.config.save_pretrained(scratch)
+        plan.model.config.save_pretrained(scratch)
         write_whole(folder / "config.json", (Path(scratch) / "config.json").read_text(encoding="utf-8"))
 
 

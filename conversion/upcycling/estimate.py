@@ -12,6 +12,7 @@ from ..checkpoints.places import existing_parent
 from ..checkpoints.source import PIECE_BYTES, is_unread
 from ..machine import Machine, logits_bytes, seconds_of
 from ..targets import ways_out
+from .composites import left_out
 from .notes import notes_on
 from .plan import Plan
 from .router import INPUT_TOKENS
@@ -46,13 +47,16 @@ def parameters(plan: Plan) -> dict[str, int]:
 
 
 def flops_per_token(plan: Plan) -> dict[str, int]:
-    """Of a forward pass, two per weight that a token is multiplied with; without attention scores, which grow with the
-    context and are the same for both models."""
+    """Of a forward pass of the decoder, two per weight that a token is multiplied with; without attention scores, which
+    grow with the context and are the same for both models."""
     config: Any = plan.config
     counted = parameters(plan)
     # The embedding is looked up, not multiplied; where it is the output layer as well, it is multiplied there.
     lookups = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return {"dense": 2 * (counted["dense_active"] - lookups), "converted": 2 * (counted["active"] - lookups)}
+    # What makes features of an image is not passed by tokens.
+    of_tokens = (f"{plan.decoder}.", "lm_head.")
+    aside = sum(tensor.numel for tensor in plan.tensors if not tensor.name.startswith(of_tokens)) + lookups
+    return {"dense": 2 * (counted["dense_active"] - aside), "converted": 2 * (counted["active"] - aside)}
 
 
 def estimate(plan: Plan, target: Path, machine: Machine, num_gpus: int | None, verify: bool) -> dict[str, Any]:
@@ -69,7 +73,8 @@ def estimate(plan: Plan, target: Path, machine: Machine, num_gpus: int | None, v
         parallelism by itself (recipes/expert_parallel.yaml divides the rest by FSDP2 as well).
     all_to_all_bytes_per_step: what one GPU sends to others under expert parallelism in a training step of 16,384
         tokens: rows to the experts and back, forward and backward, c * T rows of D values per sparse layer each.
-    ways_out: what --to can take of the result, and the class it becomes. notes: what should be known before.
+    ways_out: what --to can take of the result, and the class it becomes. left_out: the parts of a source that reads
+        more than text that are not written, and their parameters. notes: what should be known before.
     """
     config: Any = plan.config
     counted = parameters(plan)
@@ -108,7 +113,8 @@ def estimate(plan: Plan, target: Path, machine: Machine, num_gpus: int | None, v
         },
         "all_to_all_bytes_per_step": 4 * sparse_layers * rows * row_bytes * (gpus - 1) // gpus,
         "tokens_per_gpu": TOKENS_PER_GPU,
-        "ways_out": ways_out(config),
+        "ways_out": ways_out(plan.model.config),
+        "left_out": left_out(plan.sources[0]),
         "notes": notes_on(plan),
     }
 
@@ -156,12 +162,14 @@ def _lora_parameters(plan: Plan) -> dict[str, int]:
     def adapter(shape: tuple[int, ...]) -> int:
         return LORA_RANK * (shape[-1] + shape[-2]) * math.prod(shape[:-2])
 
-    def attention(name: str) -> bool:
-        return any(mark in name for mark in (".self_attn.", ".self_attention.", ".attention.", ".attn."))
+    layers = f"{plan.layers}."
 
-    config: Any = plan.config
-    layers = f".{config.dense_ffn.layers}."
-    dense = {n: h.shape for n, h in plan.sources[0].headers.items() if layers in n and len(h.shape) == 2}
+    def attention(name: str) -> bool:
+        marks = (".self_attn.", ".self_attention.", ".attention.", ".attn.")
+        return name.startswith(layers) and any(mark in name for mark in marks)
+
+    headers = plan.sources[0].headers
+    dense = {n: h.shape for n, h in headers.items() if n.startswith(layers) and len(h.shape) == 2}
     converted = 0
     for tensor in plan.tensors:
         if ".mlp.gate.weight" in tensor.name:

@@ -108,7 +108,7 @@ def upcycle(
     if len(set(places.values())) > 1:
         converted = accelerate.dispatch_model(converted, places)
     converted.train(model.training)
-    if not dense.is_on_meta and converted.config.routing != "token_choice":
+    if not dense.is_on_meta and plan.config.routing != "token_choice":
         _set_thresholds(plan, converted, calibrate_on, tokenizer)
     return converted
 
@@ -165,7 +165,7 @@ def _set_thresholds(plan: Plan, converted: Any, calibrate_on: Any, tokenizer: An
     if calibrate_on is None:
         for name, value in estimated_thresholds(plan, None).items():
             converted.get_buffer(name).copy_(value)
-        converted.config.thresholds_from = ESTIMATED
+        plan.config.thresholds_from = ESTIMATED
         logger.warning(
             "The thresholds are estimates from the router's weights: train, or give calibrate_on or call "
             "calibrate_thresholds with text the model is meant for, before judging the model"

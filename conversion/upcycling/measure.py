@@ -84,8 +84,7 @@ def estimated_thresholds(plan: Plan, measured: dict[str, Tensor] | None) -> dict
 
 
 def _layer(plan: Plan, layer: int) -> str:
-    config: Any = plan.config
-    return f"{plan.model.base_model_prefix}.{config.dense_ffn.layers}.{layer}"
+    return f"{plan.layers}.{layer}"
 
 
 def _scale_and_shift(plan: Plan, layer: int) -> tuple[Tensor, Tensor]:

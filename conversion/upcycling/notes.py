@@ -4,18 +4,25 @@ import copy
 from typing import Any
 
 from ..targets import ways_out
+from .composites import left_out
 from .plan import Plan
 
 
 def notes_on(plan: Plan) -> list[str]:
     """One line each, with the remedy."""
-    config, settings = plan.config, plan.settings
-    found = []
-    balance = getattr(plan.sources[0].config(), "router_aux_loss_coef", 0) if plan.mixture else 0
+    config: Any = plan.config
+    settings, found = plan.settings, []
+    balance = getattr(plan.sources[0].config().get_text_config(), "router_aux_loss_coef", 0) if plan.mixture else 0
     if balance and settings.routing != "token_choice":
         found.append(
             f"router_aux_loss_coef={balance} of the source is switched off: the experts take equal shares without a "
             "balance loss; routing=token_choice keeps it"
+        )
+    if parts := left_out(plan.sources[0]):
+        found.append(
+            "text_only=True leaves out "
+            + ", ".join(f"{part} ({size:,} parameters)" for part, size in parts.items())
+            + ": what is written reads text alone"
         )
     if not router_learns(config):
         other = "" if settings.init == "mix" else ", init=granular (the FLOPs of one, in two halves), or init=shared"
@@ -26,7 +33,7 @@ def notes_on(plan: Plan) -> list[str]:
             if config.num_experts > 1
             else "num_experts=1: there is nothing to choose among, and the router learns nothing; give 2 or more"
         )
-    closed = _closed_by_dense_layers(config)
+    closed = _closed_by_dense_layers(config) if plan.model.config is config else ""
     if closed:
         found.append(
             f"layers={settings.layers} leaves dense layers, with which the model cannot be written as {closed}; give "

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
@@ -22,6 +23,7 @@ from ..checkpoints.source import DTYPES, Source, is_unread, with_prefix
 from ..checkpoints.writer import PlannedTensor
 from ..errors import ConversionError
 from ..models import tied_tensors
+from .composites import BUILDING_ERRORS, as_in_memory, decoder_name, is_passed_over, refuse_composite
 from .dense import Part, ffn_parts, ffn_width, parts_of_stack
 from .initialisations import ExpertMatrix, config_fields, normal, num_shared_neurons
 from .mixtures import KEPT, MIXTURES, MixtureMaker
@@ -38,7 +40,8 @@ _EXPERT_CHOICE_FIELDS = [field.name for field in dataclasses.fields(EcMoeConfigM
 
 @dataclass(frozen=True)
 class Plan:
-    """model: on the meta device, for names, shapes and code. router_rows: measured ones by tensor name; the tensors
+    """config: of the decoder, which is the whole model where it reads text alone. model: on the meta device, for names,
+    shapes and code; its config is what is saved. router_rows: measured ones by tensor name; the tensors
     not in it are drawn. Filled before anything is written. mixture: the source's model_type where it is a mixture of
     experts already; None of a dense one."""
 
@@ -64,6 +67,21 @@ class Plan:
         return tied_tensors(self.model)
 
     @property
+    def decoder(self) -> str:
+        """The name of the decoder in the model: "model", or of a composite "model.language_model"."""
+        return decoder_name(self.model)
+
+    @property
+    def is_composite(self) -> bool:
+        return self.model.config is not self.config
+
+    @property
+    def layers(self) -> str:
+        """The name of the decoder's layers in the model."""
+        config: Any = self.config
+        return f"{self.decoder if self.is_composite else self.model.base_model_prefix}.{config.dense_ffn.layers}"
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
@@ -74,25 +92,28 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
     Raises:
         ConversionError: for an unsupported family, a wrong option, or tensors that do not fit the config.
     """
-    dense_configs = [read_dense_config(source) for source in sources]
+    dense_configs = [read_dense_config(source, settings.text_only) for source in sources]
     for source, config in zip(sources[1:], dense_configs[1:], strict=True):
         _check_same_architecture(sources[0], dense_configs[0], source, config)
     for source in sources:
         _check_dtypes(source)
-    model_type = dense_configs[0].model_type
-    mixture = model_type if model_type in MIXTURES else None
+    dense_config = dense_configs[0]
+    text_config = dense_config.get_text_config()
+    mixture = text_config.model_type if text_config.model_type in MIXTURES else None
     if mixture is None:
-        settings = settings.complete(dense_configs[0], len(sources))
+        settings = settings.complete(text_config, len(sources))
     elif len(sources) > 1:
         raise ConversionError(f"mix_with takes dense checkpoints, and the source is a {mixture}; leave it out")
     else:
-        settings = complete_mixture(settings, dense_configs[0])
-    config = _config(dense_configs[0], sources[0].dtype, settings)
+        settings = complete_mixture(settings, text_config)
+    config = _config(text_config, sources[0].dtype, settings)
+    whole = config if text_config is dense_config else _whole_config(dense_config, config)
     try:
         with torch.device("meta"):
-            model = modeling_ecmoe.model_class(config.model_type)(config)
-            dense = AutoModelForCausalLM.from_config(dense_configs[0])
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+            model = modeling_ecmoe.model_class(whole.model_type)(whole)
+            auto_class = getattr(transformers, modeling_ecmoe.auto_class_of(dense_config))
+            dense = auto_class.from_config(dense_config)
+    except BUILDING_ERRORS as error:
         raise ConversionError(
             f"{sources[0].config_place} describes no model that can be built: {last_line(error)}"
         ) from error
@@ -105,22 +126,45 @@ def plan_conversion(sources: list[Source], settings: Settings) -> Plan:
     else:
         maker = MixtureMaker(mixture, sources[0])
     plan.tensors.extend(maker.plan(name, like) for name, like in model.state_dict().items() if name not in plan.tied)
+    if whole is not config:
+        aside = (n for n in sources[0].headers if is_passed_over(n, model) and not is_unread(n))
+        plan.tensors.extend(_kept_aside(sources[0], name) for name in aside)
     for source in sources:
         _check_tensors(plan, source)
     return plan
 
 
-def read_dense_config(source: Source) -> PreTrainedConfig:
-    """A source's config, if it is of a family that can be converted."""
+def read_dense_config(source: Source, text_only: bool = False) -> PreTrainedConfig:
+    """A source's config, if it is of a family that can be converted; of a composite its tensors get the names that
+    they have in memory, and with text_only it is the decoder that is converted."""
     path, fields = source.config_place, source.config_fields()
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
+    has_parts = isinstance(fields.get("text_config"), dict) and model_type in CONFIG_MAPPING
+    if has_parts or model_type in modeling_ecmoe.composites():
+        refuse_composite(source, fields, text_only)
+        whole: Any = source.config()
+        _refuse_decoder(whole.get_text_config().to_dict(), path)
+        return as_in_memory(source, whole, text_only)
+    if text_only:
+        raise ConversionError(
+            f"text_only=True (--text-only) is of a model that reads more than text, and model_type={model_type} does "
+            "not; leave it out"
+        )
     if not isinstance(model_type, str) or model_type not in {*modeling_ecmoe.families(), *MIXTURES}:
         raise ConversionError(f"model_type={model_type} is not supported: {why_not(fields)}")
+    _refuse_decoder(fields, path)
+    config: PreTrainedConfig = source.config()
+    return config
+
+
+def _refuse_decoder(fields: dict[str, Any], path: str) -> None:
+    """What no family can express of the fields of a decoder's config."""
     if fields.get("enable_moe_block"):
         raise ConversionError(
-            f"enable_moe_block=True in {path}: a {model_type} with experts beside its FFNs; convert one without"
+            f"enable_moe_block=True in {path}: a {fields.get('model_type')} with experts beside its FFNs; convert one "
+            "without"
         )
     if fields.get("use_bidirectional_attention") in (True, "all"):  # Gemma-4's "vision" is causal in text
         raise ConversionError(
@@ -137,8 +181,6 @@ def read_dense_config(source: Source) -> PreTrainedConfig:
             raise ConversionError(
                 f"{path}: {name}={fields[name]} is no torch dtype; write float32, bfloat16 or float16"
             )
-    config: PreTrainedConfig = source.config()
-    return config
 
 
 def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> PreTrainedConfig:
@@ -166,6 +208,26 @@ def _config(dense: PreTrainedConfig, dtype: torch.dtype, settings: Settings) -> 
     config.dtype = dtype
     config.architectures = [modeling_ecmoe.model_class(config.model_type).__name__]
     return config
+
+
+def _whole_config(dense: PreTrainedConfig, text: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a composite: the dense one with the decoder's config in its place."""
+    fields = dense.to_dict() | {"text_config": text, "tie_word_embeddings": dense.tie_word_embeddings}
+    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    whole: PreTrainedConfig = modeling_ecmoe.config_class(dense.model_type)(**fields)
+    whole.dtype = text.dtype
+    whole.architectures = [modeling_ecmoe.model_class(whole.model_type).__name__]
+    return whole
+
+
+def _kept_aside(source: Source, name: str) -> PlannedTensor:
+    """A tensor that no class of Transformers reads and other tools do, such as a head that predicts further tokens."""
+    header = source.headers[name]
+    dtype = DTYPES[header.dtype]
+    return PlannedTensor(
+        name, header.shape, dtype, lambda: source.pieces(name, checked=False), {name: header.shape}, name
+    )
 
 
 class _Maker:
@@ -222,7 +284,10 @@ class _Maker:
     def _verbatim(self, name: str) -> Iterator[Tensor]:
         """The tensor as it is, or the mean of all sources, in blocks of rows."""
         sources = self.sources if self.settings.mix_attention == "average" else self.sources[:1]
-        for blocks in zip(*(source.pieces(name) for source in sources), strict=True):
+        # A tower may hold what is not finite and be whole: bounds that were never set.
+        in_decoder = name.startswith(f"{self.plan_.decoder}.") or name == "lm_head.weight"
+        checked = in_decoder or not self.plan_.is_composite
+        for blocks in zip(*(source.pieces(name, checked) for source in sources), strict=True):
             if len(blocks) == 1:
                 yield blocks[0]
             else:
@@ -332,8 +397,8 @@ def _check_tensors(plan: Plan, source: Source) -> None:
     if plan.mixture is not None:  # layers after the last predict tokens further ahead, and Transformers reads none
         unused = [name for name in unused if not _is_beyond(name, plan.config)]
     if unused:
-        kind = plan.mixture or f"dense {plan.config.model_type.removeprefix('ecmoe_')}"
+        kind = plan.mixture or f"dense {plan.model.config.model_type.removeprefix('ecmoe_')}"
         raise ConversionError(
-            f"source={source.place} holds {unused[0]} ({len(unused)} such tensors), which a {kind} language model of "
-            "this config does not have; convert a plain one"
+            f"source={source.place} holds {unused[0]} ({len(unused)} such tensors), which a {kind} model of this "
+            "config does not have; convert a plain one"
         )

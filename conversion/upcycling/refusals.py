@@ -85,7 +85,6 @@ _SINGLE: dict[str, tuple[str, str]] = {
     "bitnet": ("its FFN normalises between its two products, and its weights are ternary", _DENSE),
     "blt": ("it reads bytes, whose patches three models of different depth share", _DENSE),
     "doge": ("its FFN may be a mixture of single neurons, and a residual has a weight of its own", _DENSE),
-    "gemma3": ("it reads images too", "convert a text model (gemma3_text)"),
     "gemma3n": (
         "it reads images and sounds too, and its layers run on several streams at once",
         "convert gemma3_text or gemma4_text",
@@ -95,8 +94,6 @@ _SINGLE: dict[str, tuple[str, str]] = {
         "at once",
         "convert gemma3_text or gemma4_text",
     ),
-    "gemma4": ("it reads more than text", "convert its text decoder by itself (gemma4_text)"),
-    "gemma4_unified": ("it reads more than text", "convert its text decoder by itself (gemma4_unified_text)"),
     "gpt-sw3": ("its checkpoints call themselves gpt2", 'write "model_type": "gpt2" into its config.json'),
     "gpt_oss": (
         "its experts have biases and clamped activations, and its attention has sinks",
@@ -104,7 +101,6 @@ _SINGLE: dict[str, tuple[str, str]] = {
     ),
     "jetmoe": ("its attention is a mixture of experts too", _MIXTURE),
     "moshi": ("its decoder runs a second one for every token of sound", _DENSE),
-    "qwen3_5": ("it reads images too", "convert its text decoder by itself (qwen3_5_text)"),
     "reformer": ("its layers are reversible, and FFN and attention run on two streams", _DENSE),
     "rwkv": ("its FFN looks at the token before", _DENSE),
     "t5": ("it is an encoder and a decoder", "convert a decoder by itself, such as qwen3 or gpt2"),

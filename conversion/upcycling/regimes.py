@@ -44,7 +44,7 @@ def measure_regimes(
             CAPACITIES would leave no room, first come first served among a batch;
         bounds: for each pair of bounds those of expert choice, the least and the most experts of a token among them.
     """
-    config = model.config
+    config = model.config.get_text_config()
     top_k, num_experts = int(config.capacity_factor), config.num_experts
     rate = 0.0 if biases else None
     with _routed_as(
@@ -73,7 +73,7 @@ def measure_regimes(
 @contextlib.contextmanager
 def _routed_as(model: Any, **fields: Any) -> Iterator[None]:
     """Other routing fields while the context is open, and whatever thresholds are set meanwhile."""
-    config = model.config
+    config = model.config.get_text_config()
     fields = _PLAIN | fields
     kept = {name: getattr(config, name) for name in fields}
     gates = [block.gate for block in sparse_blocks(model).values()]
@@ -103,7 +103,7 @@ class _Counts:
 def _measure(model: Any, kinds: list[Tensor]) -> dict[str, Any]:
     """Loss; experts per token; load over an equal share, least and most, and its coefficient of variation, mean over
     the layers; share of tokens without an expert."""
-    config = model.config
+    config = model.config.get_text_config()
     has_bias = config.token_choice_bias_update_rate is not None
     blocks = sparse_blocks(model)
     counts = {name: _Counts(torch.zeros(config.num_experts)) for name in blocks}

@@ -48,6 +48,7 @@ class Settings:
     """What decides the weights. `complete` fills what is None with the initialisation's defaults.
 
     routing, min_experts_per_token, max_experts_per_token: of a source that is a mixture already (mixtures.py).
+    text_only: of a source that reads more than text, its decoder alone.
     """
 
     init: str | None = None
@@ -62,6 +63,7 @@ class Settings:
     routing: str | None = None
     min_experts_per_token: int | None = None
     max_experts_per_token: int | None = None
+    text_only: bool = False
 
     @property
     def initialisation(self) -> Initialisation:

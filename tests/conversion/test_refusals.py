@@ -129,8 +129,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "model_type=t5 is not supported: it is an encoder and a decoder; convert a decoder by itself",
     ),
     "images": (
-        lambda folder: edit_config(folder, model_type="gemma3", vision_config={}),
-        "model_type=gemma3 is not supported: it reads images too; convert a text model (gemma3_text)",
+        lambda folder: edit_config(folder, model_type="paligemma", vision_config={}),
+        "model_type=paligemma is not supported: it reads more than text; convert a text model",
     ),
     "sounds": (
         lambda folder: edit_config(folder, model_type="qwen2_audio", audio_config={}),
