@@ -39,9 +39,10 @@ class DenseFFN:
     has_class: bool = True
 
     def layers_of(self, model: Any) -> Any:
-        """The decoder layers of a model of the family, dense or converted, or of its base model."""
-        found = model.base_model
-        for name in self.layers.split("."):
+        """The decoder layers of a model of the family, dense or converted, of its base model, or of a composite."""
+        names = self.layers.split(".")
+        found = model.base_model if hasattr(model.base_model, names[0]) else model.get_decoder()
+        for name in names:
             found = getattr(found, name)
         return found
 

@@ -141,8 +141,9 @@ def read_dense_config(source: Source, text_only: bool = False) -> PreTrainedConf
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
-    has_parts = isinstance(fields.get("text_config"), dict) and model_type in CONFIG_MAPPING
-    if has_parts or model_type in modeling_ecmoe.composites():
+    kind = model_type if isinstance(model_type, str) else ""
+    has_parts = isinstance(fields.get("text_config"), dict) and kind in CONFIG_MAPPING
+    if has_parts or kind in modeling_ecmoe.composites():
         refuse_composite(source, fields, text_only)
         whole: Any = source.config()
         _refuse_decoder(whole.get_text_config().to_dict(), path)

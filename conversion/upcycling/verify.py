@@ -59,7 +59,7 @@ def layer_errors(dense: Any, converted: Any) -> Iterator[dict[str, float]]:
     is the whole FFN's.
     """
     errors: dict[str, float] = {}
-    ffn = converted.config.dense_ffn
+    ffn = converted.config.get_text_config().dense_ffn
     layers = [getattr(layer, "mlp", None) for layer in ffn.layers_of(converted)]
     blocks = {i: block for i, block in enumerate(layers) if isinstance(block, EcMoeBlock)}
     inputs: dict[int, Tensor] = {}

@@ -169,7 +169,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (lambda folder: edit_index(folder, lambda index: index.pop(UP)), f"lacks the tensor {UP}"),
     "surplus tensor": (
         lambda folder: rewrite(folder, lambda tensors: tensors.update(extra=torch.ones(2))),
-        "holds extra (1 such tensors), which a dense llama language model of this config does not have",
+        "holds extra (1 such tensors), which a dense llama model of this config does not have",
     ),
     "index lies": (
         lambda folder: edit_index(folder, lambda index: index.update({NORM: first_shard(folder).name})),
