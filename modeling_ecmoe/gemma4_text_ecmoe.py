@@ -44,6 +44,7 @@ class EcMoeGemma4TextDecoderLayer(EcMoeDecoderLayerMixin, dense.Gemma4TextDecode
 class EcMoeGemma4TextPreTrainedModel(EcMoePreTrainedMixin, dense.Gemma4PreTrainedModel):
     config: EcMoeGemma4TextConfig
     _no_split_modules = ["EcMoeGemma4TextDecoderLayer"]
+    supports_pipeline = False  # later stages have neither the token ids, which each layer embeds, nor shared keys
     _can_record_outputs = {
         "hidden_states": EcMoeGemma4TextDecoderLayer,
         "attentions": dense.Gemma4TextAttention,
