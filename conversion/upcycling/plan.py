@@ -129,8 +129,8 @@ def read_dense_config(source: Source, text_only: bool = False) -> PreTrainedConf
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type.startswith("ecmoe_"):
         raise ConversionError(f"source={source.place} is an expert-choice checkpoint already; give the dense one")
-    has_parts = isinstance(fields.get("text_config"), dict) and model_type in CONFIG_MAPPING
-    if has_parts or model_type in modeling_ecmoe.composites():
+    parts = isinstance(fields.get("text_config"), dict)
+    if str(model_type) in modeling_ecmoe.composites() or (parts and str(model_type) in CONFIG_MAPPING):
         refuse_composite(source, fields, text_only)
         whole: Any = source.config()
         _refuse_decoder(whole.get_text_config().to_dict(), path)
@@ -375,5 +375,5 @@ def _check_tensors(plan: Plan, source: Source) -> None:
     if unused:
         raise ConversionError(
             f"source={source.place} holds {unused[0]} ({len(unused)} such tensors), which a dense "
-            f"{plan.model.config.model_type.removeprefix('ecmoe_')} model does not have; convert a plain one"
+            f"{plan.model.config.model_type.removeprefix('ecmoe_')} language model does not have; convert a plain one"
         )
