@@ -13,6 +13,7 @@ from ecmoe.conversion import convert
 from ecmoe.conversion.texts import read_documents, sample_windows
 from ecmoe.conversion.upcycling.plan import generator_of
 from ecmoe.conversion.upcycling.router import centroid_rows, ffn_inputs, k_means, rescaled_rows
+from modeling_ecmoe.configuration_ecmoe import DenseFFN
 
 LAYERS = 2
 # Texts of one kind share few tokens with those of another.
@@ -40,7 +41,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def inputs_of(dense: Path, batches: list[Tensor]) -> dict[int, Tensor]:
     """What the FFNs see of these token ids, [T, D] for each layer."""
-    return ffn_inputs(AutoModelForCausalLM.from_pretrained(dense).eval(), batches, list(range(LAYERS)))
+    model = AutoModelForCausalLM.from_pretrained(dense).eval()
+    return ffn_inputs(model, batches, list(range(LAYERS)), DenseFFN())
 
 
 def inputs_on(dense: Path, texts: list[str]) -> dict[int, Tensor]:
