@@ -18,6 +18,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import families as tested  # noqa: E402  tests/families.py
 
+import modeling_ecmoe  # noqa: E402
+from ecmoe.conversion.upcycling.refusals import REFUSALS  # noqa: E402
+
 # What a column is called, and the tests that are in it: a file, and a pattern of their names.
 COLUMNS: dict[str, tuple[str, str]] = {
     "exact": ("conversion.test_initialisations", "test_step_0_is_exact"),
@@ -42,12 +45,14 @@ EXCEPTIONS: dict[str, str] = {
     "NO_EXPORT": "no export of a decoding step: {}",
     "NO_TENSOR_PLAN": "no tensor parallelism: {}",
     "NO_STAGES": "no pipeline: the dense family has no plan",
-    "NO_SERVER": "not served: {}",
     "SHARED_KEYS": "no reentrant checkpointing and no quantised cache: layers share keys",
     "STATEFUL": "no quantised cache: some layers carry a state instead of keys",
     "ATTENTION_SINKS": "no flex attention on a CPU",
     "TRANSPOSED": "LoRA's default adapts experts and router alone: PEFT takes Conv1D or stacked experts, not both",
 }
+
+
+Found = dict[tuple[str, str], Counter[str]]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,23 +61,43 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "families.md")
     options = parser.parse_args(arguments)
-    found = results_of(options.results)
-    options.output.write_text(page(found), encoding="utf-8")
+    found, skipped = results_of(options.results)
+    options.output.write_text(page(found, skipped), encoding="utf-8")
     print(f"{options.output}: {len(tested.MODEL_TYPES)} families")
     raise SystemExit(any(outcome == "failed" for cell in found.values() for outcome in cell))
 
 
-def results_of(files: list[Path]) -> dict[tuple[str, str], Counter[str]]:
-    """How many tests of each family and column passed, failed or were skipped."""
-    found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+def results_of(files: list[Path]) -> tuple[Found, dict[str, dict[str, str]]]:
+    """How many tests of each family and column passed or failed, and of what was skipped the reason by family and
+    column."""
+    found: Found = defaultdict(Counter)
+    skipped: dict[str, dict[str, str]] = defaultdict(dict)
     for file in files:
         for case in ElementTree.parse(file).iter("testcase"):
-            outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-            outcome = "failed" if outcome in ("failure", "error") else outcome
-            for column in columns_of(case.get("classname", ""), case.get("name", "")):
-                for family in families_of(case.get("name", "")):
-                    found[family, column][outcome] += 1
-    return found
+            name = case.get("name", "")
+            ends = {child.tag: child.get("message", "") for child in case}
+            for column in columns_of(case.get("classname", ""), name):
+                for family in families_of(name):
+                    if "skipped" in ends:
+                        skipped[family][column] = ends["skipped"]
+                    elif not is_left_out(family, column, name):
+                        found[family, column]["failed" if {"failure", "error"} & ends.keys() else "passed"] += 1
+    return found, skipped
+
+
+def is_left_out(family: str, column: str, name: str) -> bool:
+    """Whether a test that names the family, alone or in a group, leaves it out, or shows that it cannot."""
+    if column == "packed":
+        return family in tested.NO_PACKING
+    if column != "parallel":
+        return False
+    cannot_be_staged = family in tested.NO_STAGES or not has_pipeline(family)
+    return ("tensor" in name and family in tested.NO_TENSOR_PLAN) or ("pipeline" in name and cannot_be_staged)
+
+
+def has_pipeline(family: str) -> bool:
+    """Whether Transformers' pipeline computes what the model does."""
+    return bool(modeling_ecmoe.model_class(tested.MODEL_TYPES[family]).supports_pipeline)
 
 
 def columns_of(module: str, name: str) -> list[str]:
@@ -95,7 +120,7 @@ def families_of(name: str) -> list[str]:
     return core if "core" in words else others if "others" in words else []
 
 
-def page(found: dict[tuple[str, str], Counter[str]]) -> str:
+def page(found: Found, skipped: dict[str, dict[str, str]]) -> str:
     """The table and what is left out of it, in Markdown."""
     names = sorted(tested.MODEL_TYPES, key=str.lower)
     lines = [
@@ -119,8 +144,21 @@ def page(found: dict[tuple[str, str], Counter[str]]) -> str:
         which = "" if pattern == "." else f": {', '.join(f'`{part}...`' for part in pattern.split('|'))}"
         lines.append(f"| {column} | {', '.join(f'[{Path(file).name}](../{file})' for file in files)}{which} |")
     lines += ["", "## What a family is left out of", "", "| family | what, and why |", "| --- | --- |"]
-    lines += [f"| {name} | {'; '.join(reasons)} |" for name in names if (reasons := left_out(name))]
-    return "\n".join([*lines, ""])
+    for name in names:
+        reasons = left_out(name)
+        reasons += [f"{column}: {why}" for column, why in skipped[name].items() if not found[name, column]["passed"]]
+        lines += [f"| {name} | {'; '.join(reasons)} |"] if reasons else []
+    return "\n".join([*lines, *refused(), ""])
+
+
+def refused() -> list[str]:
+    """What the converter refuses, with its own reasons, as a table."""
+    together: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for model_type, reason_and_nearest in REFUSALS.items():
+        together[reason_and_nearest].append(f"`{model_type}`")
+    rows = [f"| {', '.join(sorted(types))} | {why} | {nearest} |" for (why, nearest), types in together.items()]
+    header = ["", "## What is refused", "", "| `model_type` | why | instead |", "| --- | --- | --- |"]
+    return [*header, *sorted(rows)]
 
 
 def _cell(outcomes: Counter[str]) -> str:
@@ -130,12 +168,16 @@ def _cell(outcomes: Counter[str]) -> str:
 
 
 def left_out(name: str) -> list[str]:
-    """Why a family has no test of something, by tests/families.py."""
+    """Why a family has no test of something, by tests/families.py and its own classes."""
     reasons = []
     for exception, text in EXCEPTIONS.items():
         members: Any = getattr(tested, exception)
         if name in members:
             reasons.append(text.format(members[name]) if "{}" in text else text)
+    if name not in tested.NO_STAGES and not has_pipeline(name):
+        reasons.append("a pipeline is refused: Transformers' computes something else")
+    if name in tested.MIXED:
+        reasons.append("no dense checkpoint becomes one ([mixtures](mixtures.md))")
     return reasons
 
 
