@@ -154,8 +154,8 @@ def page(found: Found, skipped: dict[str, dict[str, str]]) -> str:
 def refused() -> list[str]:
     """What the converter refuses, with its own reasons, as a table."""
     together: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for model_type, reason_and_nearest in REFUSALS.items():
-        together[reason_and_nearest].append(f"`{model_type}`")
+    for model_type, refusal in REFUSALS.items():
+        together[refusal.reason, refusal.nearest].append(f"`{model_type}`")
     rows = [f"| {', '.join(sorted(types))} | {why} | {nearest} |" for (why, nearest), types in together.items()]
     header = ["", "## What is refused", "", "| `model_type` | why | instead |", "| --- | --- | --- |"]
     return [*header, *sorted(rows)]
