@@ -15,10 +15,14 @@ import torch
 from checkpoints import all_tensors, write_dense
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import modeling_ecmoe
 from ecmoe import conversion
 from ecmoe.conversion import convert
 from ecmoe.conversion.cli import main
+from ecmoe.conversion.upcycling.mixtures import MIXTURES
+from ecmoe.conversion.upcycling.refusals import REFUSALS
 
 
 @pytest.fixture(scope="module")
@@ -454,3 +458,9 @@ def test_a_converted_checkpoint_is_not_converted_again(
     assert "Greedy text: the same." in capsys.readouterr().out
     command = [str(tmp_path / "once"), str(tmp_path / "twice")]
     refuse(command, "is an expert-choice checkpoint already", left=["once"])
+
+
+def test_every_decoder_of_transformers_is_converted_or_refused_with_a_reason() -> None:
+    known = {*modeling_ecmoe.families(), *modeling_ecmoe.composites(), *MIXTURES, *REFUSALS}
+    decoders = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not name.startswith("ecmoe_")}
+    assert decoders - known == set()
