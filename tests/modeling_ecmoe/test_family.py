@@ -364,7 +364,8 @@ def test_training_lowers_the_loss_in_both_routings(family: str, make_model: Call
 
 
 def test_public_names() -> None:
-    assert len(modeling_ecmoe.families()) == len(FAMILIES | MIXED)
+    installed = [name for name in FAMILIES | MIXED if hasattr(transformers, f"{name}Config")]
+    assert len(modeling_ecmoe.families()) == len(installed) > 50
     for dense in modeling_ecmoe.families():
         for auto_class in AUTO_CLASSES:
             model_class = modeling_ecmoe.model_class(dense, auto_class)
