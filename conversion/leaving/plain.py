@@ -60,7 +60,8 @@ class Form:
 @dataclass(frozen=True)
 class PlainPlan:
     """tied: tensors of the source that are another one, and which. measured: by layer, e.g. "0.rows" [E, D] and
-    "0.scales" [E]; filled before anything is written. biases: [E] by layer where they are not minus the thresholds."""
+    "0.scales" [E]; filled before anything is written. biases: [E] by layer where they are not minus the thresholds.
+    fitted: the layers that are measured; found before anything is run."""
 
     source: Checkpoint
     target: Target
@@ -71,6 +72,7 @@ class PlainPlan:
     tensors: list[PlannedTensor]
     measured: dict[str, Tensor]
     biases: dict[str, Tensor] = field(default_factory=dict)
+    fitted: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
