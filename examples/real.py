@@ -134,8 +134,8 @@ class Road:
 
 
 def read_package(packages: Path, folder: Path) -> Path:
-    """The weights and the tokenizer of the GGUF file among the packages, written by `save_pretrained` into a folder, and
-    the file's path.
+    """The weights and the tokenizer of the GGUF file among the packages, written by `save_pretrained` into a folder;
+    returns the file's path.
 
     In a process of its own: Transformers reads such a file with the package gguf, which nothing else here needs.
     """

