@@ -173,7 +173,7 @@ def test_an_upcycled_model_leaves_as_what_it_was(
 def test_nothing_is_measured_where_no_route_matters(
     tmp_path: Path, init: str, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before training no pass goes before the verification; once an expert of a layer has changed, that layer's does."""
+    """Before training the verification alone runs the models; a layer of which one number has changed is measured."""
     write_dense(tmp_path / "dense", "Llama")
     convert(str(tmp_path / "dense"), str(tmp_path / "sparse"), num_experts=4, init=init, text=str(text))
     fitted: list[list[str]] = []

@@ -17,6 +17,7 @@ import torch
 from conftest import build_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ecmoe import conversion
 from ecmoe.conversion import convert, export
 from examples.real import read_package
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
@@ -47,10 +48,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_smollm2_as_mixtral(smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2_as_mixtral(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four experts that differ in a twentieth of their neurons, two for each token: routes and weights count."""
-    convert(str(smollm2), str(tmp_path / "ec"), num_experts=4, capacity_factor=2, init="drop", ratio=0.05)
-    record = export(str(tmp_path / "ec"), str(tmp_path / "plain"))
+    monkeypatch.setattr(conversion.texts, "VERIFICATION_TOKENS", 1024)  # it is not the losses that count
+    options = {"init": "drop", "ratio": 0.05, "num_experts": 4, "capacity_factor": 2}
+    convert(str(smollm2), str(tmp_path / "ec"), calibration_tokens=2048, **options)
+    record = export(str(tmp_path / "ec"), str(tmp_path / "plain"), calibration_tokens=2048)
     assert (record["architecture"], record["num_experts_per_tok"]) == ("MixtralForCausalLM", 2)
     measured = record["verification"]
     print(f"threshold routing {measured['loss_source']:.4f}, top-2 {measured['loss_export']:.4f} nats per token")
@@ -71,7 +74,13 @@ TINY = {
 
 
 @pytest.mark.parametrize("case", TINY)
-def test_other_names(case: str, smollm2: Path, tmp_path: Path, make_tokens: Callable[..., torch.Tensor]) -> None:
+def test_other_names(
+    case: str,
+    smollm2: Path,
+    tmp_path: Path,
+    make_tokens: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Random weights with SmolLM2's tokenizer, to which GLM's special tokens are added where they are asked for."""
     family, to, architecture, fields = TINY[case]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -82,6 +91,7 @@ def test_other_names(case: str, smollm2: Path, tmp_path: Path, make_tokens: Call
     with torch.no_grad():
         for block in sparse_blocks(model).values():
             block.gate.weight.mul_(3)
+    monkeypatch.setattr(conversion.texts, "VERIFICATION_TOKENS", 1024)
     calibrate_thresholds(model, [{"input_ids": make_tokens(8, 64, seed=9)}])
     model.save_pretrained(tmp_path / "ec")
     tokenizer.save_pretrained(tmp_path / "ec")
