@@ -132,6 +132,7 @@ params = llama.CommonParams()
 params.model.path = sys.argv[1]
 params.n_ctx, params.n_parallel, params.warmup, params.fit_params = 512, 1, False, False
 params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # its threads wait for each other awake
 server = llama.Server(params)
 found = []
 for prompt in json.loads(sys.argv[2]):
