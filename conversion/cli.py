@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-experts-per-token", type=int, help="of a mixture (default: no bound)")
     parser.add_argument("--max-shard-size", help="of the output's files (default: 5GB)")
     parser.add_argument("--text", help="text or .jsonl of chats to calibrate on (default: a sample of several kinds)")
+    parser.add_argument("--calibration-tokens", type=int, help="of it (default: 16,384; with --to what is needed)")
     parser.add_argument("--revision", help="of a Hub id")
     parser.add_argument("--device", help="where models are run (default: an accelerator if there is one; auto: all)")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="run no model; estimate thresholds")

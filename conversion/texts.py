@@ -112,8 +112,12 @@ def check_same_tokenizer(first: Source, other: Source) -> None:
         )
 
 
-def read_texts(source: Source, config: Any, text: str | None, seed: int) -> Texts:
+def read_texts(
+    source: Source, config: Any, text: str | None, seed: int, calibration_tokens: int | None = None
+) -> Texts:
     """The source's tokenizer, and windows of the user's text or of the sample of several kinds.
+
+    calibration_tokens: about so many, whole windows; None is CALIBRATION_TOKENS.
 
     Raises:
         ConversionError: when there is no tokenizer, or too little text, or the two do not fit the model.
@@ -122,7 +126,7 @@ def read_texts(source: Source, config: Any, text: str | None, seed: int) -> Text
     length = min(WINDOW, config.max_position_embeddings)
     if length < 2:
         raise ConversionError(f"max_position_embeddings={length} in config.json is too short to run the model on text")
-    sizes = VERIFICATION_TOKENS // length, CALIBRATION_TOKENS // length
+    sizes = VERIFICATION_TOKENS // length, max(1, (calibration_tokens or CALIBRATION_TOKENS) // length)
     if text is None:
         held_out, rest = sample_of_kinds(tokenizer, length, sizes, seed)
     else:

@@ -77,20 +77,11 @@ class Road:
         )
 
     def _dense(self) -> None:
-        """The weights and the tokenizer of the GGUF file in the package, written by `save_pretrained`; and the
-        conversations, every fifth of them held out.
-
-        In a process of its own: Transformers reads such a file with the package gguf, which nothing else here needs.
-        """
+        """The model of the package, and the conversations, every fifth of them held out."""
         rows = CONVERSATIONS.read_text(encoding="utf-8").splitlines(keepends=True)
         for name, chosen in ((HELD_OUT, rows[::5]), (TRAINED_ON, [row for n, row in enumerate(rows) if n % 5])):
             (self.output / name).write_text("".join(chosen), encoding="utf-8")
-        file = next(self.packages.rglob("*.gguf"))
-        done = subprocess.run(
-            [sys.executable, "-c", _READ_GGUF, str(self.packages), str(file), str(self.output / "dense")]
-        )
-        if done.returncode:
-            sys.exit(done.returncode)
+        file = read_package(self.packages, self.output / "dense")
         size = sum(path.stat().st_size for path in (self.output / "dense").iterdir())
         self.console.print(f"dense: {size / 1e6:,.0f} MB from {file.name}", highlight=False)
 
@@ -140,6 +131,19 @@ class Road:
             markup=False,
         )
         return said | {"streamed": [streamed]}
+
+
+def read_package(packages: Path, folder: Path) -> Path:
+    """The weights and the tokenizer of the GGUF file among the packages, written by `save_pretrained` into a folder;
+    returns the file's path.
+
+    In a process of its own: Transformers reads such a file with the package gguf, which nothing else here needs.
+    """
+    file = next(packages.rglob("*.gguf"))
+    done = subprocess.run([sys.executable, "-c", _READ_GGUF, str(packages), str(file), str(folder)])
+    if done.returncode:
+        sys.exit(done.returncode)
+    return file
 
 
 _READ_GGUF = """

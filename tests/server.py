@@ -1,4 +1,4 @@
-"""A small inference server that drives a checkpoint as the Transformers back-ends of vLLM 0.33 and SGLang 0.5 do.
+"""A small inference server that drives a checkpoint as the Transformers back-ends of vLLM 0.33.0 and SGLang 0.5.23 do.
 
 It builds the base model through AutoModel without weights, replaces each module `experts` whose parameters are all
 3-D by a kernel of its own, registers an attention function, loads tensors by their names, and sends the tokens of all

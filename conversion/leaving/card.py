@@ -13,6 +13,8 @@ from .plain import PlainPlan
 def render_plain_card(plan: PlainPlan, record: dict[str, Any]) -> str:
     """The card of a checkpoint that left the family; it does not depend on the name of the output folder."""
     terms = licence(plan.source)
+    was_looked_at = record["verification"] is not None and (plan.form.is_scaled or plan.form.is_shifted)
+    is_indifferent = was_looked_at and not plan.fitted
     card_data = ModelCardData(
         base_model=[plan.source.source.partition("@")[0]] if plan.source.commit else None,
         library_name="transformers",
@@ -28,7 +30,7 @@ def render_plain_card(plan: PlainPlan, record: dict[str, Any]) -> str:
         source_name=short_name(plan.source),
         title=plan.target.title,
         idle=plan.form.num_idle,
-        exactness=_exactness(plan),
+        exactness=_exactness(plan, is_indifferent),
         text_name=shown(record["text"]),
         licence_note="" if terms else licence_note(plan.source),
         **{key: record[key] for key in used},
@@ -36,11 +38,19 @@ def render_plain_card(plan: PlainPlan, record: dict[str, Any]) -> str:
     return str(card).rstrip() + "\n"
 
 
-def _exactness(plan: PlainPlan) -> list[str]:
-    """One line for each part of the model: whether it computes what the source's does."""
+def _exactness(plan: PlainPlan, is_indifferent: bool) -> list[str]:
+    """One line for each part of the model: whether it computes what the source's does.
+
+    is_indifferent: whether no layer's routes change what it computes.
+    """
     form, config, title = plan.form, plan.source_config, plan.target.title
     lines = ["Exact: embeddings, attention, norms, dense layers and output layer are the source's tensors."]
-    if config.routing == "token_choice" and config.token_choice_bias_update_rate is not None and not form.is_exact:
+    if is_indifferent:
+        lines.append(
+            "Exact: what the experts compute. In every layer they add nothing or are alike, as before training, and "
+            f"nothing depends on routes and weights, which are not the source's: every token takes {form.top_k}."
+        )
+    elif config.routing == "token_choice" and config.token_choice_bias_update_rate is not None and not form.is_exact:
         lines.append(
             f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores; the source "
             f"ranks by score minus threshold, and {title} has neither threshold nor bias."
@@ -71,12 +81,12 @@ def _exactness(plan: PlainPlan) -> list[str]:
                 else ", and the router rows are the source's as they are."
             )
         )
-    if form.is_scaled:
+    if form.is_scaled and not is_indifferent:
         lines.append(
             "Not exact: the combine weights. They add up to one here, and one measured number per expert (`scales` in "
             "the record) stands for what they were."
         )
-    else:
+    elif not is_indifferent:
         lines.append("Exact for the same routes: the combine weights, and each expert's output.")
     if config.shared_expert_intermediate_size:
         held = "lies inside every expert, which is so much wider" if form.is_joined else "is this one's shared expert"

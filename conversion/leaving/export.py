@@ -28,9 +28,10 @@ from ..errors import ConversionError
 from ..machine import announce_work, machine_at_hand
 from ..models import TOLERANCE, check_memory, greedy_texts, load_model, side_by_side
 from ..targets import fields_for_older_tools
-from ..texts import BATCH, OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
+from ..texts import OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
+from .alike import layers_to_fit
 from .card import render_plain_card
-from .estimate import estimate, seconds_to_export
+from .estimate import estimate, seconds_to_export, tokens_to_fit
 from .fit import fit
 from .plain import PlainPlan, layer_of, plan_plain
 
@@ -40,6 +41,7 @@ def export(
     destination: str,
     to: str = "token-choice",
     num_experts_per_tok: int | None = None,
+    calibration_tokens: int | None = None,
     seed: int = 0,
     max_shard_size: str = "5GB",
     text: str | None = None,
@@ -61,6 +63,9 @@ def export(
             whose biased sigmoid scores express thresholds, from checkpoints with sigmoid scores.
         num_experts_per_tok: experts of a token; None is the mean number of the source, rounded, and with
             to="glm4-moe" four times that as room for those who have more. A token-choice source has its own.
+        calibration_tokens: what the numbers are measured on that stand for thresholds and weights; None is eight for
+            each number of a hidden state, from 4,096 to 16,384. Nothing is measured where the experts of a layer are
+            alike or add nothing, as in most conversions before training.
         seed: of the order of the sample text.
         max_shard_size, text, revision, device, push_to_hub: as in `convert`.
         verify: run both models side by side. Without it no model is run at all, which is possible only where
@@ -88,15 +93,22 @@ def export(
             "verify=False (--no-verify): the scales that stand for the combine weights are measured on text; leave it "
             "out, or say device=auto to run the models off the disk"
         )
-    texts = read_texts(held, plan.source_config, text, seed) if verify else None
+    num_tokens = calibration_tokens or tokens_to_fit(plan.source_config)
+    texts = read_texts(held, plan.source_config, text, seed, num_tokens) if verify else None
     if push_to_hub:
         check_hub(push_to_hub)
     if dry_run:
-        return record | estimate(plan, target, machine, verify)
+        return record | estimate(plan, target, machine, num_tokens, verify)
     check_disk(target, plan.nbytes)
     check_memory((held.bytes_to_load + plan.nbytes) * verify, device, f"verify={verify}", "verify=False (--no-verify)")
-    what = f"writes {plan.nbytes / 1e9:,.2f} GB" + f" and runs both models on {machine.name}" * verify
-    announce_work(seconds_to_export(plan, machine, verify), what)
+    if texts is not None:
+        plan.fitted.extend(layers_to_fit(plan))
+        record["calibration_tokens"] = texts.calibration.numel() * bool(plan.fitted)
+    what = f"writes {plan.nbytes / 1e9:,.2f} GB"
+    if plan.fitted:
+        what += f", measures on {record['calibration_tokens']:,} tokens"
+    what += f" and runs both models on {machine.name}" * verify
+    announce_work(seconds_to_export(plan, machine, record["calibration_tokens"], verify), what)
     options = {"max_shard_size": max_shard_size, "device": device, "verify": verify}
     purpose = record | options | {"files": fingerprints([held], text)}
     produce(target, purpose, lambda work: _fill(plan, work, shard_size, texts, device, record), push_to_hub)
@@ -131,6 +143,7 @@ def _record(plan: PlainPlan, source: str, to: str, text: str | None, seed: int) 
         "form": {name: getattr(plan.form, name) for name in ("num_idle", "is_joined", "is_scaled", "is_shifted")},
         "is_exact": plan.form.is_exact,
         "text": text or OWN_TEXT,
+        "calibration_tokens": 0,
         "seed": seed,
         "parameters": plan.parameters,
         "versions": VERSIONS,
@@ -147,10 +160,10 @@ def _fill(
     model = None
     if texts is not None:
         model = load_model(AutoModelForCausalLM, plan.source.folder, dtype, device, None)
-        if plan.form.is_scaled or plan.form.is_shifted:
+        if plan.fitted:
             measured = work.recall("measured")
             if measured is None:
-                measured = fit(model, plan.form, list(texts.calibration.split(BATCH)))
+                measured = fit(model, plan.form, texts.calibration, plan.fitted)
                 work.keep("measured", measured)
             plan.measured.update(measured)
     write_shards(folder, plan.tensors, plan.source_config.num_hidden_layers, shard_size)

@@ -3,8 +3,7 @@
 Letters: T tokens, E experts, K experts of one token, D hidden size.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,67 +17,66 @@ from .plain import Form
 
 # Of the mean diagonal; keeps the solutions finite where inputs or experts hardly differ.
 _RIDGE = 1e-4
-# For each number of a router's constant direction, which has as many as a token's hidden state; 4,096 at least.
-_TOKENS_PER_NUMBER = 8
-_LEAST_TOKENS = 4_096
+_TOKENS_AT_ONCE = 4096  # whose experts' outputs [T, K, D] are held
 
 
 @torch.no_grad()
-def fit(model: Any, form: Form, batches: list[Tensor]) -> dict[str, Tensor]:
-    """The router rows [E, D] and the scales [E] of every sparse layer, as the form needs them: "0.rows", "0.scales".
+def fit(model: Any, form: Form, windows: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
+    """The router rows [E, D] and the scales [E] of those sparse layers, as the form needs them: "0.rows", "0.scales".
 
     Of the rows as they are and those moved by the thresholds a layer gets what leaves less error on the text: moving
     improves the ranking, and with several experts per token changes how they are weighted against each other.
 
-    batches: token ids [B, S] without padding.
+    All windows go through the model together and once: by a layer's inputs its rows are moved, and by the same inputs
+    the rows are held against each other.
+
+    windows: token ids [W, L] without padding. layers: their numbers, as in the names of tensors.
     """
-    layers = {str(i): layer.mlp for i, layer in enumerate(model.config.dense_ffn.layers_of(model))}
-    blocks = {name: block for name, block in layers.items() if isinstance(block, EcMoeBlock)}
-    candidates = {name: [_Candidate(block, block.gate.weight.float(), form)] for name, block in blocks.items()}
-    if form.is_shifted:
-        constants = {name: _Constant(block) for name, block in blocks.items()}
-        wanted = max(_LEAST_TOKENS, _TOKENS_PER_NUMBER * model.config.hidden_size)
-        some = batches[: max(1, -(-wanted // batches[0].numel()))]
-        _run(model, some, blocks, {name: constant.add for name, constant in constants.items()}, "Router rows")
-        for name, constant in constants.items():
-            candidates[name].append(_Candidate(blocks[name], constant.shifted_rows(), form))
-    add: dict[str, _Add] = {name: functools.partial(_add_to_all, found) for name, found in candidates.items()}
-    _run(model, batches, blocks, add, "Experts")
-    best = {name: min(found, key=_Candidate.error) for name, found in candidates.items()}
-    measured = {f"{name}.rows": candidate.rows_ED.cpu() for name, candidate in best.items() if form.is_shifted}
+    found: dict[str, _Candidate] = {}
+    shared: dict[str, Tensor] = {}
+    handles = []
+
+    def watch(name: str, block: EcMoeBlock) -> None:
+        def keep(_module: Any, _inputs: Any, output: Tensor) -> None:
+            shared[name] = output
+
+        def measure(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] = _best(block, form, inputs[0].flatten(0, -2), output.flatten(0, -2), shared.pop(name, None))
+            bar.update()
+
+        handles.append(block.register_forward_hook(measure))
+        if block.shared_expert is not None:
+            handles.append(block.shared_expert.register_forward_hook(keep))
+
+    routing = "token_choice" if model.config.routing == "token_choice" else "threshold"
+    with progress_bar(total=len(layers), desc="Measuring", unit="layer") as bar:
+        try:
+            for number, layer in enumerate(model.config.dense_ffn.layers_of(model)):
+                if str(number) in layers:
+                    watch(str(number), layer.mlp)
+            with use_inference_routing(model, routing):
+                model.get_decoder()(input_ids=windows.to(model.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+    measured = {f"{name}.rows": best.rows_ED.cpu() for name, best in found.items() if form.is_shifted}
     if form.is_scaled:
-        measured |= {f"{name}.scales": candidate.scales().cpu() for name, candidate in best.items()}
+        measured |= {f"{name}.scales": best.scales().cpu() for name, best in found.items()}
     return measured
 
 
-_Add = Callable[[Tensor, Tensor, Tensor | None], None]
-
-
-def _run(model: Any, batches: list[Tensor], blocks: dict[str, EcMoeBlock], add: dict[str, _Add], title: str) -> None:
-    """Runs the model and hands the block's inputs and outputs [T, D] of every layer to `add`, and what its shared
-    expert made of the inputs, or None."""
-    shared: dict[str, Tensor] = {}
-
-    def hook_of(name: str) -> Any:
-        return lambda _module, inputs, output: add[name](
-            inputs[0].flatten(0, -2), output.flatten(0, -2), shared.pop(name, None)
-        )
-
-    def keep_of(name: str) -> Any:
-        return lambda _module, _inputs, output: shared.update({name: output})
-
-    handles = [block.register_forward_hook(hook_of(name)) for name, block in blocks.items()]
-    for name, block in blocks.items():
-        if block.shared_expert is not None:
-            handles.append(block.shared_expert.register_forward_hook(keep_of(name)))
-    routing = "token_choice" if model.config.routing == "token_choice" else "threshold"
-    try:
-        with use_inference_routing(model, routing):
-            for batch in progress_bar(batches, desc=title, unit="batch"):
-                model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _best(
+    block: EcMoeBlock, form: Form, inputs_TD: Tensor, outputs_TD: Tensor, shared_TD: Tensor | None
+) -> "_Candidate":
+    """What stands for a block that made these outputs of these inputs, and for what its shared expert made of them."""
+    rows = [block.gate.weight.float()]
+    if form.is_shifted:
+        rows.append(_shifted_rows(block, inputs_TD))
+    candidates = [_Candidate(block, rows_ED, form) for rows_ED in rows]
+    for begin in range(0, len(inputs_TD), _TOKENS_AT_ONCE):
+        part = slice(begin, begin + _TOKENS_AT_ONCE)
+        _add_to_all(candidates, inputs_TD[part], outputs_TD[part], None if shared_TD is None else shared_TD[part])
+    return min(candidates, key=_Candidate.error)
 
 
 def _add_to_all(
@@ -109,32 +107,20 @@ def _add_to_all(
         candidate.add(experts_RD[place_TE.gather(1, expert_TK)], expert_TK, weight_TK, wanted_TD, weight)
 
 
-class _Constant:
-    """The direction c whose product with every FFN input is nearest to one, by least squares.
+def _shifted_rows(block: EcMoeBlock, inputs_TD: Tensor) -> Tensor:
+    """The router rows [E, D], moved so that they rank by the distance to the thresholds.
 
-    A plain router has no bias. Taking (b_e - mean b) c from row e moves the experts' logits by nearly constant numbers
-    against each other, b_e being the logit (or for softmax scores the logarithm) of the threshold: the order of the
-    moved logits is the order of the distances to the thresholds.
+    c is the direction whose product with every FFN input is nearest to one, by least squares. A plain router has no
+    bias. Taking (b_e - mean b) c from row e moves the experts' logits by nearly constant numbers against each other,
+    b_e being the logit (or for softmax scores the logarithm) of the threshold: the order of the moved logits is the
+    order of the distances to the thresholds.
     """
-
-    def __init__(self, block: EcMoeBlock) -> None:
-        self.block = block
-        hidden = block.gate.hidden_size
-        self.gram_DD = torch.zeros(hidden, hidden, device=block.gate.weight.device)
-        self.sum_D = torch.zeros(hidden, device=block.gate.weight.device)
-
-    def add(self, inputs_TD: Tensor, _outputs_TD: Tensor, _shared_TD: Tensor | None) -> None:
-        inputs_TD = inputs_TD.float()
-        self.gram_DD += inputs_TD.T @ inputs_TD
-        self.sum_D += inputs_TD.sum(0)
-
-    def shifted_rows(self) -> Tensor:
-        direction_D = _ridge(self.gram_DD, self.sum_D)
-        gate = self.block.gate
-        # Thresholds that were never calibrated are zero, which has no logarithm.
-        threshold_E = gate.threshold.float().clamp(1e-6, 1 - 1e-6)
-        border_E = threshold_E.log() if gate.score_function == "softmax" else threshold_E.logit()
-        return gate.weight.float() - (border_E - border_E.mean())[:, None] * direction_D
+    gate, inputs_TD = block.gate, inputs_TD.float()
+    direction_D = _ridge(inputs_TD.T @ inputs_TD, inputs_TD.sum(0)).to(gate.weight.device)
+    # Thresholds that were never calibrated are zero, which has no logarithm.
+    threshold_E = gate.threshold.float().clamp(1e-6, 1 - 1e-6)
+    border_E = threshold_E.log() if gate.score_function == "softmax" else threshold_E.logit()
+    return gate.weight.float() - (border_E - border_E.mean())[:, None] * direction_D
 
 
 class _Candidate:

@@ -32,6 +32,7 @@ from ..targets import EMPTY_WIDTH, OWN_CLASS, Target, plain_config, target_of
 
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 _BUFFERS = (".mlp.gate.threshold", ".mlp.gate.threshold_updates")
+_NEARLY_ZERO = 2**-24  # the smallest number of float16
 # By score a token takes up to so many times its mean number of experts, unless the user says otherwise.
 _ROOM_BY_SCORE = 4
 
@@ -60,7 +61,8 @@ class Form:
 @dataclass(frozen=True)
 class PlainPlan:
     """tied: tensors of the source that are another one, and which. measured: by layer, e.g. "0.rows" [E, D] and
-    "0.scales" [E]; filled before anything is written. biases: [E] by layer where they are not minus the thresholds."""
+    "0.scales" [E]; filled before anything is written. biases: [E] by layer where they are not minus the thresholds.
+    fitted: the layers that are measured; found before anything is run."""
 
     source: Checkpoint
     target: Target
@@ -71,6 +73,7 @@ class PlainPlan:
     tensors: list[PlannedTensor]
     measured: dict[str, Tensor]
     biases: dict[str, Tensor] = field(default_factory=dict)
+    fitted: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -286,12 +289,13 @@ class _Maker:
                 yield self._shared_gate(prefix, f"{shared}_gate.weight")
 
     def _shared_gate(self, prefix: str, written: str) -> PlannedTensor:
-        """The source's own, or a row of zeros, whose sigmoid is one half."""
+        """The source's own, or a row whose sigmoid is one half up to rounding: of zeros llama.cpp makes NaN, since its
+        sigmoid is silu(x) / x."""
         shape, dtype = (1, self.config.hidden_size), self._dtype(prefix)
         own = f"{prefix}.mlp.shared_expert_gate.weight"
         if own in self.source.headers:
             return PlannedTensor(written, shape, dtype, lambda: self.source.pieces(own))
-        return PlannedTensor(written, shape, dtype, lambda: iter([torch.zeros(shape, dtype=dtype)]))
+        return PlannedTensor(written, shape, dtype, lambda: iter([torch.full(shape, _NEARLY_ZERO, dtype=dtype)]))
 
     def _parts(self, prefix: str, expert: int) -> list[tuple[str, int | None, float]]:
         if expert >= self.config.num_experts:
@@ -310,7 +314,7 @@ class _Maker:
         has_shared = self.config.shared_expert_intermediate_size > 0
         if not has_shared or (self.form.is_joined and not self.target.by_score):
             return []
-        # A gate that is all zeros halves it.
+        # A gate that is nearly zero halves it.
         is_halved = self.target.has_gated_shared and self.config.shared_expert_weighting != "gate"
         return [(f"{prefix}.mlp.shared_expert", None, 2.0 if is_halved else 1.0)]
 

@@ -66,6 +66,7 @@ def convert(
     max_experts_per_token: int | None = None,
     max_shard_size: str = "5GB",
     text: str | None = None,
+    calibration_tokens: int | None = None,
     revision: str | None = None,
     device: str | None = None,
     verify: bool = True,
@@ -103,6 +104,7 @@ def convert(
         text: UTF-8 text file to calibrate the thresholds on, documents separated by <|endoftext|>, or .jsonl with
             `text` or `messages` in each row, which the model's chat template makes text of; the package's sample of
             several kinds of text when None.
+        calibration_tokens: of that text, to calibrate on; None is 16,384.
         revision: of a Hub id.
         device: for calibration and verification; None is the first accelerator, or the CPU. "auto" spreads the models
             over all devices, memory and disk.
@@ -133,7 +135,7 @@ def convert(
     if not dry_run:  # which reads no weights
         for held in sources:
             held.check_tied(plan.tied)
-    texts = _texts(plan, text, verify, seed)
+    texts = _texts(plan, text, verify, seed, calibration_tokens)
     prompts = _prompts(plan, router_prompts)
     if push_to_hub:
         check_hub(push_to_hub)
@@ -141,7 +143,7 @@ def convert(
     for note in notes:
         logger.warning(note)
     if dry_run:
-        return estimate(plan, target, machine, num_gpus, verify)
+        return estimate(plan, target, machine, num_gpus, verify, calibration_tokens)
     _check_room(plan, target, verify, device)
     calibrates = verify and not tokens_choose(plan.config)
     record = {
@@ -158,7 +160,7 @@ def convert(
         "versions": VERSIONS,
     }
     announce_work(
-        seconds_to_convert(plan, machine, verify),
+        seconds_to_convert(plan, machine, verify, calibration_tokens),
         f"writes {plan.nbytes / 1e9:,.2f} GB"
         + f", then calibrates and verifies on {machine.name}" * verify
         + f", from measurements on {machine.name}" * (not verify and router != "normal"),
@@ -285,7 +287,7 @@ def _biases(plan: Plan) -> dict[str, Tensor]:
     return {tensor.name: piece for tensor in held for piece in tensor.pieces()}
 
 
-def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> Texts | None:
+def _texts(plan: Plan, text: str | None, verify: bool, seed: int, calibration_tokens: int | None) -> Texts | None:
     """Tokenizer and windows, where something is measured on text."""
     for source in plan.sources[1:]:
         both = isinstance(source, Checkpoint) and isinstance(plan.sources[0], Checkpoint)
@@ -293,7 +295,7 @@ def _texts(plan: Plan, text: str | None, verify: bool, seed: int) -> Texts | Non
             check_same_tokenizer(plan.sources[0], source)
     if not verify and plan.settings.router == "normal":
         return None
-    return read_texts(plan.sources[0], plan.config, text, seed)
+    return read_texts(plan.sources[0], plan.config, text, seed, calibration_tokens)
 
 
 def _prompts(plan: Plan, router_prompts: str | None) -> list[list[str]] | None:

@@ -59,7 +59,14 @@ def flops_per_token(plan: Plan) -> dict[str, int]:
     return {"dense": 2 * (counted["dense_active"] - aside), "converted": 2 * (counted["active"] - aside)}
 
 
-def estimate(plan: Plan, target: Path, machine: Machine, num_gpus: int | None, verify: bool) -> dict[str, Any]:
+def estimate(
+    plan: Plan,
+    target: Path,
+    machine: Machine,
+    num_gpus: int | None,
+    verify: bool,
+    calibration_tokens: int | None = None,
+) -> dict[str, Any]:
     """Figures of a dry run.
 
     experts_per_token: the mean, and the least and the most that a token can have.
@@ -102,7 +109,7 @@ def estimate(plan: Plan, target: Path, machine: Machine, num_gpus: int | None, v
             "writing_bytes": _writing_bytes(plan),
             "running_bytes": _running_bytes(plan, verify),
             "free_bytes": machine.free,
-            "seconds": seconds_to_convert(plan, machine, verify),
+            "seconds": seconds_to_convert(plan, machine, verify, calibration_tokens),
         },
         "training_bytes": _training_bytes(plan, counted),
         "num_gpus": gpus,
@@ -134,14 +141,14 @@ def _running_bytes(plan: Plan, verify: bool) -> int:
     return dense + (plan.nbytes + logits_bytes(config)) * verify
 
 
-def seconds_to_convert(plan: Plan, machine: Machine, verify: bool) -> float:
+def seconds_to_convert(plan: Plan, machine: Machine, verify: bool, calibration_tokens: int | None = None) -> float:
     """About how long it takes: bytes over what a disk takes, passes of the models over measured products."""
     config: Any = plan.config
     flops = flops_per_token(plan)
     passes = INPUT_TOKENS * flops["dense"] * (plan.settings.router != "normal")
     if verify:
         gone_through = 1 if config.bounds_experts_per_token else 2  # times that calibration reads its tokens
-        passes += texts.CALIBRATION_TOKENS * gone_through * flops["converted"]
+        passes += (calibration_tokens or texts.CALIBRATION_TOKENS) * gone_through * flops["converted"]
         passes += texts.VERIFICATION_TOKENS * (flops["dense"] + flops["converted"])
     nbytes = plan.nbytes * (_DRAWN if plan.settings.init in ("noise", "drop") else 1)
     return seconds_of(nbytes, passes, machine, plan.dtype, config.hidden_size, config.moe_intermediate_size)

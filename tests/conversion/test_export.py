@@ -168,6 +168,46 @@ def test_an_upcycled_model_leaves_as_what_it_was(
     assert largest_error(dense, tmp_path / "plain", make_tokens(3, 40)) <= 5e-5
 
 
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("init", ["copy", "shared", "blend", "split"])
+def test_nothing_is_measured_where_no_route_matters(
+    tmp_path: Path, init: str, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before training the verification alone runs the models; a layer of which one number has changed is measured."""
+    write_dense(tmp_path / "dense", "Llama")
+    convert(str(tmp_path / "dense"), str(tmp_path / "sparse"), num_experts=4, init=init, text=str(text))
+    fitted: list[list[str]] = []
+    fit = conversion.leaving.export.fit
+    watched = lambda *arguments: fitted.append(arguments[-1]) or fit(*arguments)  # noqa: E731
+    monkeypatch.setattr(conversion.leaving.export, "fit", watched)
+    record = export(str(tmp_path / "sparse"), str(tmp_path / "plain"), text=str(text))
+    assert fitted == [] and record["calibration_tokens"] == 0
+    assert record["verification"]["kl_divergence"] < 1e-6
+    assert "Exact: what the experts compute." in (tmp_path / "plain" / "README.md").read_text()
+    tensors = load_file(tmp_path / "sparse" / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj"][2, 5, 7] += 1
+    save_file(tensors, tmp_path / "sparse" / "model.safetensors", metadata={"format": "pt"})
+    record = export(str(tmp_path / "sparse"), str(tmp_path / "again"), text=str(text), calibration_tokens=300)
+    assert fitted == [["1"]] and record["calibration_tokens"] == 256  # two windows of 128
+    assert "Exact: what the experts compute." not in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("few_tokens")
+def test_routes_matter_where_alike_experts_have_no_fixed_weight(
+    tmp_path: Path, text: Path, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """One FFN for all experts, weighted by raw scores, or taken by no expert: the routes decide how much of it."""
+    for name, fields in {"raw": {"min_experts_per_token": 1}, "none": {"normalize_combine_weights": True}}.items():
+        write_source(tmp_path / name, "Llama", make_tokens, **fields)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        for key, tensor in tensors.items():
+            if ".mlp.experts." in key:
+                tensor[:] = tensor[:1].clone()
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        record = export(str(tmp_path / name), str(tmp_path / "out" / name), text=str(text))
+        assert record["calibration_tokens"] == 512
+
+
 @pytest.mark.usefixtures("some_tokens")
 @pytest.mark.parametrize("form", ["blend", "shared", "copy"])
 def test_what_is_measured_beats_what_is_not(
@@ -329,6 +369,7 @@ OPTIONS = {
     "--num-experts-per-tok=2": "num_experts_per_tok=2 belongs to --to; leave it out",
     "--to=token-choice --num-experts-per-tok=5": "num_experts_per_tok=5 must be between 1 and num_experts=4",
     "--to=token-choice --num-experts-per-tok=0": "num_experts_per_tok=0 must be at least 1",
+    "--to=token-choice --calibration-tokens=0": "calibration_tokens=0 must be at least 1",
     "--to=token-choice --no-verify": "the scales that stand for the combine weights are measured on text",
     "--to=token-choice --text=missing.txt": "text=missing.txt cannot be read",
     "--to=token-choice --max-shard-size=5": "max_shard_size=5 is no size",

@@ -92,6 +92,24 @@ def test_rows_of_routes_would_be_refused(make_saved: Callable, monkeypatch: pyte
         Server(folder).step(REQUESTS)
 
 
+@torch.no_grad()
+def test_vllm_leaves_the_routing_alone(make_model: Callable) -> None:
+    """vLLM 0.32 routes itself where a router has no state but `weight` and `e_score_correction_bias`. 0.33 also runs
+    blocks itself that call their router with the hidden states alone and hand its second and third output on to the
+    experts. Neither knows thresholds."""
+    block = next(iter(sparse_blocks(make_model("Llama", max_experts_per_token=2)).values()))
+    state = {name for name, _ in (*block.gate.named_parameters(), *block.gate.named_buffers())}
+    assert state - {"weight", "e_score_correction_bias"}
+    seen: dict[str, tuple] = {}
+    block.gate.register_forward_hook(lambda *call: seen.update(gate=call[2:]), with_kwargs=True)
+    block.experts.register_forward_pre_hook(lambda _module, arguments: seen.update(experts=arguments))
+    block(torch.randn(1, 5, 32))
+    keywords, (_, scores, thresholds) = seen["gate"]
+    assert keywords
+    for handed in seen["experts"][1:]:
+        assert handed.shape not in (scores.shape, thresholds.shape)
+
+
 def test_adapters_do_not_change_the_way(make_model: Callable) -> None:
     """A wrapper that keeps the experts' weights takes one row per route, as the experts themselves do."""
     peft = pytest.importorskip("peft")
