@@ -219,8 +219,7 @@ def _linear(rows_ECD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_quantized(weight: Tensor) -> bool:
-    """Whether torchao or `Stacked4bit` holds it: one expert of such a weight goes through `linear`, all together through
-    no product."""
+    """Whether torchao or `Stacked4bit` holds it: such a weight is multiplied by one expert at a time, never whole."""
     return hasattr(weight, "qdata")  # the name of the small numbers in each of the types; a compiler can trace this
 
 

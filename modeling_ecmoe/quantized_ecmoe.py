@@ -1,5 +1,5 @@
-"""Stacked weights in 4 bits: the matrix of each expert is quantised by itself, as bitsandbytes quantises a linear layer,
-and is one of a few that exist in 16 or 32 bits at any moment.
+"""Stacked weights in 4 bits: each expert's matrix is quantised by itself, as bitsandbytes quantises a linear layer, and
+is in 16 or 32 bits while it is computed with.
 
 Shapes: E experts, W x N the matrix of one ([2I, D] or [D, I]), B = W * N / 64 blocks, R rows.
 """

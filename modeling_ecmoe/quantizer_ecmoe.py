@@ -1,5 +1,5 @@
-"""How `BitsAndBytesConfig(load_in_4bit=True)` comes to the stacked experts, which bitsandbytes passes by: quantised tensor
-by tensor as they are read, saved as they are, and read again.
+"""How `BitsAndBytesConfig(load_in_4bit=True)` comes to the stacked experts, which bitsandbytes passes by: they are
+quantised one by one as they are read, saved as they are, and read again.
 
 A stack is loaded and saved as plain tensors, its numbers under the stack's own name and the rest of what it is made of
 (quantized_ecmoe.py) under that name and "_absmax", ...; in between it is one `Stacked4bit`.
@@ -75,7 +75,7 @@ def _stored_names(files: list[str] | None, state_dict: dict[str, Any] | None) ->
     found = set()
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            found |= {_within_layers(name) for name in opened.keys()}
+            found |= {_within_layers(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
     return found
 
 
@@ -90,8 +90,7 @@ def _quantize_op(quantizer: Any) -> Any:
     class Quantize(Bnb4bitQuantize):
         def convert(self, input_dict: Any, *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
             (full_name, value), *_ = input_dict.items()
-            module, name = get_module_from_name(model, full_name)
-            if not isinstance(module, EcMoeRaggedExperts):
+            if not isinstance(get_module_from_name(model, full_name)[0], EcMoeRaggedExperts):
                 return super().convert(input_dict, *args, model=model, **kwargs)
             value = value[0] if isinstance(value, list) else value
             config = self.hf_quantizer.quantization_config
