@@ -87,9 +87,10 @@ def write(model: str, folder: Path) -> None:
     AutoTokenizer.from_pretrained(model).save_pretrained(folder / "bfloat16")
 
 
-def quantization(kind: str) -> BitsAndBytesConfig | None:
+def quantization(kind: str) -> dict[str, BitsAndBytesConfig]:
+    """Of `from_pretrained`, which would take None for a wish to forget what a checkpoint is quantised by."""
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    return BitsAndBytesConfig(**settings, **KINDS[kind]) if KINDS[kind] else None
+    return {"quantization_config": BitsAndBytesConfig(**settings, **KINDS[kind])} if KINDS[kind] else {}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,8 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     before = peak_bytes()
     begin = time.perf_counter()
     with peak_memory() as loading:
-        config = quantization(options.kind)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **quantization(options.kind))
     found: dict[str, Any] = {
         "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "resident_before_bytes": before,

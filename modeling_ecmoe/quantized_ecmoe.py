@@ -68,14 +68,15 @@ class Stacked4bit(Tensor):
             state = bnb.QuantState(absmax=self.nested_absmax[expert], blocksize=_NESTED_BLOCK, code=code)
             state.dtype = torch.float32
             scales |= {"offset": self.offset[expert], "state2": state}
+        # As one row: bitsandbytes' code for a CPU takes the scales of other blocks where a row is no number of blocks.
         state = bnb.QuantState(
             **scales,
-            shape=self.shape[1:],
+            shape=torch.Size([self.shape[1] * self.shape[2]]),
             dtype=dtype or self.dtype,
             blocksize=BLOCK,
             quant_type=self.quant_type,
         )
-        return bnb.dequantize_4bit(self.qdata[expert, :, None], state)
+        return bnb.dequantize_4bit(self.qdata[expert, :, None], state).view(self.shape[1:])
 
     def _like(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "Stacked4bit":
         parts = {name: change(part) for name, part in self.parts().items()}

@@ -14,8 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from transformers.utils import logging
+
 from .experts_ecmoe import EcMoeRaggedExperts
-from .quantized_ecmoe import Stacked4bit, empty_parts, part_name, quantize_stack
+from .quantized_ecmoe import BLOCK, Stacked4bit, empty_parts, part_name, quantize_stack
+
+logger = logging.get_logger(__name__)
 
 
 class EcMoeBnb4bitQuantizer(Bnb4BitHfQuantizer):
@@ -40,7 +44,8 @@ class EcMoeBnb4bitQuantizer(Bnb4BitHfQuantizer):
         # bitsandbytes puts the bits of a linear layer that has computed on a CPU into another order, which Transformers
         # would read as the usual one; and its bias into the precision of that product.
         model.state_dict()
-        model = super()._dequantize(model, dtype)
+        if any(type(module).__name__ == "Linear4bit" for module in model.modules()):  # without one it fails
+            model = super()._dequantize(model, dtype)
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.data = module.bias.data.to(module.weight.dtype)
@@ -59,11 +64,32 @@ def prepare(model: Any, quantizer: Any, files: list[str] | None, state_dict: dic
     """
     quantizer.__class__ = EcMoeBnb4bitQuantizer
     make_room(model, quantizer.quantization_config, quantizer.modules_to_not_convert)
+    narrow = [name for name, module in model.named_modules() if _is_misread_on_cpus(module)]
+    if narrow and not torch.accelerator.is_available():
+        logger.warning_once(
+            f"bitsandbytes misreads linear layers on a CPU whose inputs are no multiple of {BLOCK}: {narrow[0]} and "
+            f"{len(narrow) - 1} more. Leave them out with llm_int8_skip_modules={_skipping(narrow)}"
+        )
+    for linear in model.modules():
+        # On a CPU with products in bfloat16 bitsandbytes reorders these bits for its kernel, and fails at other widths
+        # than these.
+        if getattr(linear, "support_avx512bf16_for_cpu", False):
+            linear.support_avx512bf16_for_cpu = not (linear.in_features % BLOCK or linear.out_features % 32)
     stored = _stored_names(files, state_dict) if quantizer.pre_quantized else None
     for path, module in _experts(model):
         names = [_within_layers(part_name(f"{path}.{name}", "absmax")) for name in module.loads_in_4bit]
         if stored is not None and not stored.issuperset(names):
             undo(module)
+
+
+def _is_misread_on_cpus(module: nn.Module) -> bool:
+    """Whether it is a linear layer in 4 bits with rows that are no number of blocks: bitsandbytes 0.50 takes scales of
+    other blocks for them."""
+    return type(module).__name__ == "Linear4bit" and module.in_features % BLOCK != 0
+
+
+def _skipping(names: list[str]) -> list[str]:
+    return ["lm_head", *sorted({name.rpartition(".")[2] for name in names})]
 
 
 def _stored_names(files: list[str] | None, state_dict: dict[str, Any] | None) -> set[str] | None:
