@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-
 from transformers.utils import logging
 
 from .experts_ecmoe import EcMoeRaggedExperts
