@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
+from modeling_ecmoe.quantized_ecmoe import Stacked4bit
 
 from .errors import RecipeError
 from .recipe import refuse_unknown
@@ -138,12 +139,14 @@ def _refuse_impossible(settings: dict[str, Any]) -> None:
 
 
 def _refuse_quantized(model: nn.Module, experts: list[str]) -> None:
-    """The sum of weight and adapter has no quantised form, and PEFT would find out in the first forward pass."""
+    """The sum of weight and adapter has no quantised form, and PEFT would find out in the first forward pass. What
+    bitsandbytes has in 4 bits is added to row by row."""
     kind = type(model.get_parameter(experts[0]))
-    if kind is not nn.Parameter:
+    if kind not in (nn.Parameter, Stacked4bit):
         raise RecipeError(
             f"lora.target_parameters names experts that are quantised ({kind.__name__}), and PEFT cannot add adapters "
-            "to them; train on the checkpoint before it was quantised, or on one whose experts were left out"
+            "to them; train on the checkpoint before it was quantised with quantization=4bit, or on one whose experts "
+            "were left out"
         )
 
 

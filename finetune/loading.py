@@ -1,13 +1,15 @@
 """Model and tokenizer of a recipe, with the routing fields and the parallel plan it asks for."""
 
+import importlib.util
 import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig
 
@@ -45,6 +47,8 @@ def load_config(recipe: Recipe) -> Any:
             if recipe.lora is not None and not recipe.merge:
                 _refuse_what_adapters_lose(name, value, config, recipe.model)
             setattr(config, name, value)
+        if recipe.quantization:
+            _refuse_unquantizable(recipe, config)
         config.validate()  # what goes together; from_pretrained looks at each field alone
     except RecipeError:
         raise
@@ -73,6 +77,33 @@ def _refuse_what_adapters_lose(name: str, value: Any, config: Any, model: str) -
     )
 
 
+def _refuse_unquantizable(recipe: Recipe, config: Any) -> None:
+    """What stands in the way of `quantization`, before any weight is read."""
+    asked = f"quantization={recipe.quantization}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(f"{asked} needs bitsandbytes, which is not installed; pip install 'ecmoe[quantization]'")
+    if getattr(config, "quantization_config", None) is not None:
+        raise RecipeError(f"{asked}: model={recipe.model} is quantised already; leave quantization out")
+    if PartialState().num_processes > 1:
+        raise RecipeError(
+            f"{asked} is for one process, and {PartialState().num_processes} were started; start one, or leave "
+            "quantization out"
+        )
+
+
+def quantization_config(recipe: Recipe, config: Any) -> BitsAndBytesConfig:
+    """Linear layers and experts as in QLoRA (arXiv 2305.14314): NF4, scales quantised too; products in the precision
+    that the weights would have.
+
+    config: of the model.
+    """
+    stored = getattr(config, "dtype", None) or torch.float32
+    dtype = stored if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
 def _why_not(error: Exception, path: Path) -> str:
     """One line; of what is no folder, why the Hub did not give it."""
     if path.is_dir():
@@ -88,6 +119,8 @@ def load_model(recipe: Recipe) -> Any:
         raise RecipeError(f"model_init_kwargs={options} names dtype; write dtype={options['dtype']} beside it")
     if recipe.distributed:
         options["distributed_config"] = distributed_config(recipe)
+    if recipe.quantization:
+        options["quantization_config"] = quantization_config(recipe, AutoConfig.from_pretrained(recipe.model))
     try:
         return AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.dtype, **options)
     except _UNLOADABLE as error:

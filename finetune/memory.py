@@ -11,6 +11,8 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from modeling_ecmoe.block_ecmoe import EcMoeBlock
+
 from .adapters import add_lora, group_of
 from .errors import RecipeError
 from .recipe import Recipe
@@ -21,6 +23,7 @@ from .sources import say
 TRAINING_BYTES = {"float32": 16, "bfloat16": 6}
 SPARE = 0.9  # of the free memory; nobody counts to the last byte
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+_BYTES_IN_4BIT = 0.5 + (1 + 4 / 256) / 64  # a number, its share of a block's scale, and that one's of another
 _TILE = (4096, 32768)  # tokens and vocabulary of what TRL's head computes at once
 # Copies of that, where Triton folds it in place and where torch does; measured on a CPU (docs/finetuning.md).
 _TILES = {"cuda": 2, "cpu": 8}
@@ -37,7 +40,8 @@ def empty_model(config: Any) -> Any:
 def kept_bytes(recipe: Recipe, model: nn.Module) -> dict[str, int]:
     """Weights, gradients and moments on each device, by dtype; of adapters by "adapters", whose base is as stored.
 
-    model: an `empty_model`; gets adapters where the recipe has some. Of quantised weights nothing is counted.
+    model: an `empty_model`; gets adapters where the recipe has some. Of a checkpoint that is quantised nothing is
+        counted.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         return {}
@@ -46,11 +50,13 @@ def kept_bytes(recipe: Recipe, model: nn.Module) -> dict[str, int]:
     if recipe.lora is not None:
         stored = {"auto": getattr(model.config, "dtype", None) or torch.float32}.get(recipe.dtype, recipe.dtype)
         size = stored.itemsize if isinstance(stored, torch.dtype) else _WEIGHT_BYTES.get(stored, 2)
-        base = sum(p.numel() for p in model.parameters())
+        small = _quantized_weights(model) if recipe.quantization else 0
+        base = sum(p.numel() for p in model.parameters()) - small
         with torch.device("meta"):
             model = add_lora(model, recipe.lora)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return {"adapters": (base * size + trained * TRAINING_BYTES["float32"]) // shards}
+        kept_in_4bit = round(small * _BYTES_IN_4BIT)
+        return {"adapters": (base * size + kept_in_4bit + trained * TRAINING_BYTES["float32"]) // shards}
     rates = {"router": recipe.router_learning_rate, "routed experts": recipe.experts_learning_rate}
     total = sum(p.numel() for p in model.parameters())
     frozen = sum(p.numel() for name, p in model.named_parameters() if rates.get(group_of(name)) == 0)
@@ -58,6 +64,14 @@ def kept_bytes(recipe: Recipe, model: nn.Module) -> dict[str, int]:
         dtype: ((total - frozen) * size + frozen * _WEIGHT_BYTES[dtype]) // shards
         for dtype, size in TRAINING_BYTES.items()
     }
+
+
+def _quantized_weights(model: nn.Module) -> int:
+    """How many numbers bitsandbytes takes: of linear layers but the head, and of stacked experts."""
+    linear = [m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
+    blocks = [module for module in model.modules() if isinstance(module, EcMoeBlock)]
+    stacks = [weight for block in blocks for weight in block.experts.parameters() if weight.dim() == 3]
+    return sum(weight.numel() for weight in [*linear, *stacks])
 
 
 def passing_bytes(recipe: Recipe, config: Any, tokens: int, itemsize: int) -> int:

@@ -74,7 +74,8 @@ def choose(recipe: Recipe, config: Any, resume: Path | None = None) -> Precision
         min(gather_object([free_bytes(recipe)])),
     )  # one for all ranks
     if recipe.lora is not None:
-        return Precision(recipe.dtype, autocast, False, needed, free, "adapters and router in float32")
+        small = "linear layers and experts in 4 bits, " if recipe.quantization else ""
+        return Precision(recipe.dtype, autocast, False, needed, free, f"{small}adapters and router in float32")
     dtype, why = recipe.dtype, "as the recipe says"
     if dtype == "auto" and resume is not None and (resume / "config.json").is_file():
         dtype, why = str(AutoConfig.from_pretrained(resume).dtype).removeprefix("torch."), f"as {resume.name} is"

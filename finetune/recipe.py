@@ -54,6 +54,7 @@ class Recipe:
         not fit into memory; with lora as stored.
     router_learning_rate, experts_learning_rate: of these weights, where it is not learning_rate; 0 freezes them.
     lora: fields of peft.LoraConfig, to train adapters alone; {} takes attention, stacked experts and router.
+    quantization: "4bit" loads linear layers and routed experts in 4 bits (bitsandbytes, NF4), for lora alone.
     merge: at the end writes the whole model with its adapters added to the weights too, into `output_dir`/merged.
     distributed: fields of Transformers' DistributedConfig, such as {fsdp_size: 8, ep_size: 8}.
     training: arguments of SFTConfig. packing_strategy is "wrapped" for text, documents end to end in rows of one size
@@ -80,6 +81,7 @@ class Recipe:
     router_learning_rate: float | int | None = None
     experts_learning_rate: float | int | None = None
     lora: dict[str, Any] | None = None
+    quantization: str | None = None
     merge: bool = False
     distributed: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -101,6 +103,18 @@ class Recipe:
         if self.merge and (self.lora is None or self.distributed):
             raise ValueError(
                 "merge=true is for adapters (lora) on whole models, not for a run of all weights or of parts"
+            )
+        if self.quantization not in (None, "4bit"):
+            raise ValueError(f"quantization={self.quantization} is unknown; choose 4bit, or leave it out")
+        if self.quantization and (self.lora is None or self.distributed):
+            raise ValueError(
+                f"quantization={self.quantization} is for adapters (lora={{}}) on whole models: weights in 4 bits can "
+                "neither be trained themselves nor divided among devices (distributed)"
+            )
+        if self.quantization and "quantization_config" in (self.training.get("model_init_kwargs") or {}):
+            raise ValueError(
+                f"quantization={self.quantization} and model_init_kwargs.quantization_config say the same thing; "
+                "leave one of them out"
             )
         packing = self.training.get("packing") or False
         if self.training.get("eval_packing") not in (None, packing):

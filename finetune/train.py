@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -96,6 +97,10 @@ def _merge(trainer: EcMoeTrainer, recipe: Recipe, results: dict[str, Any], folde
     say(f"merging the adapters into {folder}")
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer: Any = trainer.processing_class
+    if recipe.quantization:  # into the numbers that the adapters were trained on
+        stops = model.generation_config.eos_token_id
+        model = peft.PeftModel.from_pretrained(load_model(recipe).dequantize(), recipe.output_dir)
+        model.generation_config.eos_token_id = stops
     model.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     card = render_card(recipe, trainer.args, results, is_adapter=False)

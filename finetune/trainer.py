@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import has_length
 from trl import SFTTrainer
@@ -15,6 +16,16 @@ class EcMoeTrainer(ExpertChoiceTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer, for expert-choice and dense models."""
 
     card: str | None = None  # of a finished run, in place of TRL's and PEFT's
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """As SFTTrainer's, which rounds what is trained of a quantised model to bfloat16: most steps of AdamW would be
+        rounded away."""
+        is_loaded = isinstance(model, nn.Module)
+        trained = [(p, p.data) for p in model.parameters() if p.requires_grad] if is_loaded else []
+        super().__init__(model, *args, **kwargs)
+        for parameter, data in trained:
+            if parameter.dtype != data.dtype:
+                parameter.data = data
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run's own. TRL's, for the Hub alone: of a model from a folder it says that it is a fine-tuned version of

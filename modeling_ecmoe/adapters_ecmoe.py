@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .experts_ecmoe import EcMoeExperts
+from .quantized_ecmoe import Stacked4bit, through_expert
 
 
 def by_rows(experts: Any) -> Any:
@@ -41,7 +42,8 @@ class _AdaptedRows:
             if not knows_factors or module.disable_adapters or module.merged or _is_hooked(module):
                 return None
             weight = module.get_param()  # of another type where it is quantised or divided among devices
-            if type(weight) is not nn.Parameter or weight.requires_grad or weight.element_size() < 2:
+            is_plain = type(weight) is nn.Parameter and weight.element_size() > 1
+            if weight.requires_grad or not (is_plain or isinstance(weight, Stacked4bit)):
                 return None
             active = [name for name in module.active_adapters if name in module.lora_A]
             factors[module.parameter_name] = [module.get_delta_factors(name) for name in active]
@@ -59,7 +61,8 @@ class _AdaptedRows:
         turn, equally many or as many as a list says."""
         base = self.base
         into, into_bias, down, down_bias = base._stacks()
-        if isinstance(rows_per_expert, list):
+        is_in_4bit = isinstance(into, Stacked4bit) or isinstance(down, Stacked4bit)  # and one expert at a time
+        if isinstance(rows_per_expert, list) or (rows_per_expert is not None and is_in_4bit):
             outputs = []
             for expert, rows in enumerate(hidden_states.split(rows_per_expert)):
                 if len(rows):
@@ -83,9 +86,9 @@ class _AdaptedRows:
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor | None, name: str, expert: Any = ...) -> Tensor:
         """Rows through the matrices of a stack, [E, W, D] or [E, D, I], and through its adapters: [E, C, D or I]
         through all, [R, D or I] through one expert's."""
-        product = _through(rows, weight[expert])
+        product = _through(rows, weight) if expert is ... else through_expert(rows, weight, expert)
         if bias is not None:
-            product = product + bias[expert].unsqueeze(-2)
+            product = product + bias[expert].unsqueeze(-2).to(product.dtype)
         for outer, inner, scaling in self.factors.get(name, ()):  # [E, W or D, r] and [E, r, D or I]
             product = product + scaling * _through(_through(rows, inner[expert]), outer[expert])
         return product

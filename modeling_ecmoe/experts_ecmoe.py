@@ -14,6 +14,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
 from .kernels_ecmoe import ACTIVATIONS, gated, gated_backward, kernels_run_on
+from .quantized_ecmoe import Stacked4bit, part_name, through_expert
 
 
 @use_experts_implementation
@@ -39,6 +40,7 @@ class EcMoeRaggedExperts(nn.Module):
             self.act_fn = activation(dtype=config.dtype)
         else:
             self.act_fn = ACT2FN[config.hidden_act]
+        self.loads_in_4bit: dict[str, nn.Parameter] = {}  # of quantizer_ecmoe.py, while weights are loaded
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K] -> [T, D], one expert after the other."""
@@ -48,10 +50,8 @@ class EcMoeRaggedExperts(nn.Module):
             token, slot = torch.where(top_k_index == expert)
             if token.numel() == 0:
                 continue
-            bias = None if into_bias is None else into_bias[expert]
-            hidden = self._activate(nn.functional.linear(hidden_states[token], into[expert], bias))
-            bias = None if down_bias is None else down_bias[expert]
-            hidden = nn.functional.linear(hidden, down[expert], bias) * top_k_weights[token, slot, None]
+            hidden = self._activate(_expert_linear(hidden_states[token], into, into_bias, expert))
+            hidden = _expert_linear(hidden, down, down_bias, expert) * top_k_weights[token, slot, None]
             output.index_add_(0, token, hidden.to(output.dtype))
         return output
 
@@ -66,6 +66,14 @@ class EcMoeRaggedExperts(nn.Module):
             return into, into_bias, down, down_bias
         biases = (None if bias is None else bias.to(dtype) for bias in (into_bias, down_bias))
         return into.to(dtype), next(biases), down.to(dtype), next(biases)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As torch's; of a stack in 4 bits what it is made of."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, weight in self.named_parameters(recurse=False):
+            if isinstance(weight, Stacked4bit):
+                parts = weight.parts().items()
+                destination.update({prefix + part_name(name, part): tensor for part, tensor in parts})
 
     def extra_repr(self) -> str:
         shapes = [f"{name}={list(weight.shape)}" for name, weight in self.named_parameters(recurse=False)]
@@ -118,10 +126,12 @@ class EcMoeExperts(EcMoeRaggedExperts):
         rows_per_expert: when given, hidden_states [R, D] holds so many rows of each expert in turn, or as many as a
             list says; top_k_index says so too, top_k_weights are ones, and the rows come back unweighted.
         """
+        is_quantized = _is_quantized(self.down_proj)
+        if rows_per_expert is not None and is_quantized:
+            return self._quantized_rows(hidden_states, rows_per_expert)
         if isinstance(rows_per_expert, list):
             return self._counted_rows(hidden_states, rows_per_expert)
-        is_quantized = _is_quantized(self.down_proj)
-        if rows_per_expert is not None and not is_quantized:
+        if rows_per_expert is not None:
             return self._equal_rows(hidden_states, rows_per_expert)
         if is_quantized or not self._suits_grouped_mm(hidden_states):
             # The body above, without the dispatch to a back-end that would refuse these tensors.
@@ -153,12 +163,22 @@ class EcMoeExperts(EcMoeRaggedExperts):
             hidden = self._activate(_counted_product(hidden_states.to(into.dtype), into, into_bias, counts))
             return _counted_product(hidden, down, down_bias, counts)
 
+    def _quantized_rows(self, hidden_states: Tensor, counts: int | list[int]) -> Tensor:
+        """Rows [R, D] sorted by expert, equally many or so many of each: one expert after the other."""
+        into, into_bias, down, down_bias = self._stacks()
+        outputs = []
+        for expert, rows in enumerate(hidden_states.split(counts)):
+            if len(rows):
+                hidden = self._activate(_expert_linear(rows, into, into_bias, expert))
+                outputs.append(_expert_linear(hidden, down, down_bias, expert))
+        return torch.cat(outputs)
+
     def takes_counts(self) -> bool:
         """Whether `forward` takes the rows of each expert: where Transformers' grouped product, which on a CPU takes
-        one expert after the other too, or the plain loop would serve them, and weights are plain."""
+        one expert after the other too, or the plain loop would serve them, or weights are quantised."""
         is_plain = self.config._experts_implementation in (None, "eager", "grouped_mm")
         is_parallel = getattr(self, "_is_expert_parallel", False)
-        return is_plain and not is_parallel and not _is_quantized(self.down_proj)
+        return (is_plain or _is_quantized(self.down_proj)) and not is_parallel
 
     def leaves_rows_out(self) -> bool:
         """Whether `forward` leaves rows out whose expert is beyond the last; what comes back for them is undefined.
@@ -204,6 +224,14 @@ def _counted_product(rows: Tensor, weight: Tensor, bias: Tensor | None, counts: 
     return output
 
 
+def _expert_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    """Rows [R, D] through one expert's linear layer of a stack [E, W, D] -> [R, W]."""
+    if not isinstance(weight, Stacked4bit):
+        return nn.functional.linear(rows, weight[expert], None if bias is None else bias[expert])
+    product = through_expert(rows, weight, expert)
+    return product if bias is None else product + bias[expert].to(product.dtype)
+
+
 def _linear(rows_ECD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """C rows of every expert through its own linear layer."""
     product = torch.bmm(rows_ECD, weight.mT)
@@ -211,8 +239,8 @@ def _linear(rows_ECD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_quantized(weight: Tensor) -> bool:
-    """Whether torchao holds it: one expert of such a weight goes through `linear`, all together through no product."""
-    return hasattr(weight, "qdata")  # the name of the small numbers in each of its types; a compiler can trace this
+    """Whether torchao or `Stacked4bit` holds it: such a weight is multiplied by one expert at a time, never whole."""
+    return hasattr(weight, "qdata")  # the name of the small numbers in each of the types; a compiler can trace this
 
 
 class EqualRows(torch.autograd.Function):

@@ -28,6 +28,8 @@ from .notices_ecmoe import (
     warn_training_loss,
     warn_unquantized,
 )
+from .quantized_ecmoe import Stacked4bit
+from .quantizer_ecmoe import Bnb4BitHfQuantizer, close, make_room, prepare
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
 from .versions_ecmoe import slice_logits_to_keep
@@ -132,6 +134,11 @@ class EcMoePreTrainedMixin:
                 f"pp_size={distributed_config.pp_size}: Transformers' pipeline computes something else for "
                 f"{model.config.model_type.removeprefix('ecmoe_')} models, the dense ones too; use tp_size or fsdp_size"
             )
+        if distributed_config is not None and any(getattr(m, "loads_in_4bit", None) for m in model.modules()):
+            raise ValueError(
+                "quantization_config with load_in_4bit=True: experts in 4 bits are whole on one device; leave "
+                "distributed_config out"
+            )
         return super().maybe_distribute_model(model, distributed_config, *args)
 
     @classmethod
@@ -144,6 +151,13 @@ class EcMoePreTrainedMixin:
         self.__module__ = next(c.__module__ for c in type(self).__mro__ if not c.__module__.startswith("torch."))
         super().save_pretrained(*args, **kwargs)
 
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """As Transformers', asked before weights are given to devices by their size, which in 4 bits is another one."""
+        config = getattr(self.config, "quantization_config", None)
+        if getattr(self, "is_quantized", False) and getattr(config, "load_in_4bit", False):
+            make_room(self, config)
+        return super()._get_dtype_plan(dtype)
+
     @classmethod
     def _load_pretrained_model(
         cls, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
@@ -154,11 +168,23 @@ class EcMoePreTrainedMixin:
         require_own_folder(model)
         measured_on = model.config.get_text_config().thresholds_from
         logger.info(f"Thresholds from: {measured_on or 'training, or never calibrated'}")
-        if load_config.hf_quantizer is not None:
-            warn_unquantized(model, load_config.hf_quantizer, load_config.dtype)
+        quantizer = load_config.hf_quantizer
+        in_4bit = isinstance(quantizer, Bnb4BitHfQuantizer)
+        if in_4bit:
+            prepare(model, quantizer, checkpoint_files, state_dict)
+        if quantizer is not None:
+            warn_unquantized(model, quantizer, load_config.dtype)
         loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if in_4bit:
+            close(model, quantizer.quantization_config)
         require_experts(model, loaded[0].missing_keys, loaded[0].unexpected_keys)
         return loaded
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """As Transformers', in bytes, experts in 4 bits by what they are made of."""
+        size: int = super().get_memory_footprint(return_buffers)
+        stacks = [weight for weight in self.parameters() if isinstance(weight, Stacked4bit)]
+        return size + sum(stack.nbytes - stack.numel() * stack.element_size() for stack in stacks)
 
     def num_parameters(
         self, only_trainable: bool = False, exclude_embeddings: bool = False, only_active: bool = False

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from .block_ecmoe import EcMoeBlock
@@ -20,7 +21,8 @@ logger = logging.get_logger(__name__)
 def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None) -> None:
     """Says which share of the weights a quantiser leaves alone, before they are loaded and memory runs out.
 
-    Most quantisers convert `nn.Linear` only. Experts that one has replaced by modules of its own are not counted.
+    Most quantisers convert `nn.Linear` only. Experts that one has replaced by modules of its own are not counted, nor
+    those that it was told to skip.
 
     Args:
         model: as the quantiser has prepared it, still without weights.
@@ -33,6 +35,7 @@ def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None
         for name, module in experts.items()
         for weight, parameter in module.named_parameters()
         if parameter.dim() == 3  # biases stay as they are in every layer
+        and should_convert_module(name, getattr(quantizer, "modules_to_not_convert", None))
     ]
     left = [name for name in names if not quantizer.param_needs_quantization(model, name)]
     if not left:
@@ -42,10 +45,11 @@ def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None
     total = sum(parameter.numel() for parameter in parameters.values())
     dtype = dtype or parameters[left[0]].dtype
     method = getattr(quantizer.quantization_config.quant_method, "value", quantizer.quantization_config.quant_method)
+    remedy = "load_in_4bit=True takes them too. " if method == "bitsandbytes" else ""
     logger.warning_once(
         f"quantization_config={method} leaves the stacked experts in {str(dtype).removeprefix('torch.')}: {size:,} "
         f"parameters, {size * dtype.itemsize / 1e9:.2g} GB, {size / total:.0%} of the model. They are no "
-        f"linear layers. torchao quantises what is named: quantization_config={_torchao_config(model)}"
+        f"linear layers. {remedy}torchao quantises what is named: quantization_config={_torchao_config(model)}"
     )
 
 

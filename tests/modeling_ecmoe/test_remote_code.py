@@ -26,6 +26,8 @@ SHARED_FILES = {
     "kernels_ecmoe.py",
     "pairs_ecmoe.py",
     "precision_ecmoe.py",
+    "quantized_ecmoe.py",
+    "quantizer_ecmoe.py",
     "serving_ecmoe.py",
     "configuration_ecmoe.py",
     "routing_ecmoe.py",

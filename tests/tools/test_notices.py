@@ -1,5 +1,6 @@
 """What quantisers and adapters leave out is said in one line, with its size and the remedy, and else nothing is."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,22 +34,49 @@ def bitsandbytes_config(bits: int) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes(tiny: Path, tmp_path: Path, said: list[str], bits: int) -> None:
-    """nn.Linear is converted, the stacked experts and the router are not; said again of the saved checkpoint."""
-    config = bitsandbytes_config(bits)
+def test_bitsandbytes_in_8_bits(tiny: Path, tmp_path: Path, said: list[str]) -> None:
+    """nn.Linear is converted, the stacked experts and the router are not; said again of the saved checkpoint, and not
+    of experts that were left out by name."""
+    config = bitsandbytes_config(8)
     model = AutoModelForCausalLM.from_pretrained(tiny / "ecmoe", quantization_config=config, dtype=torch.bfloat16)
     (line,) = said
     check_unquantized(line, "bitsandbytes", "bfloat16", model)
+    assert "load_in_4bit=True takes them too." in line
     for block in sparse_blocks(model).values():
         assert block.experts.gate_up_proj.dtype == block.gate.weight.dtype == torch.bfloat16
         assert block.gate.threshold.dtype == torch.float32
-        assert block.shared_expert.up_proj.weight.dtype in (torch.uint8, torch.int8)
+        assert block.shared_expert.up_proj.weight.dtype == torch.int8
     model.save_pretrained(tmp_path / "saved")
     said.clear()
     AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     (line,) = said
     check_unquantized(line, "bitsandbytes", "bfloat16", model)
+    said.clear()
+    config.llm_int8_skip_modules = ["experts", "lm_head"]
+    AutoModelForCausalLM.from_pretrained(tiny / "ecmoe", quantization_config=config)
+    assert said == []
+
+
+def test_bitsandbytes_in_4_bits(tiny: Path, tmp_path: Path, said: list[str]) -> None:
+    """nn.Linear and the stacked experts are converted, and nothing is said, nor of experts left out by name; it is of a
+    checkpoint whose linear layers alone are in 4 bits though its config names no experts."""
+    config = bitsandbytes_config(4)
+    model = AutoModelForCausalLM.from_pretrained(tiny / "ecmoe", quantization_config=config, dtype=torch.bfloat16)
+    for block in sparse_blocks(model).values():
+        assert type(block.experts.down_proj).__name__ == "Stacked4bit"
+        assert block.gate.weight.dtype == torch.bfloat16 and block.gate.threshold.dtype == torch.float32
+        assert block.shared_expert.up_proj.weight.dtype == torch.uint8
+    config.llm_int8_skip_modules = ["experts", "lm_head"]
+    model = AutoModelForCausalLM.from_pretrained(tiny / "ecmoe", quantization_config=config, dtype=torch.bfloat16)
+    assert said == []
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["quantization_config"]["llm_int8_skip_modules"] = ["lm_head"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    (line,) = said
+    check_unquantized(line, "bitsandbytes", "bfloat16", model)
+    assert sparse_blocks(model)["model.layers.0.mlp"].experts.down_proj.dtype == torch.bfloat16
 
 
 def test_torchao(tiny: Path, said: list[str]) -> None:
@@ -171,7 +199,7 @@ def test_an_adapter_on_the_router_alone(tiny: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_lora_beside_bitsandbytes(tiny: Path, bits: int) -> None:
-    """QLoRA: quantised attention, experts in 16 bit, adapters on both; the thresholds follow."""
+    """Quantised attention, experts in 4 or in 16 bits, adapters on both; the thresholds follow."""
     config = bitsandbytes_config(bits)
     base = AutoModelForCausalLM.from_pretrained(tiny / "ecmoe", quantization_config=config, dtype=torch.bfloat16)
     model = add_lora(base, {"r": 4})
