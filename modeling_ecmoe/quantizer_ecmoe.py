@@ -40,12 +40,9 @@ class EcMoeBnb4bitQuantizer(Bnb4BitHfQuantizer):
                 if isinstance(weight, Stacked4bit):
                     matrices = [weight.matrix(expert, dtype) for expert in range(len(weight))]
                     setattr(module, name, nn.Parameter(torch.stack(matrices)))
-        # bitsandbytes puts the bits of a linear layer that has computed on a CPU into another order, which Transformers
-        # would read as the usual one; and its bias into the precision of that product.
-        model.state_dict()
         if any(type(module).__name__ == "Linear4bit" for module in model.modules()):  # without one it fails
             model = super()._dequantize(model, dtype)
-        for module in model.modules():
+        for module in model.modules():  # a linear layer in 4 bits puts its bias into the precision of its products
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.data = module.bias.data.to(module.weight.dtype)
         return model
@@ -70,10 +67,10 @@ def prepare(model: Any, quantizer: Any, files: list[str] | None, state_dict: dic
             f"{len(narrow) - 1} more. Leave them out with llm_int8_skip_modules={_skipping(narrow)}"
         )
     for linear in model.modules():
-        # On a CPU with products in bfloat16 bitsandbytes reorders these bits for its kernel, and fails at other widths
-        # than these.
-        if getattr(linear, "support_avx512bf16_for_cpu", False):
-            linear.support_avx512bf16_for_cpu = not (linear.in_features % BLOCK or linear.out_features % 32)
+        # On a CPU with products in bfloat16 bitsandbytes reorders the bits of a linear layer for inference. Training goes
+        # on without gradients there, scales are rounded to bfloat16, and some widths fail.
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
     stored = _stored_names(files, state_dict) if quantizer.pre_quantized else None
     for path, module in _experts(model):
         names = [_within_layers(part_name(f"{path}.{name}", "absmax")) for name in module.loads_in_4bit]
