@@ -67,8 +67,8 @@ def prepare(model: Any, quantizer: Any, files: list[str] | None, state_dict: dic
             f"{len(narrow) - 1} more. Leave them out with llm_int8_skip_modules={_skipping(narrow)}"
         )
     for linear in model.modules():
-        # On a CPU with products in bfloat16 bitsandbytes reorders the bits of a linear layer for inference. Training goes
-        # on without gradients there, scales are rounded to bfloat16, and some widths fail.
+        # On a CPU with products in bfloat16 bitsandbytes reorders the bits of a linear layer for inference. Training
+        # goes on without gradients there, scales are rounded to bfloat16, and some widths fail.
         if hasattr(linear, "support_avx512bf16_for_cpu"):
             linear.support_avx512bf16_for_cpu = False
     stored = _stored_names(files, state_dict) if quantizer.pre_quantized else None
