@@ -122,8 +122,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def take_from_files(model: Any) -> None:
-    """Weights that are pages of a checkpoint's file, which the system may drop and read again, become the process's own:
-    what a kind needs is counted alike, and files that are not needed any more are let go."""
+    """Weights that are pages of a checkpoint's file, which the system may drop and read again, become the process's
+    own: what a kind needs is counted alike, and files that are not needed any more are let go."""
     for parameter in model.parameters():
         if isinstance(parameter, Stacked4bit):
             for name, part in parameter.parts().items():

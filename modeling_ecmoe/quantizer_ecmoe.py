@@ -5,10 +5,10 @@ A stack is loaded and saved as plain tensors, its numbers under the stack's own 
 (quantized_ecmoe.py) under that name and "_absmax", ...; in between it is one `Stacked4bit`.
 """
 
+import json
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -40,12 +40,9 @@ class EcMoeBnb4bitQuantizer(Bnb4BitHfQuantizer):
                 if isinstance(weight, Stacked4bit):
                     matrices = [weight.matrix(expert, dtype) for expert in range(len(weight))]
                     setattr(module, name, nn.Parameter(torch.stack(matrices)))
-        # bitsandbytes puts the bits of a linear layer that has computed on a CPU into another order, which Transformers
-        # would read as the usual one; and its bias into the precision of that product.
-        model.state_dict()
         if any(type(module).__name__ == "Linear4bit" for module in model.modules()):  # without one it fails
             model = super()._dequantize(model, dtype)
-        for module in model.modules():
+        for module in model.modules():  # a linear layer in 4 bits puts its bias into the precision of its products
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.data = module.bias.data.to(module.weight.dtype)
         return model
@@ -70,10 +67,10 @@ def prepare(model: Any, quantizer: Any, files: list[str] | None, state_dict: dic
             f"{len(narrow) - 1} more. Leave them out with llm_int8_skip_modules={_skipping(narrow)}"
         )
     for linear in model.modules():
-        # On a CPU with products in bfloat16 bitsandbytes reorders these bits for its kernel, and fails at other widths
-        # than these.
-        if getattr(linear, "support_avx512bf16_for_cpu", False):
-            linear.support_avx512bf16_for_cpu = not (linear.in_features % BLOCK or linear.out_features % 32)
+        # On a CPU with products in bfloat16 bitsandbytes reorders the bits of a linear layer for inference. Training
+        # goes on without gradients there, scales are rounded to bfloat16, and some widths fail.
+        if hasattr(linear, "support_avx512bf16_for_cpu"):
+            linear.support_avx512bf16_for_cpu = False
     stored = _stored_names(files, state_dict) if quantizer.pre_quantized else None
     for path, module in _experts(model):
         names = [_within_layers(part_name(f"{path}.{name}", "absmax")) for name in module.loads_in_4bit]
@@ -81,10 +78,10 @@ def prepare(model: Any, quantizer: Any, files: list[str] | None, state_dict: dic
             undo(module)
 
 
-def _is_misread_on_cpus(module: nn.Module) -> bool:
+def _is_misread_on_cpus(module: Any) -> bool:
     """Whether it is a linear layer in 4 bits with rows that are no number of blocks: bitsandbytes 0.50 takes scales of
     other blocks for them."""
-    return type(module).__name__ == "Linear4bit" and module.in_features % BLOCK != 0
+    return type(module).__name__ == "Linear4bit" and bool(module.in_features % BLOCK)
 
 
 def _skipping(names: list[str]) -> list[str]:
@@ -99,8 +96,9 @@ def _stored_names(files: list[str] | None, state_dict: dict[str, Any] | None) ->
         return None
     found = set()
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            found |= {_within_layers(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+        with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        found |= {_within_layers(name) for name in header}
     return found
 
 

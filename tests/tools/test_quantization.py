@@ -252,6 +252,20 @@ def test_gradients_of_adapters(folder: Path, make_tokens: Callable, no_delta: No
         torch.testing.assert_close(grad, found[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
+def test_gradients_after_inference(folder: Path, make_tokens: Callable) -> None:
+    """The same with linear layers in 4 bits before and after a pass without gradients, which has the same logits."""
+    adapted, ids = peft.get_peft_model(load(folder), adapters()), make_tokens(2, 16)
+    before = gradients(adapted, ids)
+    logits = logits_of(adapted, ids)
+    with torch.enable_grad():
+        again = adapted.eval()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(again.detach(), logits, atol=1e-4, rtol=1e-4)
+    after = gradients(adapted, ids)
+    assert any("q_proj" in name for name in before) and before.keys() == after.keys()
+    for name, grad in before.items():
+        torch.testing.assert_close(after[name], grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_learn_and_come_back(
     folder: Path, make_tokens: Callable, tmp_path: Path, no_delta: None, dtype: torch.dtype
