@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ecmoe.analysis.variants import BALANCE_COEFFICIENT
+from ecmoe.analysis.variants import variants_of
 from ecmoe.conversion import convert, export
 from modeling_ecmoe import sparse_blocks
 
@@ -36,36 +36,27 @@ from .quality.train import train
 
 TOP_K, EXPERTS = 2, 8
 AT_LEAST_1 = "expert choice, at least 1"
-TOKENS_CHOOSE = {"routing": "token_choice", "inference_routing": "token_choice"}
-EXPERTS_CHOOSE = {"routing": "expert_choice", "inference_routing": "threshold"}
-NEUTRAL = {
-    "min_experts_per_token": 0,
-    "max_experts_per_token": None,
-    "router_aux_loss_coef": 0.0,
-    "token_choice_bias_update_rate": None,
-    "token_choice_capacity_factor": None,
-    "threshold_after_steps": 0,
+_FIELDS = {variant.key: variant.fields for variant in variants_of(EXPERTS) if variant.num_choices == TOP_K}
+WAYS = {
+    "token choice, balance loss": _FIELDS["dropless"],
+    "token choice, nudged bias": _FIELDS["nudged-bias"],
+    "token choice, balanced by quantiles": _FIELDS["quantiles"],
+    AT_LEAST_1: _FIELDS["at-least-1"],
+    "expert choice": _FIELDS["expert-choice"],
+    "thresholds": _FIELDS["threshold"],
 }
-WAYS: dict[str, dict[str, Any]] = {
-    "token choice, balance loss": TOKENS_CHOOSE | {"router_aux_loss_coef": BALANCE_COEFFICIENT},
-    "token choice, nudged bias": TOKENS_CHOOSE | {"token_choice_bias_update_rate": 1e-3},
-    "token choice, balanced by quantiles": EXPERTS_CHOOSE
-    | {"min_experts_per_token": TOP_K, "max_experts_per_token": TOP_K},
-    AT_LEAST_1: EXPERTS_CHOOSE | {"min_experts_per_token": 1},
-    "expert choice": EXPERTS_CHOOSE,
-    "thresholds": {"routing": "threshold", "inference_routing": "threshold"},
-}
+_SOURCES_RULE = _FIELDS["dropless"] | {"router_aux_loss_coef": 0.0}
 WARM_STEPS = 50
 
 
 def _capacity_closing(step: int) -> dict[str, Any]:
     """Token choice that drops what exceeds a capacity, which falls from twice the equal share to the share itself."""
-    return TOKENS_CHOOSE | {"token_choice_capacity_factor": 2 - step / WARM_STEPS}
+    return _SOURCES_RULE | {"token_choice_capacity_factor": 2 - step / WARM_STEPS}
 
 
 def _bias_nudged(_step: int) -> dict[str, Any]:
     """Ten times the usual rate: the loads are to be even within WARM_STEPS."""
-    return TOKENS_CHOOSE | {"token_choice_bias_update_rate": 1e-2}
+    return _SOURCES_RULE | {"token_choice_bias_update_rate": 1e-2}
 
 
 STARTS: dict[str, Callable[[int], dict[str, Any]] | None] = {
@@ -118,7 +109,7 @@ def main() -> None:
         for rate in ROUTER_RATES
     }
     figures = {"parent": parent, "before": before, "after": after, "starts": starts, "router_rates": rates}
-    path = save("mixtures", figures | {"steps": options.steps, "learning_rate": options.learning_rate})
+    path = save("mixtures", _in_short(figures) | {"steps": options.steps, "learning_rate": options.learning_rate})
     print("\n".join([*table(before, after), "", *curves(starts), ""]))
     for rate, run in rates.items():
         print(f"router's rate {rate} of the rest: {run['end']['loss']:.4f}")
@@ -127,6 +118,15 @@ def main() -> None:
 
 def _file_name(title: str) -> str:
     return title.replace(", ", "-").replace(" ", "_")
+
+
+def _in_short(figures: Any) -> Any:
+    """Without the shares of single experts and domains, which the files of the runs keep."""
+    if isinstance(figures, dict):
+        return {
+            name: _in_short(value) for name, value in figures.items() if not name.endswith(("_by_domain", "_shares"))
+        }
+    return [_in_short(value) for value in figures] if isinstance(figures, list) else figures
 
 
 def _once(path: Path, work: Any) -> Any:
@@ -158,10 +158,10 @@ def train_parent(bench: Bench, runs: Path, steps: int) -> dict[str, Any]:
 def measure_bounds(bench: Bench, mixtral: Path) -> dict[str, Any]:
     """The source by its own rule, and every bound, calibrated for each."""
     model = _converted(mixtral)
-    _set(model, TOKENS_CHOOSE)
+    _set(model, _SOURCES_RULE)
     found = {"the source's rule": _figures(bench, model)}
     for name, (least, most) in BOUNDS.items():
-        _set(model, EXPERTS_CHOOSE | {"min_experts_per_token": least, "max_experts_per_token": most})
+        _set(model, _FIELDS["expert-choice"] | {"min_experts_per_token": least, "max_experts_per_token": most})
         found[name] = _figures(bench, model)
     return found
 
@@ -243,7 +243,7 @@ def _converted(mixtral: Path) -> Any:
 
 
 def _set(model: Any, fields: dict[str, Any]) -> None:
-    for name, value in (NEUTRAL | fields).items():
+    for name, value in fields.items():
         setattr(model.config, name, value)
     model.config.validate()
 
