@@ -59,12 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("ecmoe-finetune: interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
-    if not PartialState().is_main_process:
-        return
-    if options.dry_run:
-        _report_dry_run(results)
-    else:
-        _report(results, recipe)
+    if PartialState().is_main_process:
+        if options.dry_run:
+            _report_dry_run(results)
+        else:
+            _report(results, recipe)
+    # Or threads of gloo may still hold tensors when the interpreter ends, and abort it (pytorch/pytorch#190489).
+    PartialState().destroy_process_group()
 
 
 def _report_dry_run(results: dict[str, Any]) -> None:

@@ -268,6 +268,13 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     # What is learned is said by the labels, which TRL takes as they are.
     settled = recipe.training | {"assistant_only_loss": False, "chat_template_path": None, "eval_packing": None}
     try:
-        return SFTConfig(**(silent | settled), output_dir=recipe.output_dir)
+        arguments = SFTConfig(**(silent | settled), output_dir=recipe.output_dir)
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise RecipeError(f"SFTConfig refuses the recipe: {' '.join(str(error).split())}") from error
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > 1 and arguments.world_size == 1:  # Accelerate looks at what torchrun started only if a GPU is there
+        raise RecipeError(
+            f"{started} processes were started (WORLD_SIZE={started}) and each would train by itself into "
+            f"output_dir={recipe.output_dir}; set use_cpu=true to train on CPUs together, or start one process"
+        )
+    return arguments

@@ -291,3 +291,12 @@ def test_an_old_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("transformers.__version__", "5.16.1")
     with pytest.raises(RecipeError, match=r"transformers=5.16.1 is too old .* pip install 'transformers>=5.23'"):
         load_recipe(place / "recipe.yaml")
+
+
+def test_ranks_that_do_not_see_each_other(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torchrun on a machine without a GPU: Accelerate says one process to each, and both would write one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = recipe_of(max_steps=2, output_dir=tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"2 processes were started .* output_dir=\S+/out; set use_cpu=true to train"):
+        run(recipe)
+    assert not (tmp_path / "out").exists()
