@@ -38,6 +38,7 @@ SHARED_FILES = {
     "parallel_ecmoe.py",
     "block_ecmoe.py",
     "mixins_ecmoe.py",
+    "names_ecmoe.py",
     "notices_ecmoe.py",
 }
 SUFFIXES = {
