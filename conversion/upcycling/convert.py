@@ -238,7 +238,7 @@ def _fill(
     write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
     plan.sources[0].copy_companions(folder)
     keep_tokenizer(plan.sources[0], folder, plan.model.config)
-    if plan.model.config is not config:
+    if plan.is_composite:
         keep_processor(plan.sources[0], folder, plan.model.config)
     custom_object_save(plan.model, folder)
 
