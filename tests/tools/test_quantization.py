@@ -307,8 +307,14 @@ def test_merged(folder: Path, make_tokens: Callable, tmp_path: Path) -> None:
     adapted = peft.get_peft_model(load(folder, **ONLY_EXPERTS), adapters())
     adapted.save_pretrained(tmp_path)
     expected = logits_of(adapted, ids)
-    with pytest.raises(NotImplementedError, match=r"in 4 bits: they are frozen.*call its dequantize\(\)"):
-        copy.deepcopy(adapted).merge_and_unload()
+    bits = {name: stack.qdata.clone() for name, stack in stacks(adapted).items()}
+    for merge in ("merge_adapter", "merge_and_unload"):
+        other = copy.deepcopy(adapted)
+        with pytest.raises(NotImplementedError, match=r"no adapter can be merged into them.*call dequantize\(\)"):
+            getattr(other, merge)()
+        assert bits and all(torch.equal(stack.qdata, bits[name]) for name, stack in stacks(other).items())
+    with pytest.raises(NotImplementedError, match=r"aten.mul.* on experts in 4 bits.*dequantize\(\) before"):
+        next(iter(stacks(adapted).values())) * 2
     dequantized = peft.PeftModel.from_pretrained(load(folder, **ONLY_EXPERTS).dequantize(), tmp_path)
     torch.testing.assert_close(logits_of(dequantized.merge_and_unload(), ids), expected, atol=1e-4, rtol=1e-3)
     plain = AutoModelForCausalLM.from_pretrained(folder)
