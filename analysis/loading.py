@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 import modeling_ecmoe
 from ecmoe.hub import why_not_from_hub
 from ecmoe.progress import announce
+from modeling_ecmoe.registry_ecmoe import is_own
 
 from .arguments import check_checkpoint
 from .errors import AnalysisError
@@ -128,7 +129,7 @@ def _refuse_without_experts(model: Any, name: str) -> None:
 
 def is_of_family(model: Any) -> bool:
     """Of this family, token choice included: whether there are routes to look at."""
-    return str(model.config.model_type).startswith("ecmoe_")
+    return is_own(model.config)
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -4,7 +4,6 @@ Shapes: T tokens, E experts, R chosen (expert, token) pairs.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ecmoe.progress import announce, duration
 from modeling_ecmoe import record_routing, use_inference_routing
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
+from modeling_ecmoe.names_ecmoe import layer_number
 from modeling_ecmoe.report_ecmoe import sparse_blocks
 from modeling_ecmoe.routing_ecmoe import combine_weights
 
@@ -212,10 +212,10 @@ def _layer(
     weight_R, _ = combine_weights(scores_TE[index_R, expert_R], index_R, len(scores_TE), normalize)
     gates_TE = torch.zeros_like(scores_TE)
     gates_TE[index_R, expert_R] = weight_R
-    found = re.search(r"layers\.(\d+)\.", name)
-    assert found is not None, name
+    layer = layer_number(name)
+    assert layer is not None, name
     return LayerRoutes(
-        layer=int(found[1]),
+        layer=layer,
         scores=scores_TE.cpu(),
         threshold=threshold_E.cpu(),
         routes=routes_TE.cpu(),

@@ -24,7 +24,7 @@ RECORD_NAME = "ecmoe_calibration.json"
 _UNFINISHED = ".unfinished"
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS_NAME = "model.safetensors"
-_THRESHOLD = re.compile(r"(layers|h)\.\d+\.mlp\.gate\.threshold(_updates)?$")
+_THRESHOLDS = (".mlp.gate.threshold", ".mlp.gate.threshold_updates")
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
 
@@ -52,10 +52,10 @@ class Shards:
             raise AnalysisError(f"checkpoint={folder} is an adapter; merge it into its model, and calibrate that")
         self.headers = {path: _header(path) for path in _weight_files(folder)}
         self.places = {
-            match[0]: (path, name)
+            ".".join(name.split(".")[-5:]): (path, name)  # from "layers" or "h" on
             for path, (_, header) in self.headers.items()
             for name in header
-            if (match := _THRESHOLD.search(name))
+            if name.endswith(_THRESHOLDS)
         }
         if not self.places:
             raise AnalysisError(

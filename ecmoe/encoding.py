@@ -52,9 +52,7 @@ class Encoder:
         self.has_template = getattr(tokenizer, "chat_template", None) is not None
         self.training_template = _training_template(tokenizer) if self.has_template else None
         if kind == "messages" and not self.has_template:
-            raise EncodingError(
-                f"the tokenizer has no chat template and the dataset holds conversations; {self.remedy}"
-            )
+            raise EncodingError(f"{_NO_TEMPLATE}; {self.remedy}")
 
     def __call__(self, row: Any) -> Sequence:
         """input_ids and labels, IGNORE where nothing is learned."""
@@ -124,9 +122,7 @@ class Encoder:
             prompt = row["prompt"]
             messages = prompt + row["completion"]
         if not self.has_template:
-            raise EncodingError(
-                f"the tokenizer has no chat template and the dataset holds conversations; {self.remedy}"
-            )
+            raise EncodingError(f"{_NO_TEMPLATE}; {self.remedy}")
         messages = [_as_written(message) for message in messages]
         tools = row.get("tools") or None
         tools = _from_json(tools) if isinstance(tools, str) else _without_none(tools)

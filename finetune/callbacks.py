@@ -10,11 +10,12 @@ from transformers.trainer_utils import has_length
 
 from ecmoe.progress import progress_bar
 from modeling_ecmoe import sparse_blocks
+from modeling_ecmoe.registry_ecmoe import is_own
 
 
 def has_experts(model: Any) -> bool:
     """Whether a model of the family, its token-choice baseline among them."""
-    return str(model.config.model_type).startswith("ecmoe_")
+    return is_own(model.config)
 
 
 def is_expert_choice(model: Any) -> bool:

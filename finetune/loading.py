@@ -14,6 +14,7 @@ from transformers.distributed import DistributedConfig
 from trl import SFTConfig
 
 from ecmoe.hub import why_not_from_hub
+from modeling_ecmoe.registry_ecmoe import is_own
 
 from .arguments import check_model
 from .errors import RecipeError
@@ -33,12 +34,12 @@ def load_config(recipe: Recipe) -> Any:
     _refuse_adapter(recipe.model, path)
     try:
         config: Any = AutoConfig.from_pretrained(recipe.model)
-        if str(config.model_type).startswith("ecmoe_") and hasattr(config, "text_config"):
+        if is_own(config) and hasattr(config, "text_config"):
             raise RecipeError(
                 f"model={recipe.model} is an {config.model_type}, which reads images too, and recipes train on text "
                 "alone; convert its source with --text-only, or train it with a trainer of your own"
             )
-        if recipe.routing_fields and not str(config.model_type).startswith("ecmoe_"):
+        if recipe.routing_fields and not is_own(config):
             name, value = next(iter(recipe.routing_fields.items()))
             raise RecipeError(
                 f"{name}={value} is for expert-choice models, and model={recipe.model} is {config.model_type}"

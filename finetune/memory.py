@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
+from modeling_ecmoe.registry_ecmoe import is_own
 
 from .adapters import add_lora, group_of
 from .errors import RecipeError
@@ -96,7 +97,7 @@ def _recomputes(recipe: Recipe) -> bool:
 
 def _active_width(config: Any) -> int:
     """Of the FFNs that a token meets on average, [I]."""
-    if not str(config.model_type).startswith("ecmoe_"):
+    if not is_own(config):
         return getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return round(config.capacity_factor * config.moe_intermediate_size) + config.shared_expert_intermediate_size
 

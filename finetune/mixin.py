@@ -109,7 +109,7 @@ class ExpertChoiceTrainerMixin:
         and balance token choice over all layers at once, where opposite collapses cancel; and so does Trainer where it
         smooths labels or has a loss of the user's."""
         config = self.model.config.get_text_config()
-        if not str(config.model_type).startswith("ecmoe_"):
+        if not has_experts(self.model):
             return False
         has_router_loss = bool(config.router_z_loss_coef or config.router_aux_loss_coef)
         if not hasattr(self, "aux_loss_enabled"):

@@ -22,7 +22,7 @@ from trl import SFTConfig
 from modeling_ecmoe import sparse_blocks
 
 from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_parameters
-from .callbacks import is_expert_choice
+from .callbacks import has_experts, is_expert_choice
 from .card import render_card
 from .curves import draw_curves
 from .data import Collator, Endless, lengths_of, prepare
@@ -346,7 +346,7 @@ def describe(model: Any, recipe: Recipe) -> dict[str, Any]:
     """Name, parameters, and the parameters that the average token meets, without adapters; and what is trained."""
     total = sum(size_of(p) for name, p in model.named_parameters() if is_of_base(name))
     idle = 0
-    if str(model.config.model_type).startswith("ecmoe_"):
+    if has_experts(model):
         for block in sparse_blocks(model).values():
             experts = sum(size_of(p) for name, p in block.experts.named_parameters() if is_of_base(name))
             idle += experts - round(experts * block.config.capacity_factor / block.config.num_experts)

@@ -93,10 +93,8 @@ def hands_token_mask(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(dense_forward)
     def forward(self: Any, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        inputs = given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if token_mask is None and inputs is not None:
-            token_mask = token_mask_of(given.get("attention_mask"), inputs)
+        if token_mask is None:
+            token_mask = _token_mask(given)
         # Gemma-4 would leave the other tokens out of its last layers: those whose routes are looked at, and the mask's.
         given.pop("logits_to_keep", None)
         return dense_forward(self, **given, token_mask=token_mask)
@@ -120,10 +118,8 @@ def with_router_losses(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
             return dense_forward(self, **given, return_dict=True)
         with _router_logits(self) as router_logits:
             outputs = dense_forward(self, **given, return_dict=True)
-        inputs = given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
-        mask = token_mask_of(given.get("attention_mask"), inputs)
-        outputs["aux_loss"], router_loss = self.router_losses(tuple(router_logits), given.get("token_mask", mask))
+        mask = given["token_mask"] if "token_mask" in given else _token_mask(given)
+        outputs["aux_loss"], router_loss = self.router_losses(tuple(router_logits), mask)
         if adds_loss:
             share = share_of_step(labels, given.get("num_items_in_batch"))
             outputs["loss"] = outputs["loss"] + share * router_loss.to(outputs["loss"].device)
@@ -132,6 +128,13 @@ def with_router_losses(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
         return outputs
 
     return forward
+
+
+def _token_mask(given: dict[str, Any]) -> Tensor | None:
+    """[B, S] bool of a call's arguments, True for real tokens; None where they say nothing of padding."""
+    inputs = given.get("input_ids")
+    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    return None if inputs is None else token_mask_of(given.get("attention_mask"), inputs)
 
 
 @contextlib.contextmanager

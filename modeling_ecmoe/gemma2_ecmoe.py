@@ -1,8 +1,6 @@
 """Gemma-2, with experts that choose their tokens."""
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
 from transformers import Gemma2Config, GenerationMixin
 from transformers.modeling_layers import GenericForQuestionAnswering
 from transformers.models.gemma2 import modeling_gemma2 as dense
@@ -17,6 +15,7 @@ from .mixins_ecmoe import (
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import SoftcappedLogits
 
 
 @strict
@@ -39,13 +38,9 @@ class EcMoeGemma2Model(EcMoeModelMixin, EcMoeGemma2PreTrainedModel, dense.Gemma2
 
 
 class EcMoeGemma2ForCausalLM(
-    EcMoeForCausalLMMixin, EcMoeGemma2PreTrainedModel, dense.Gemma2ForCausalLM, GenerationMixin
+    SoftcappedLogits, EcMoeForCausalLMMixin, EcMoeGemma2PreTrainedModel, dense.Gemma2ForCausalLM, GenerationMixin
 ):
     base_model_class = EcMoeGemma2Model
-
-    def scale_logits(self, logits: Tensor) -> Tensor:
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class EcMoeGemma2ForSequenceClassification(

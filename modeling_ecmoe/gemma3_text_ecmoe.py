@@ -1,8 +1,6 @@
 """Gemma-3, its text decoder, with experts that choose their tokens."""
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
 from transformers import Gemma3TextConfig, GenerationMixin
 from transformers.modeling_layers import GenericForQuestionAnswering, GenericForTokenClassification
 from transformers.models.gemma3 import modeling_gemma3 as dense
@@ -17,6 +15,7 @@ from .mixins_ecmoe import (
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import SoftcappedLogits
 
 
 @strict
@@ -39,13 +38,9 @@ class EcMoeGemma3TextModel(EcMoeModelMixin, EcMoeGemma3TextPreTrainedModel, dens
 
 
 class EcMoeGemma3TextForCausalLM(
-    EcMoeForCausalLMMixin, EcMoeGemma3TextPreTrainedModel, dense.Gemma3ForCausalLM, GenerationMixin
+    SoftcappedLogits, EcMoeForCausalLMMixin, EcMoeGemma3TextPreTrainedModel, dense.Gemma3ForCausalLM, GenerationMixin
 ):
     base_model_class = EcMoeGemma3TextModel
-
-    def scale_logits(self, logits: Tensor) -> Tensor:
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class EcMoeGemma3TextForSequenceClassification(

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -24,6 +23,7 @@ from .mixins_ecmoe import (
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import SoftcappedLogits
 
 
 @strict
@@ -58,14 +58,10 @@ class EcMoeGemma4TextModel(EcMoeModelMixin, EcMoeGemma4TextPreTrainedModel, dens
 
 
 class EcMoeGemma4TextForCausalLM(
-    EcMoeForCausalLMMixin, EcMoeGemma4TextPreTrainedModel, dense.Gemma4ForCausalLM, GenerationMixin
+    SoftcappedLogits, EcMoeForCausalLMMixin, EcMoeGemma4TextPreTrainedModel, dense.Gemma4ForCausalLM, GenerationMixin
 ):
     config: EcMoeGemma4TextConfig
     base_model_class = EcMoeGemma4TextModel
-
-    def scale_logits(self, logits: Tensor) -> Tensor:
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class EcMoeGemma4TextForSequenceClassification(

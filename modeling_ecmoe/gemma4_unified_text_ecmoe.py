@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -24,6 +23,7 @@ from .mixins_ecmoe import (
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import SoftcappedLogits
 
 
 @strict
@@ -57,14 +57,14 @@ class EcMoeGemma4UnifiedTextModel(EcMoeModelMixin, EcMoeGemma4UnifiedTextPreTrai
 
 
 class EcMoeGemma4UnifiedTextForCausalLM(
-    EcMoeForCausalLMMixin, EcMoeGemma4UnifiedTextPreTrainedModel, dense.Gemma4UnifiedForCausalLM, GenerationMixin
+    SoftcappedLogits,
+    EcMoeForCausalLMMixin,
+    EcMoeGemma4UnifiedTextPreTrainedModel,
+    dense.Gemma4UnifiedForCausalLM,
+    GenerationMixin,
 ):
     config: EcMoeGemma4UnifiedTextConfig
     base_model_class = EcMoeGemma4UnifiedTextModel
-
-    def scale_logits(self, logits: Tensor) -> Tensor:
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class EcMoeGemma4UnifiedTextForSequenceClassification(

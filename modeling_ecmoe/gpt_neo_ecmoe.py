@@ -13,13 +13,12 @@ from .auto_ecmoe import register_family
 from .configuration_ecmoe import DenseFFN, EcMoeConfigMixin
 from .mixins_ecmoe import (
     ROUTER_LOGITS,
-    EcMoeAloofDecoderLayerMixin,
     EcMoeForCausalLMMixin,
     EcMoeHeadMixin,
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
-    RecordedForward,
 )
+from .variants_ecmoe import EcMoeAloofDecoderLayerMixin, RecordedForward
 
 
 @strict

@@ -17,12 +17,12 @@ from .configuration_ecmoe import DenseFFN, EcMoeConfigMixin
 from .documents_ecmoe import ByDocument
 from .mixins_ecmoe import (
     ROUTER_LOGITS,
-    EcMoeDecoderLayerMixin,
     EcMoeForCausalLMMixin,
     EcMoeHeadMixin,
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import EcMoeFeedForwardDecoderLayerMixin
 
 
 @strict
@@ -53,18 +53,8 @@ class EcMoeLfm2Config(EcMoeConfigMixin, Lfm2Config):
 class EcMoeLfm2ShortConv(ByDocument, dense.Lfm2ShortConv): ...
 
 
-class EcMoeLfm2DecoderLayer(EcMoeDecoderLayerMixin, dense.Lfm2DecoderLayer):
+class EcMoeLfm2DecoderLayer(EcMoeFeedForwardDecoderLayerMixin, dense.Lfm2DecoderLayer):
     stateful_mixers = {"conv": EcMoeLfm2ShortConv}
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if "mlp" in self._modules:
-            del self._modules["feed_forward"]
-
-    @property
-    def feed_forward(self) -> Any:
-        """The block, where there is one, by the name that the dense layer calls its FFN by."""
-        return self._modules.get("mlp") or self._modules["feed_forward"]
 
 
 class EcMoeLfm2PreTrainedModel(EcMoePreTrainedMixin, dense.Lfm2PreTrainedModel):

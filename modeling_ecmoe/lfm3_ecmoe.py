@@ -1,7 +1,5 @@
 """LFM3, attention and short convolutions mixed, with experts that choose their tokens."""
 
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationMixin, Lfm3Config
 from transformers.modeling_layers import (
@@ -16,12 +14,12 @@ from .configuration_ecmoe import DenseFFN, EcMoeConfigMixin
 from .documents_ecmoe import ByDocument
 from .mixins_ecmoe import (
     ROUTER_LOGITS,
-    EcMoeDecoderLayerMixin,
     EcMoeForCausalLMMixin,
     EcMoeHeadMixin,
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import EcMoeFeedForwardDecoderLayerMixin
 
 
 @strict
@@ -35,18 +33,8 @@ class EcMoeLfm3Config(EcMoeConfigMixin, Lfm3Config):
 class EcMoeLfm3ShortConv(ByDocument, dense.Lfm3ShortConv): ...
 
 
-class EcMoeLfm3DecoderLayer(EcMoeDecoderLayerMixin, dense.Lfm3DecoderLayer):
+class EcMoeLfm3DecoderLayer(EcMoeFeedForwardDecoderLayerMixin, dense.Lfm3DecoderLayer):
     stateful_mixers = {"conv": EcMoeLfm3ShortConv}
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if "mlp" in self._modules:
-            del self._modules["feed_forward"]
-
-    @property
-    def feed_forward(self) -> Any:
-        """The block, where there is one, by the name that the dense layer calls its FFN by."""
-        return self._modules.get("mlp") or self._modules["feed_forward"]
 
 
 class EcMoeLfm3PreTrainedModel(EcMoePreTrainedMixin, dense.Lfm3PreTrainedModel):

@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, logging
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
 from .block_ecmoe import EcMoeBlock
 from .context_ecmoe import announce_tokens, use_inference_routing
@@ -92,30 +92,6 @@ class EcMoeDecoderLayerMixin:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
             self.mlp.token_mask = None
-
-
-class EcMoeAloofDecoderLayerMixin(EcMoeDecoderLayerMixin):
-    """Of families whose base model hands nothing on to its layers: it takes the real tokens off its block, which was
-    told of them, before it may be set up for recomputing."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.mlp, EcMoeBlock):
-            kwargs["token_mask"] = self.mlp.token_mask
-        return super().__call__(*args, **kwargs)
-
-
-class EcMoeBareDecoderLayerMixin(EcMoeDecoderLayerMixin):
-    """Of families whose FFN is no module but `fc1` and `fc2` of the layer: in a sparse layer these let everything
-    through, and the block stands where the activation between them does."""
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        if hasattr(self, "mlp"):
-            self.fc1, self.fc2 = nn.Identity(), nn.Identity()
-
-    @property
-    def activation_fn(self) -> Any:
-        return self._modules.get("mlp") or self._modules["activation_fn"]
 
 
 class EcMoePreTrainedMixin:
@@ -293,16 +269,6 @@ class EcMoeModelMixin:
             return MoeModelOutputWithPast(**outputs)
         outputs.router_logits = getattr(outputs, "router_logits", None)  # of a class that says more, as Gemma-4's
         return outputs
-
-
-class RecordedForward:
-    """Before a dense base model that collects its outputs by itself: those that it does not know are recorded."""
-
-    @capture_outputs
-    def forward(self, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """token_mask: read by the layers off their blocks."""
-        kwargs.pop("output_router_logits", None)
-        return super().forward(*args, return_dict=True, **kwargs)
 
 
 def token_mask_of(attention_mask: Any, inputs: Tensor) -> Tensor | None:

@@ -1,8 +1,6 @@
 """NanoChat, with experts that choose their tokens."""
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
 from transformers import GenerationMixin, NanoChatConfig
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -21,6 +19,7 @@ from .mixins_ecmoe import (
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import SoftcappedLogits
 
 
 @strict
@@ -44,13 +43,9 @@ class EcMoeNanoChatModel(EcMoeModelMixin, EcMoeNanoChatPreTrainedModel, dense.Na
 
 
 class EcMoeNanoChatForCausalLM(
-    EcMoeForCausalLMMixin, EcMoeNanoChatPreTrainedModel, dense.NanoChatForCausalLM, GenerationMixin
+    SoftcappedLogits, EcMoeForCausalLMMixin, EcMoeNanoChatPreTrainedModel, dense.NanoChatForCausalLM, GenerationMixin
 ):
     base_model_class = EcMoeNanoChatModel
-
-    def scale_logits(self, logits: Tensor) -> Tensor:
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class EcMoeNanoChatForSequenceClassification(

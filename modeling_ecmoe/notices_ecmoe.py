@@ -1,7 +1,6 @@
 """What happens without a word otherwise: quantisers and adapters that pass the experts by, a dense checkpoint without
 experts, a loss that is not causal."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.utils import logging
 from .block_ecmoe import EcMoeBlock
 from .configuration_ecmoe import CONVERT_FIRST, EcMoeConfigMixin
 from .experts_ecmoe import EcMoeRaggedExperts
+from .names_ecmoe import layer_number
 from .router_ecmoe import EcMoeRouter
 
 logger = logging.get_logger(__name__)
@@ -53,16 +53,11 @@ def warn_unquantized(model: nn.Module, quantizer: Any, dtype: torch.dtype | None
     )
 
 
-# Of a name below a base model's layers, whatever the family calls these.
-_IN_A_LAYER = r"(^|\.)(layers|h)\.\d+\."
-
-
 def _torchao_config(model: nn.Module) -> str:
     """What quantises the linear layers and the stacked experts of this model, and no bias: torchao would take those of
     a module that is named, and then its linear layers fail."""
-    linear = {
-        name for name, module in model.named_modules() if re.search(_IN_A_LAYER, name) and isinstance(module, nn.Linear)
-    }
+    modules = model.named_modules()
+    linear = {name for name, module in modules if layer_number(name) is not None and isinstance(module, nn.Linear)}
     names = "|".join(sorted({name.rpartition(".")[2] for name in linear}))
     patterns = [r".*\.mlp\.experts\..*_proj"]
     if names:  # or a quantiser has put modules of its own in their place
@@ -109,7 +104,7 @@ def require_experts(model: Any, missing: Iterable[str], unexpected: Iterable[str
         ValueError: naming what to do instead.
     """
     experts = [name for name in missing if ".mlp.experts." in name]
-    others = [name for name in unexpected if re.search(_IN_A_LAYER, name)]
+    others = [name for name in unexpected if layer_number(name) is not None]
     if experts and others:
         raise ValueError(
             f"{model.config.name_or_path or 'the checkpoint'} holds {others[0]} instead of the experts "

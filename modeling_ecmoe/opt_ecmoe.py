@@ -16,12 +16,12 @@ from .auto_ecmoe import register_family
 from .configuration_ecmoe import DenseFFN, EcMoeConfigMixin
 from .mixins_ecmoe import (
     ROUTER_LOGITS,
-    EcMoeBareDecoderLayerMixin,
     EcMoeForCausalLMMixin,
     EcMoeHeadMixin,
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import EcMoeBareDecoderLayerMixin
 
 
 @strict

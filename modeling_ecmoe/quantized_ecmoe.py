@@ -101,10 +101,15 @@ class Stacked4bit(Tensor):
             return self._like(lambda part: part.to(device, copy=True), (kwargs or {}).get("dtype"))
         if function is aten.select.int and args[1] == 0:
             return self.matrix(args[2])
+        if function in (aten.add_.Tensor, aten.sub_.Tensor):  # PEFT's merge, which asks nobody beforehand
+            raise NotImplementedError(
+                "experts in 4 bits are frozen, and no adapter can be merged into them; other layers of this model may "
+                "be merged already, so load it again, call dequantize() on it, load the adapter, and then "
+                "merge_and_unload()"
+            )
         raise NotImplementedError(
-            f"{function} on experts in 4 bits: they are frozen, and computed with one by one. Adapters are merged into "
-            "a model in 16 bits: load the base without quantization_config, or call its dequantize(), and then PEFT's "
-            "merge_and_unload()"
+            f"{function} on experts in 4 bits, which are frozen and computed with one by one; call the model's "
+            "dequantize() before"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

@@ -16,6 +16,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils import logging
 
 from .experts_ecmoe import EcMoeRaggedExperts
+from .names_ecmoe import from_layer_number
 from .quantized_ecmoe import BLOCK, Stacked4bit, empty_parts, part_name, quantize_stack
 
 logger = logging.get_logger(__name__)
@@ -73,7 +74,7 @@ def prepare(model: Any, quantizer: Any, files: list[str] | None, state_dict: dic
             linear.support_avx512bf16_for_cpu = False
     stored = _stored_names(files, state_dict) if quantizer.pre_quantized else None
     for path, module in _experts(model):
-        names = [_within_layers(part_name(f"{path}.{name}", "absmax")) for name in module.loads_in_4bit]
+        names = [from_layer_number(part_name(f"{path}.{name}", "absmax")) for name in module.loads_in_4bit]
         if stored is not None and not stored.issuperset(names):
             undo(module)
 
@@ -91,19 +92,15 @@ def _skipping(names: list[str]) -> list[str]:
 def _stored_names(files: list[str] | None, state_dict: dict[str, Any] | None) -> set[str] | None:
     """Of a checkpoint's tensors, without what stands before the layers; None where that is not known."""
     if state_dict is not None:
-        return {_within_layers(name) for name in state_dict}
+        return {from_layer_number(name) for name in state_dict}
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         return None
     found = set()
     for file in files:
         with open(file, "rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        found |= {_within_layers(name) for name in header}
+        found |= {from_layer_number(name) for name in header}
     return found
-
-
-def _within_layers(name: str) -> str:
-    return name.rpartition("layers.")[2]
 
 
 def _quantize_op(quantizer: Any) -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_PREFIX = "ecmoe_"
 _SUFFIX = "_ecmoe"
 _COMPOSITE_SUFFIX = "_composite_ecmoe"
 _CONFIG_MODULE = "transformers.models.auto.configuration_auto"
@@ -61,7 +62,7 @@ def model_class(model_type: str, auto_class: str = "AutoModelForCausalLM") -> An
     """The model class of a family for an Auto class, the family named by its own model_type or the dense one."""
     from .configuration_ecmoe import AUTO_CLASSES, COMPOSITE_AUTO_CLASSES
 
-    dense = model_type.removeprefix("ecmoe_")
+    dense = model_type.removeprefix(_PREFIX)
     return _class_of(dense, (COMPOSITE_AUTO_CLASSES if dense in composites() else AUTO_CLASSES)[auto_class])
 
 
@@ -148,7 +149,7 @@ def _register(module: ModuleType) -> None:
         module.CONFIG_MAPPING._extra_content = _LoadedWhenAskedFor(others)
     elif not isinstance(registered, _LoadedWhenAskedFor):
         for dense in (*families(), *composites()):
-            module.AutoConfig.register(f"ecmoe_{dense}", config_class(dense), exist_ok=True)
+            module.AutoConfig.register(f"{_PREFIX}{dense}", config_class(dense), exist_ok=True)
 
 
 class _LoadedWhenAskedFor(dict[str, Any]):
@@ -174,13 +175,18 @@ class _LoadedWhenAskedFor(dict[str, Any]):
         return self[model_type]
 
 
+def is_own(config: Any) -> bool:
+    """Whether a config is of a family or composite of ours, those of a newer Transformers among them."""
+    return str(config.model_type).startswith(_PREFIX)
+
+
 def _own_model_types() -> list[str]:
-    return [f"ecmoe_{dense}" for dense in (*families(), *composites())]
+    return [f"{_PREFIX}{dense}" for dense in (*families(), *composites())]
 
 
 def _dense_of(model_type: object) -> str | None:
     """The dense model_type of one of our families' own; None of any other."""
-    if not isinstance(model_type, str) or not model_type.startswith("ecmoe_"):
+    if not isinstance(model_type, str) or not model_type.startswith(_PREFIX):
         return None
-    dense = model_type.removeprefix("ecmoe_")
+    dense = model_type.removeprefix(_PREFIX)
     return dense if dense in families() or dense in composites() else None

@@ -1,8 +1,6 @@
 """VaultGemma, with experts that choose their tokens."""
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
 from transformers import GenerationMixin, VaultGemmaConfig
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -21,6 +19,7 @@ from .mixins_ecmoe import (
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
+from .variants_ecmoe import SoftcappedLogits
 
 
 @strict
@@ -43,13 +42,13 @@ class EcMoeVaultGemmaModel(EcMoeModelMixin, EcMoeVaultGemmaPreTrainedModel, dens
 
 
 class EcMoeVaultGemmaForCausalLM(
-    EcMoeForCausalLMMixin, EcMoeVaultGemmaPreTrainedModel, dense.VaultGemmaForCausalLM, GenerationMixin
+    SoftcappedLogits,
+    EcMoeForCausalLMMixin,
+    EcMoeVaultGemmaPreTrainedModel,
+    dense.VaultGemmaForCausalLM,
+    GenerationMixin,
 ):
     base_model_class = EcMoeVaultGemmaModel
-
-    def scale_logits(self, logits: Tensor) -> Tensor:
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class EcMoeVaultGemmaForSequenceClassification(

@@ -7,7 +7,6 @@ are all in memory, and the stacked experts of one layer of a large model alone a
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ecmoe.progress import progress_bar
+from modeling_ecmoe.names_ecmoe import layer_number
 
 from .folder import INDEX_NAME, WEIGHTS_NAME
 
@@ -91,8 +91,9 @@ def _write_shard(path: Path, tensors: list[PlannedTensor], num_layers: int, prog
     with unfinished.open("wb") as file:
         file.write(_header(ordered))
         for tensor in ordered:
-            if layer := re.search(r"\.(?:layers|h)\.(\d+)\.", tensor.name):
-                progress.set_description(f"Layer {int(layer[1]) + 1} of {num_layers}", refresh=False)
+            layer = layer_number(tensor.name)
+            if layer is not None:
+                progress.set_description(f"Layer {layer + 1} of {num_layers}", refresh=False)
             before = file.tell()
             for piece in tensor.pieces():
                 file.write(_bytes(piece))

@@ -43,44 +43,11 @@ def _exactness(plan: PlainPlan, is_indifferent: bool) -> list[str]:
 
     is_indifferent: whether no layer's routes change what it computes.
     """
-    form, config, title = plan.form, plan.source_config, plan.target.title
-    lines = ["Exact: embeddings, attention, norms, dense layers and output layer are the source's tensors."]
-    if is_indifferent:
-        lines.append(
-            "Exact: what the experts compute. In every layer they add nothing or are alike, as before training, and "
-            f"nothing depends on routes and weights, which are not the source's: every token takes {form.top_k}."
-        )
-    elif config.routing == "token_choice" and config.token_choice_bias_update_rate is not None and not form.is_exact:
-        lines.append(
-            f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores; the source "
-            f"ranks by score minus threshold, and {title} has neither threshold nor bias."
-        )
-    elif config.routing == "token_choice":
-        lines.append(f"Exact: the routes. The source is a token-choice model with {form.top_k} experts per token.")
-    elif plan.target.by_score and form.is_exact:
-        filled = ", and idle experts fill up a token's number" if form.num_idle else ""
-        lines.append(f"Exact: the routes. A bias stands for each threshold{filled}.")
-    elif plan.target.by_score and form.normalised:
-        lines.append(
-            f"Not exact: the routes. Every token takes the {form.top_k} experts furthest above their threshold, which "
-            "a bias stands for, also those below it; idle experts would count where weights are divided by their sum."
-        )
-    elif plan.target.by_score:
-        lines.append(
-            f"Exact for tokens with at most {form.top_k} experts above their threshold; the others keep their best "
-            f"{form.top_k}. A bias stands for each threshold, and idle experts fill up a token's number."
-        )
-    else:
-        lines.append(
-            f"Not exact: the routes. Every token takes {form.top_k}, also one that no expert of the source chose or "
-            f"that more chose, and the load is balanced no more. {title} has no threshold and no bias"
-            + (
-                ". A layer's router rows were moved along the direction in which their input is nearly constant, to "
-                "rank by the distance to the threshold, where that left less error on the text."
-                if plan.measured
-                else ", and the router rows are the source's as they are."
-            )
-        )
+    form, config = plan.form, plan.source_config
+    lines = [
+        "Exact: embeddings, attention, norms, dense layers and output layer are the source's tensors.",
+        _routes(plan, is_indifferent),
+    ]
     if form.is_scaled and not is_indifferent:
         lines.append(
             "Not exact: the combine weights. They add up to one here, and one measured number per expert (`scales` in "
@@ -94,3 +61,43 @@ def _exactness(plan: PlainPlan, is_indifferent: bool) -> list[str]:
             held = "is this one's shared expert, and every expert takes its share of it away again"
         lines.append(f"Exact: the shared expert {held}.")
     return lines
+
+
+def _routes(plan: PlainPlan, is_indifferent: bool) -> str:
+    """The line on the routes, or on all that the experts compute where no route changes it."""
+    form, config, title = plan.form, plan.source_config, plan.target.title
+    if is_indifferent:
+        return (
+            "Exact: what the experts compute. In every layer they add nothing or are alike, as before training, and "
+            f"nothing depends on routes and weights, which are not the source's: every token takes {form.top_k}."
+        )
+    if config.routing == "token_choice" and config.token_choice_bias_update_rate is not None and not form.is_exact:
+        return (
+            f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores; the source "
+            f"ranks by score minus threshold, and {title} has neither threshold nor bias."
+        )
+    if config.routing == "token_choice":
+        return f"Exact: the routes. The source is a token-choice model with {form.top_k} experts per token."
+    if plan.target.by_score and form.is_exact:
+        filled = ", and idle experts fill up a token's number" if form.num_idle else ""
+        return f"Exact: the routes. A bias stands for each threshold{filled}."
+    if plan.target.by_score and form.normalised:
+        return (
+            f"Not exact: the routes. Every token takes the {form.top_k} experts furthest above their threshold, which "
+            "a bias stands for, also those below it; idle experts would count where weights are divided by their sum."
+        )
+    if plan.target.by_score:
+        return (
+            f"Exact for tokens with at most {form.top_k} experts above their threshold; the others keep their best "
+            f"{form.top_k}. A bias stands for each threshold, and idle experts fill up a token's number."
+        )
+    return (
+        f"Not exact: the routes. Every token takes {form.top_k}, also one that no expert of the source chose or "
+        f"that more chose, and the load is balanced no more. {title} has no threshold and no bias"
+        + (
+            ". A layer's router rows were moved along the direction in which their input is nearly constant, to "
+            "rank by the distance to the threshold, where that left less error on the text."
+            if plan.measured
+            else ", and the router rows are the source's as they are."
+        )
+    )

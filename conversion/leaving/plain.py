@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 import modeling_ecmoe
+from modeling_ecmoe.names_ecmoe import layer_number
 
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.source import DTYPES
@@ -359,5 +360,5 @@ def _tensors_of(count: int) -> list[tuple[str, ...]]:
 
 
 def layer_of(name: str) -> str:
-    """The number in a name such as model.layers.3.mlp.gate.weight."""
-    return name.partition(".layers.")[2].partition(".")[0]
+    """The number in a name such as model.layers.3.mlp.gate.weight, as text, which a record's keys are."""
+    return str(layer_number(name))

@@ -17,12 +17,11 @@ def render_card(plan: Plan, record: dict[str, Any]) -> str:
     """The card's markdown; it does not depend on the name of the output folder."""
     initialisation = plan.settings.initialisation
     terms = licence(plan.sources[0])
-    is_composite = plan.model.config is not plan.config
     hub_ids = [source.source.partition("@")[0] for source in plan.sources if source.commit]
     card_data = ModelCardData(
         base_model=hub_ids or None,
         library_name="transformers",
-        pipeline_tag="image-text-to-text" if is_composite else "text-generation",
+        pipeline_tag="image-text-to-text" if plan.is_composite else "text-generation",
         tags=["mixture-of-experts", "expert-choice", "ecmoe"],
         **terms,
     )
@@ -36,9 +35,9 @@ def render_card(plan: Plan, record: dict[str, Any]) -> str:
         paper=initialisation.source,
         step_0=_step_0(plan),
         is_mixture=plan.mixture is not None,
-        is_composite=is_composite,
+        is_composite=plan.is_composite,
         auto_class=modeling_ecmoe.auto_class_of(plan.model.config),
-        auto_reader="AutoProcessor" if is_composite else "AutoTokenizer",
+        auto_reader="AutoProcessor" if plan.is_composite else "AutoTokenizer",
         tokens_choose=config.routing == "token_choice",
         options=_options(plan),
         router=ROUTERS[record["router"]],

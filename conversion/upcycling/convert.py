@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ecmoe.progress import progress_bar
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
+from modeling_ecmoe.names_ecmoe import layer_number
 
 from ..arguments import check_arguments
 from ..checkpoints.digests import ROUTER_ROWS, Digests, fingerprints, router_digest
@@ -237,7 +238,7 @@ def _fill(
     write_shards(folder, plan.tensors, config.num_hidden_layers, shard_size)
     plan.sources[0].copy_companions(folder)
     keep_tokenizer(plan.sources[0], folder, plan.model.config)
-    if plan.model.config is not config:
+    if plan.is_composite:
         keep_processor(plan.sources[0], folder, plan.model.config)
     custom_object_save(plan.model, folder)
 
@@ -267,8 +268,7 @@ def _fill(
         rows = (t for t in plan.tensors if t.name.endswith(ROUTER_ROWS))
         record["router_sha256"] = router_digest(piece for tensor in rows for piece in tensor.pieces())
         record["router_biases"] = {
-            name.partition(".layers.")[2].partition(".")[0]: (-threshold).tolist()
-            for name, threshold in _biases(plan).items()
+            str(layer_number(name)): (-threshold).tolist() for name, threshold in _biases(plan).items()
         }
     record["sources"] = [
         {"source": source.source, "revision": source.commit, "sha256": sha256}

@@ -33,7 +33,7 @@ def notes_on(plan: Plan) -> list[str]:
             if config.num_experts > 1
             else "num_experts=1: there is nothing to choose among, and the router learns nothing; give 2 or more"
         )
-    closed = _closed_by_dense_layers(config) if plan.model.config is config else ""
+    closed = "" if plan.is_composite else _closed_by_dense_layers(config)
     if closed:
         found.append(
             f"layers={settings.layers} leaves dense layers, with which the model cannot be written as {closed}; give "

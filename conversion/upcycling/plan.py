@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 import modeling_ecmoe
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
+from modeling_ecmoe.names_ecmoe import layer_number
 
 from ..checkpoints.locate import last_line
 from ..checkpoints.source import DTYPES, Source, is_unread, with_prefix
@@ -243,7 +244,7 @@ class _Maker:
 
     def plan(self, name: str, like: Tensor) -> PlannedTensor:
         """Where the tensor of that name comes from, and how."""
-        number = layer_number(name)
+        number: Any = layer_number(name)
         is_one = len(self.sources) == 1 or self.settings.mix_attention == "first"
         if ".mlp.gate." in name:
             dtype = self.plan_.dtype if name.endswith("gate.weight") else like.dtype
@@ -370,13 +371,8 @@ def _check_dtypes(source: Source) -> None:
 
 def _is_beyond(name: str, config: Any) -> bool:
     """Whether a tensor is of a layer that the config does not count."""
-    return layer_number(name) >= config.num_hidden_layers
-
-
-def layer_number(name: str) -> int:
-    """The layer that a tensor belongs to; -1 for one of none."""
-    number = name.partition(".layers.")[2].partition(".")[0]
-    return int(number) if number.isdigit() else -1
+    number = layer_number(name)
+    return number is not None and number >= config.num_hidden_layers
 
 
 def _check_tensors(plan: Plan, source: Source) -> None:

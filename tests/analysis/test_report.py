@@ -211,6 +211,14 @@ def test_a_text_stays_text(tmp_path: Path, make_routed_model: Callable[..., Any]
     assert page.numbers["checkpoint"] == "model"  # and not where it lies
 
 
+def test_layers_of_another_name(tmp_path: Path, make_routed_model: Callable[..., Any]) -> None:
+    """GPT-2's are h.0, h.1."""
+    make_routed_model("GPT2", vocab_size=300).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    report(str(tmp_path / "model"), str(tmp_path / "page.html"), text=TEXT)
+    assert [layer["layer"] for layer in Page(tmp_path / "page.html").numbers["layers"]] == [0, 1]
+
+
 def test_the_page_loads_nothing(small: Path, tmp_path: Path) -> None:
     report(str(small), str(tmp_path / "page.html"), text=TEXT)
     page = Page(tmp_path / "page.html")

@@ -13,7 +13,7 @@ import torch
 from checkpointing import recompute_layers
 from converted import expert_adapters, losses_of_steps
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from ecmoe.finetune.adapters import add_lora
 from modeling_ecmoe import quantizer_ecmoe, sparse_blocks
@@ -107,6 +107,24 @@ def test_saved_and_loaded(
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     assert model.num_parameters() >= experts and plain.num_parameters(only_active=True) < plain.num_parameters()
     assert plain.get_memory_footprint() - model.get_memory_footprint() > experts * (dtype.itemsize - 0.6)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_a_base_model_and_one_with_a_head_read_each_other_s(
+    make_model: Callable, make_tokens: Callable, tmp_path: Path, family: str
+) -> None:
+    """Whose names differ by what stands before the layers, `layers.0` or `h.0`."""
+    make_model(family, hidden_size=64).save_pretrained(tmp_path / "whole")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **ONLY_EXPERTS)
+    ids = make_tokens(2, 16)
+    for written, read in ((AutoModelForCausalLM, AutoModel), (AutoModel, AutoModelForCausalLM)):
+        model = written.from_pretrained(tmp_path / "whole", quantization_config=config)
+        model.save_pretrained(tmp_path / written.__name__)
+        again = read.from_pretrained(tmp_path / written.__name__)
+        assert len(stacks(again)) == len(stacks(model)) > 0
+        with torch.no_grad():
+            hidden = [one.base_model.eval()(input_ids=ids).last_hidden_state for one in (model, again)]
+        assert torch.equal(*hidden)
 
 
 def test_one_stack_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,8 +307,14 @@ def test_merged(folder: Path, make_tokens: Callable, tmp_path: Path) -> None:
     adapted = peft.get_peft_model(load(folder, **ONLY_EXPERTS), adapters())
     adapted.save_pretrained(tmp_path)
     expected = logits_of(adapted, ids)
-    with pytest.raises(NotImplementedError, match=r"in 4 bits: they are frozen.*call its dequantize\(\)"):
-        copy.deepcopy(adapted).merge_and_unload()
+    bits = {name: stack.qdata.clone() for name, stack in stacks(adapted).items()}
+    for merge in ("merge_adapter", "merge_and_unload"):
+        other = copy.deepcopy(adapted)
+        with pytest.raises(NotImplementedError, match=r"no adapter can be merged into them.*call dequantize\(\)"):
+            getattr(other, merge)()
+        assert bits and all(torch.equal(stack.qdata, bits[name]) for name, stack in stacks(other).items())
+    with pytest.raises(NotImplementedError, match=r"aten.mul.* on experts in 4 bits.*dequantize\(\) before"):
+        next(iter(stacks(adapted).values())) * 2
     dequantized = peft.PeftModel.from_pretrained(load(folder, **ONLY_EXPERTS).dequantize(), tmp_path)
     torch.testing.assert_close(logits_of(dequantized.merge_and_unload(), ids), expected, atol=1e-4, rtol=1e-3)
     plain = AutoModelForCausalLM.from_pretrained(folder)
