@@ -296,7 +296,7 @@ def test_an_old_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_ranks_that_do_not_see_each_other(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torchrun on a machine without a GPU: Accelerate says one process to each, and both would write one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    recipe = recipe_of(max_steps=2, output_dir=tmp_path / "out")
+    recipe = recipe_of(max_steps=2, use_cpu=False, output_dir=tmp_path / "out")
     with pytest.raises(RecipeError, match=r"2 processes were started .* output_dir=\S+/out; set use_cpu=true to train"):
         run(recipe)
     assert not (tmp_path / "out").exists()
