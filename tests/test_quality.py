@@ -11,6 +11,7 @@ from checkpoints import write_dense, write_text
 
 from benchmarks.quality import command, data, execute, grid, measure, report, store, tables, timing, train
 from benchmarks.quality.grid import ARMS, Run
+from modeling_ecmoe import sparse_blocks
 
 
 def result(run: Run, losses: list[float], final: float | None = None, **more: Any) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def test_arms_of_equal_flops() -> None:
     """FFNs per token: routed ones, and the shared expert that `blend` and `shared` keep."""
     for name, arm in ARMS.items():
         if arm.init is not None:
-            assert arm.ffns == arm.routed + (arm.init in ("blend", "shared")), name
+            granularity = arm.conversion.get("granularity", 1)
+            assert arm.ffns == arm.routed / granularity + (arm.init in ("blend", "shared")), name
     assert {ARMS[name].ffns for name in grid.MAIN} == {1, 2} == set(grid.TOKEN_CHOICE)
 
 
@@ -182,10 +184,10 @@ def test_differences_are_of_the_same_seed() -> None:
 
 def test_the_card_says_where_expert_choice_loses(tmp_path: Path) -> None:
     """And not where it wins; both follow from the figures."""
-    losses = {"dense": 2.5, "tc-copy2": 2.0, "ec-blend": 2.25, "ec-copy2": 1.75}
+    losses = {"dense": 2.5, "tcq-copy2": 2.0, "ec-blend": 2.25, "ec-copy2": 1.75}
     results = [result(Run(arm, seed), [3.0, loss]) for arm, loss in losses.items() for seed in (0, 1)]
     groups = tables.grouped(results)
-    seconds = {"tc-copy2": 0.5, "ec-copy2": 1.0}
+    seconds = {"tcq-copy2": 0.5, "ec-copy2": 1.0}
     missing = ["main.mixture.ec-shared.seed0", "main.mixture.ec-shared.seed2", "pool.mixture.ec-copy2.8k.seed0"]
     card = report.render(groups, "plot.png", "python -m benchmarks quality", seconds, missing)
     assert "expert choice, blend (2 FFNs) by 0.2500" in card and "copy (2 FFNs) by" not in card
@@ -202,7 +204,7 @@ def test_the_card_says_where_expert_choice_loses(tmp_path: Path) -> None:
 def test_the_card_shows_domains_and_shorter_runs(tmp_path: Path) -> None:
     routes = {"domain_shares": [[[0.25] * 4] * 8] * 2, "load_min": 0.9, "load_max": 1.1}
     pairs = {"accuracy": 0.5, "pairs": 60}
-    results = [result(Run(arm), [2.0], routes=routes) for arm in ("ec-copy2", "tc-copy2")]
+    results = [result(Run(arm), [2.0], routes=routes) for arm in ("ec-copy2", "tcq-copy2")]
     results += [
         result(Run("dense"), [2.5], pairs_before=pairs),
         result(Run("ec-copy2", 0, "shorter", "125-steps", steps=125), [1.9]),
@@ -286,11 +288,12 @@ def test_every_arm_runs_and_is_measured(arm: str, bench: execute.Bench, tmp_path
     assert tables.curve_loss(found["curve"][-1]) < tables.curve_loss(found["curve"][0])
     routed = ARMS[arm].init is not None
     assert ("routes" in found["final"]) == routed == ("experts" in found["movement"])
-    assert ("gap" in found["final"]) == (routed and not arm.startswith("tc"))
-    assert ("loss_averaged_thresholds" in found["final"]) == arm.startswith("ec")
+    by_threshold = routed and not arm.startswith(("tc-", "tcb-"))
+    assert ("gap" in found["final"]) == by_threshold
+    assert ("loss_averaged_thresholds" in found["final"]) == (by_threshold and not arm.startswith("th"))
     if routed:
         shares = torch.tensor(found["final"]["routes"]["domain_shares"])
-        assert shares.shape == (2, 8, 4)
+        assert shares.shape == (2, ARMS[arm].conversion.get("num_experts", 8), 4)
     if arm.startswith("tc"):
         assert found["final"]["routes"]["experts_per_token"] == ARMS[arm].routed
 
@@ -306,8 +309,9 @@ def test_every_change_of_the_grid_builds(run: Run, bench: execute.Bench) -> None
     model, parameters = bench.build(run)
     for field, value in run.config.items():
         assert getattr(model.config, field) == value
-    if run.part == "one":
-        assert parameters["active"] == pytest.approx(bench.build(Run("dense"))[1]["active"], rel=0.05)
+    if run.part in ("one", "one-gentle"):
+        routers = sum(block.gate.weight.numel() for block in sparse_blocks(model).values())
+        assert parameters["active"] - routers == bench.build(Run("dense"))[1]["active"]
     if run.conversion.get("num_experts") == 1:  # the dense model of twice the width: every token takes the one expert
         measure.calibrate(model, {"prose": bench.windows["prose"].calibration}, 4)
         routes = measure.losses_and_routes(model, {"prose": bench.windows["prose"].held_out})[1]
@@ -321,15 +325,15 @@ def test_steps_are_timed(bench: execute.Bench) -> None:
 
 def test_equal_active_parameters_where_flops_are_equal(bench: execute.Bench) -> None:
     """Within the router, of arms with as many FFNs per token; and dense-matched's steps make up for one FFN."""
-    active = {arm: bench.build(Run(arm))[1] for arm in ("dense", "tc-copy2", "ec-blend", "ec-shared", "ec-copy1")}
+    active = {arm: bench.build(Run(arm))[1] for arm in ("dense", "tc-copy2", "ec-blend", "ec-shared", "tcq-copy1")}
     assert active["tc-copy2"]["active"] == active["ec-blend"]["active"] == active["ec-shared"]["active"]
-    routers = active["ec-copy1"]["active"] - active["dense"]["active"]
+    routers = active["tcq-copy1"]["active"] - active["dense"]["active"]
     assert active["tc-copy2"]["active"] == active["dense"]["active"] + active["dense"]["ffn"] + routers
     steps = bench.steps_of(Run("dense-matched", steps=100), active["dense"])
     assert steps * active["dense"]["active"] == pytest.approx(100 * (active["tc-copy2"]["active"] - routers), rel=0.01)
 
 
-@pytest.mark.parametrize("arm", [name for name in ARMS if name.startswith(("ec", "tc-copy"))])
+@pytest.mark.parametrize("arm", [name for name in ARMS if name.startswith(("ec-", "tc-copy", "tcb", "tcq"))])
 def test_arms_begin_where_the_parent_is(arm: str, bench: execute.Bench) -> None:
     rows = bench.windows["prose"].held_out
     expected = measure.row_losses(bench.build(Run("dense"))[0], rows)

@@ -12,8 +12,8 @@ import modeling_ecmoe  # noqa: F401  registers the family
 from ecmoe.conversion import convert
 
 from ..machine import commit, machine
-from . import measure
-from .data import DOMAINS, LENGTH, MIXTURE, Windows, load, training_batches
+from . import measure, weights
+from .data import DOMAINS, LENGTH, MIXTURE, Windows, interleave, load, training_batches
 from .grid import ARMS, Run
 from .train import train
 
@@ -44,6 +44,9 @@ class Bench:
         torch.manual_seed(run.seed)
         model, parameters = self.build(run)
         steps = self.steps_of(run, parameters)
+        measured = _Measured(self, run, model)
+        with weights.of(ARMS[run.arm].weights, model, interleave(list(measured.calibration.values()))[: run.pool_rows]):
+            found = measured.over(steps)
         return {
             "name": run.name,
             "recipe": run.recipe(),
@@ -52,7 +55,7 @@ class Bench:
             "machine": machine(),
             "threads": torch.get_num_threads(),
             "parameters": parameters,
-            **_Measured(self, run, model).over(steps),
+            **found,
         }
 
     def build(self, run: Run) -> tuple[Any, dict[str, int]]:
@@ -65,7 +68,8 @@ class Bench:
             return dense, {"total": count, "active": count, "ffn": ffn}
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(Path(scratch) / "converted")
-            options: dict[str, Any] = {"init": arm.init, "capacity_factor": float(arm.routed), **run.conversion}
+            options: dict[str, Any] = {"init": arm.init, "capacity_factor": float(arm.routed)}
+            options |= arm.conversion | run.conversion
             record = convert(str(self.parent), folder, verify=False, seed=run.seed, **options)
             config = AutoConfig.from_pretrained(folder, **arm.fields(run.steps) | run.config)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config)
@@ -101,12 +105,12 @@ class _Measured:
         # Of the parent alone: conversions are exact, and would answer the same.
         before = None if self.routed else self._pairs()
         start = self._start()
-        weights = measure.copied_weights(self.model)
+        weights_before = measure.copied_weights(self.model)
         train(self.model, batches, self.run, steps, self._checkpoint)
         return {
             "start": start,
             "curve": self.curve,
-            "movement": measure.movement(self.model, weights),
+            "movement": measure.movement(self.model, weights_before),
             "final": self._final() | {"pairs_before": before, "pairs_after": self._pairs()},
         }
 

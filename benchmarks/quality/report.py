@@ -8,7 +8,7 @@ from typing import Any
 
 from ..machine import RESULTS
 from .data import LENGTH, MIXTURE
-from .grid import ARMS, BALANCE_COEFFICIENT, DECAY, MAIN, TOKEN_CHOICE
+from .grid import ARMS, BALANCE_COEFFICIENT, BIAS_UPDATE_RATE, DECAY, MAIN, TOKEN_CHOICE
 from .tables import (
     Groups,
     ablation_table,
@@ -17,6 +17,7 @@ from .tables import (
     domain_table,
     grouped,
     main_table,
+    one_table,
     routes_table,
     shorter_table,
 )
@@ -26,7 +27,6 @@ PARTS = {
     "balance": "Coefficient of token choice's balance loss",
     "rates": "Learning rates of experts, router and all",
     "scores": "Scores and router",
-    "one": "One FFN per token, of smaller experts",
     "capacity": "Capacity factor",
     "bounds": "Bounds on the experts of a token",
     "experts": "Number of experts",
@@ -34,15 +34,33 @@ PARTS = {
     "pool": "Pool, in steps of 64k tokens",
     "shorter": "Fewer steps, each run with a whole schedule, against token choice's 200 steps",
     "longer": "Four times the steps",
+    "longer-gentle": "Four times the steps, at a tenth of the learning rate",
 }
 NOTES = {
-    "one": "`granular`: two of 16 halves; `split`: half of the neurons shared, half routed. A token's only expert has "
-    "a normalised weight of 1 (`copy`, `split`), so its router learns nothing from the task.",
     "experts": "E1 is a dense model of twice the FFN's width: every token takes its one expert.",
     "scores": "`gentle` is at 0.001, against the same rate.",
 }
-COLORS = {"dense": "#6b7280", "tc": "#d97706", "ec": "#2563eb", "th": "#059669"}
-DASHES = {"copy2": "-", "blend": "--", "shared": ":", "copy1": "-.", "": "-", "matched": ":"}
+ONE_NOTE = (
+    "Arms of this one comparison have the active FLOPs of the dense model, and a router's. A token's only expert has a "
+    "normalised weight of 1 (`copy` and `split` with one expert for each token), so its router learns nothing from the "
+    "task. `straight-through` has the same weights with the gradient of a score over a constant; `raw score` weighs by "
+    "the score times one number that makes the mean weight 1 at step 0. Halves and quarters are of `granular`: 2 of 16 "
+    "halves hold as many parameters as 1 of 8 copies. `From 0`: an expert may be chosen by no token's bound, and a "
+    "token by no expert, which then loses its FFN at step 0."
+)
+COLORS = {
+    **{"dense": "#6b7280", "tc": "#d97706", "tcb": "#b45309", "tcq": "#dc2626"},
+    **{"ec": "#2563eb", "ec0": "#7c3aed", "th": "#059669"},
+}
+DASHES = {
+    "copy2": "-",
+    "blend": "--",
+    "shared": ":",
+    "copy1": "-.",
+    "": "-",
+    "matched": ":",
+    "halves": (0, (3, 1, 1, 1)),
+}
 
 
 def write(results: list[dict[str, Any]], missing: Sequence[str], seconds: dict[str, float], quick: bool) -> list[Path]:
@@ -80,6 +98,8 @@ def render(groups: Groups, picture: str, command: str, seconds: dict[str, float]
             domains = picture.replace("quality.png", "quality_domains.png")
             parts += [f"![Loss against tokens and seconds]({picture})\n", _words(groups)]
             parts += [f"![The domains of each expert's tokens]({domains})\n"]
+    if any(key[0] in ("one", "one-gentle") for key in groups):
+        parts += ["## One FFN per token\n", ONE_NOTE + "\n", one_table(groups) + "\n"]
     for part, title in PARTS.items():
         if any(key[0] == part for key in groups):
             table = shorter_table(groups) if part == "shorter" else ablation_table(groups, part)
@@ -102,7 +122,10 @@ def _introduction(groups: Groups, command: str) -> str:
         f"{recipe['rows'] * LENGTH:,} tokens in each step ({recipe['steps']} steps at {recipe['learning_rate']:g} "
         "unless said), seed by seed; ± is half the range over seeds, in brackets stand the least and the largest. Arms "
         "with as many FFNs per token have the same active FLOPs, and are compared with token choice from copies (top-1 "
-        f"or top-2, balance loss {BALANCE_COEFFICIENT:g} of each layer's mean, dropless). Dense with 1.64 times the "
+        "or top-2, dropless) whose experts are balanced by quantiles: each token takes the experts furthest above a "
+        "threshold that gives each expert its share. Beside it stand its older ways: a balance loss of "
+        f"{BALANCE_COEFFICIENT:g} of the layers' mean, and a bias nudged by {BIAS_UPDATE_RATE:g} a step (arXiv "
+        "2408.15664). `From 0` leaves the bound of one expert at least away. Dense with 1.64 times the "
         "steps has as many FLOPs in its matrices; with the attention's scores 1.5 times would do. Learning rate, "
         "initialisation and bounds were chosen on the same held-out documents. Stories are what the parent was trained "
         "on.\n"
@@ -203,7 +226,7 @@ def draw(groups: Groups, path: Path, step_seconds: dict[str, float]) -> list[Pat
     return [path]
 
 
-def draw_domains(groups: Groups, path: Path, arms: Sequence[str] = ("ec-copy2", "tc-copy2")) -> list[Path]:
+def draw_domains(groups: Groups, path: Path, arms: Sequence[str] = ("ec-copy2", "tcq-copy2")) -> list[Path]:
     """Which domain each expert's tokens are of, by layer: one row of pictures for each arm, of its first seed."""
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure

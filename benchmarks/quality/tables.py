@@ -1,11 +1,12 @@
 """What the runs show, over seeds: tables in Markdown. Differences are of the same seed, so of the same tokens."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .grid import ARMS, MAIN, TOKEN_CHOICE
+from .grid import ARMS, MAIN, ONE, TOKEN_CHOICE
 
 Result = dict[str, Any]
 # part, data, arm and label of a group -> seed -> result
@@ -178,6 +179,41 @@ def ablation_table(groups: Groups, part: str) -> str:
     head = ["arm", "change", "active parameters", "causal loss", "against unchanged"]
     head += ["against token choice, same change", "against token choice, unchanged", "gap", "no expert"]
     return markdown(head, rows)
+
+
+def one_table(groups: Groups, data: str = "mixture") -> str:
+    """Everything that was run at one FFN per token, at both learning rates: where it begins and ends, against dense."""
+    parts = {"0.01": ("main", "one"), "0.001": ("gentle", "one-gentle")}
+    found = {
+        arm: {rate: _first(groups, [(part, data, arm, "") for part in names]) for rate, names in parts.items()}
+        for arm in (*MAIN, *ONE)
+        if ARMS[arm].ffns == 1
+    }
+    found = {arm: by_rate for arm, by_rate in found.items() if any(by_rate.values())}
+    rows = []
+    for arm in sorted(found, key=lambda arm: _loss(found[arm]["0.001"]) if found[arm]["0.001"] else math.inf):
+        some = found[arm]["0.01"] or found[arm]["0.001"]
+        row = [ARMS[arm].title, f"{_any(some)['parameters']['total']:,}", _signed_or_nothing(_begins(found, arm))]
+        for rate in parts:
+            ours = found[arm][rate]
+            row.append(mean_and_spread([result["final"]["loss"] for result in ours.values()]) if ours else "")
+            row.append("" if arm == "dense" else signed(differences(ours, found.get("dense", {}).get(rate, {}))))
+        rows.append([*row, _or_nothing(_mean(some, "routes", "uncovered"), ".1%")])
+    head = ["arm", "parameters", "step 0, against dense", "at 0.01", "against dense", "at 0.001", "against dense"]
+    return markdown([*head, "no expert"], rows)
+
+
+def _first(groups: Groups, keys: Iterable[tuple[str, str, str, str]]) -> dict[int, Result]:
+    return next((groups[key] for key in keys if key in groups), {})
+
+
+def _begins(found: Mapping[str, Mapping[str, dict[int, Result]]], arm: str) -> float | None:
+    """The loss before training minus the parent's; the mean over seeds of the first rate that dense has too."""
+    for rate, ours in found[arm].items():
+        dense = found.get("dense", {}).get(rate, {})
+        if seeds := ours.keys() & dense.keys():
+            return statistics.fmean(curve_loss(ours[s]["curve"][0]) - curve_loss(dense[s]["curve"][0]) for s in seeds)
+    return None
 
 
 _NONE = ("", "", "", "")  # the key of no group
