@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -35,6 +34,8 @@ def check_memory(nbytes: int, device: str | None, options: str, remedy: str) -> 
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if device == "auto" or on_gpu:
         return
+    import psutil  # `upcycle` runs where only torch and Transformers are
+
     available = psutil.virtual_memory().available
     if nbytes > available:
         raise ConversionError(

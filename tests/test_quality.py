@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_dense, write_text
+from safetensors.torch import load_file
 
-from benchmarks.quality import command, data, execute, grid, measure, report, store, tables, timing, train
+from benchmarks.quality import command, data, execute, grid, measure, pretrain, report, store, tables, timing, train
 from benchmarks.quality.grid import ARMS, Run
 from modeling_ecmoe import sparse_blocks
 
@@ -238,7 +239,10 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, expected in (
         (["--parts", "mian"], "parts=mian"),
         (["--seeds", "9"], "seeds=9"),
-        (["--data", str(tmp_path / "nowhere")], "data="),
+        (["--data", str(tmp_path / "nowhere")], "parent-folder="),
+        (["--parent", "5M"], "parent-folder=None holds no config.json of 5M"),
+        (["--train-parent"], "train-parent=True is for --parent 5M"),
+        (["--parent", "5M", "--train-parent", "--parent-folder", str(tmp_path), "--data", str(tmp_path)], "data="),
     ):
         with pytest.raises(SystemExit) as stopped:
             command.main(arguments)
@@ -254,7 +258,8 @@ def test_a_part_leaves_the_rest_of_the_card(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(command.machine, "RESULTS", tmp_path)
     monkeypatch.setattr(command, "write", lambda *arguments, quick: given.extend(arguments) or [])
     command.main(["--parts", "shorter", "--report"])
-    results, missing, seconds = given
+    results, missing, seconds, parent = given
+    assert parent == "stories260K"
     assert [found["name"] for found in results] == [run.name for run in runs]
     assert "main.mixture.dense.seed1" in missing and seconds == {}
 
@@ -319,7 +324,7 @@ def test_every_change_of_the_grid_builds(run: Run, bench: execute.Bench) -> None
 
 
 def test_steps_are_timed(bench: execute.Bench) -> None:
-    found = timing.step_seconds(bench, ("dense", "dense-matched", "th-copy2"), rounds=1)
+    found = timing.step_seconds(bench, [Run("dense"), Run("dense-matched"), Run("th-copy2")], rounds=1)
     assert found["seconds"].keys() == {"dense", "th-copy2"} and min(found["seconds"].values()) > 0
 
 
@@ -356,3 +361,35 @@ def test_windows_of_all_parts_are_apart(bench: execute.Bench) -> None:
             {tuple(row) for row in part.tolist()} for part in (windows.train, windows.calibration, windows.held_out)
         ]
         assert len(windows.train) == 16 and not parts[0] & parts[1] and not (parts[0] | parts[1]) & parts[2]
+
+
+def test_the_parent_is_trained_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stopped after its second checkpoint, the same call ends with the weights of a run that was not stopped."""
+    documents = write_text(tmp_path / "text.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    monkeypatch.setattr(data, "read_domain", lambda domain, _: data.split(documents))
+    monkeypatch.setattr(pretrain, "read_domain", lambda domain, _: data.split(documents))
+    monkeypatch.setattr(data, "CALIBRATION_WINDOWS", 2)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(pretrain, "SIZES", {**sizes, "num_key_value_heads": 1, "tie_word_embeddings": True})
+    for name, value in {"VOCABULARY": 300, "ROWS": 5, "SAVE_EVERY": 2}.items():
+        monkeypatch.setattr(pretrain, name, value)
+    monkeypatch.setattr(pretrain, "save", lambda name, found: store.save(tmp_path, Run("dense"), found))
+    monkeypatch.setattr(store, "rounded", lambda value: value)
+    found = json.loads(pretrain.train_parent(tmp_path, tmp_path / "whole", steps=6).read_text())
+    assert found["losses"].keys() == set(data.DOMAINS) and found["losses"]["prose"] < 5.7  # of 300 tokens
+    one_step, taken = pretrain._step, []
+
+    def dies(*arguments: Any) -> float:
+        taken.append(1)
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        return one_step(*arguments)
+
+    monkeypatch.setattr(pretrain, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train_parent(tmp_path, tmp_path / "stopped", steps=6)
+    pretrain.train_parent(tmp_path, tmp_path / "stopped", steps=6)
+    assert len(taken) == 5 + 2  # from step 4
+    whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert not list((tmp_path / "stopped").glob("unfinished*"))

@@ -5,14 +5,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from transformers.utils import logging
 
 from .. import machine
-from . import store
+from . import pretrain, store
 from .data import files
 from .execute import Bench
-from .grid import MAIN, NUM_CORE, Run, all_runs, quick_runs
+from .grid import Run, quick_runs
+from .parents import PARENTS
 from .report import write
 from .timing import step_seconds
 
@@ -24,49 +26,74 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="four arms, half of the steps: a quarter of an hour")
     parser.add_argument("--parts", nargs="+", help="such as main, rates, pool; all when left out")
     parser.add_argument("--seeds", type=int, nargs="+", help="such as 0; all when left out, or one for each process")
+    parser.add_argument(
+        "--parent", choices=PARENTS, default="stories260K", help="the dense model; default: %(default)s"
+    )
+    parser.add_argument("--parent-folder", type=Path, help="where it lies, if it does not come with the data")
+    parser.add_argument("--train-parent", action="store_true", help="train the parent 5M into --parent-folder first")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and plots of what is there")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of parent and text")
     options = parser.parse_args(arguments)
-    folder = machine.RESULTS / ("quality-quick" if options.quick else "quality")
-    everything = quick_runs() if options.quick else all_runs()
+    parent = PARENTS[options.parent]
+    if options.train_parent:
+        if options.parent != "5M" or options.parent_folder is None:
+            stop("train-parent=True is for --parent 5M, and wants --parent-folder, where it is written")
+        print(pretrain.train_parent(checked_data(options.data, []), options.parent_folder))
+        return
+    folder = machine.RESULTS / folder_name(options.parent, options.quick)
+    everything = quick_runs() if options.quick else parent.runs()
     runs = chosen(everything, options.parts)
     seeds = sorted({run.seed for run in runs})
     for seed in options.seeds or []:
         if seed not in seeds:
-            print(f"quality: error: seeds={seed} has no run there; choose of {seeds}", file=sys.stderr)
-            sys.exit(2)
+            stop(f"seeds={seed} has no run there; choose of {seeds}")
     runs = [run for run in runs if options.seeds is None or run.seed in options.seeds]
     logging.disable_progress_bar()  # of every calibration
     timing = folder.with_name(f"{folder.name}-steps.json")
     if not options.report:
-        bench = bench_of(options.data, options.quick)
+        bench = bench_of(options.data, options.quick, options.parent, options.parent_folder)
         run_missing(bench, runs, folder)
         if not timing.exists():
             print("Timing a step of each arm, side by side", flush=True)
-            arms = MAIN[:NUM_CORE] if options.quick else MAIN
-            machine.save(timing.stem, step_seconds(bench, arms))
+            machine.save(timing.stem, step_seconds(bench, [run for run in everything if run.part == "main"]))
     results = [store.read(folder, run) for run in everything if store.finished(folder, run)]
     if not results:
-        print(f"quality: error: no finished run in {folder}; leave --report out", file=sys.stderr)
-        sys.exit(2)
+        stop(f"no finished run in {folder}; leave --report out")
     missing = [run.name for run in everything if not store.finished(folder, run)]
     seconds = json.loads(timing.read_text())["seconds"] if timing.exists() else {}
-    for path in write(results, missing, seconds, quick=options.quick):
+    for path in write(results, missing, seconds, options.parent, quick=options.quick):
         print(path)
 
 
-def bench_of(data: Path, quick: bool) -> Bench:
+def stop(reason: str) -> NoReturn:
+    """Raises SystemExit, code 2, after one line."""
+    print(f"quality: error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def folder_name(parent: str, quick: bool = False) -> str:
+    """Of the results below benchmarks/results."""
+    return "-".join(["quality", *[parent] * (parent != "stories260K"), *["quick"] * quick])
+
+
+def bench_of(data: Path, quick: bool, parent: str, given: Path | None) -> Bench:
     """The parent and the text of a folder.
 
     Raises:
         SystemExit: code 2, where something is missing there.
     """
-    needed = ["stories260K/hf", *files()] + ["blimp/BLiMP.zip"] * (not quick)
-    missing = [name for name in needed if not (data / name).exists()]
+    place = PARENTS[parent].place(data, given)
+    if place is None or not (place / "config.json").is_file():
+        stop(f"parent-folder={place} holds no config.json of {parent}; name its folder")
+    checked_data(data, ["blimp/BLiMP.zip"] * (not quick))
+    return Bench(data, 1_024, 0, place) if quick else Bench(data, parent=place)
+
+
+def checked_data(data: Path, more: list[str]) -> Path:
+    missing = [name for name in (*files(), *more) if not (data / name).exists()]
     if missing:
-        print(f"quality: error: data={data} lacks {', '.join(missing)}; name the folder that has them", file=sys.stderr)
-        sys.exit(2)
-    return Bench(data, 1_024, 0) if quick else Bench(data)
+        stop(f"data={data} lacks {', '.join(missing)}; name the folder that has them")
+    return data
 
 
 def chosen(runs: list[Run], parts: list[str] | None) -> list[Run]:
@@ -78,8 +105,7 @@ def chosen(runs: list[Run], parts: list[str] | None) -> list[Run]:
     known = list(dict.fromkeys(run.part for run in runs))
     for part in parts or []:
         if part not in known:
-            print(f"quality: error: parts={part} is unknown; choose of {', '.join(known)}", file=sys.stderr)
-            sys.exit(2)
+            stop(f"parts={part} is unknown; choose of {', '.join(known)}")
     return [run for run in runs if parts is None or run.part in parts]
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import torch
 from torch import Tensor
 
@@ -62,6 +61,8 @@ def split(documents: Sequence[str], one_in: int = 10) -> tuple[list[str], list[s
 
 
 def _texts(path: Path) -> list[str]:
+    import pyarrow.parquet  # a machine that is handed tokens has none
+
     texts: list[str] = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
     return texts
 

@@ -15,6 +15,7 @@ from ..machine import commit, machine
 from . import measure, weights
 from .data import DOMAINS, LENGTH, MIXTURE, Windows, interleave, load, training_batches
 from .grid import ARMS, Run
+from .parents import PARENTS
 from .train import train
 
 CURVE_WINDOWS = 32  # of each domain at each checkpoint; all of them in the end
@@ -28,14 +29,20 @@ class Bench:
     """The data, tokenised once for all runs of a parent.
 
     data: the folder of `stories260K`, `corpus-3domains`, `tinystories-v2-2MiB` and `blimp`.
-    train_windows: of each domain, at most. pairs_per_file: of BLiMP; 0 leaves it out.
+    train_windows: of each domain, at most. pairs_per_file: of BLiMP; 0 leaves it out. parent: the dense model's folder.
     """
 
-    def __init__(self, data: Path, train_windows: int = TRAIN_WINDOWS, pairs_per_file: int = PAIRS_PER_FILE) -> None:
+    def __init__(
+        self,
+        data: Path,
+        train_windows: int = TRAIN_WINDOWS,
+        pairs_per_file: int = PAIRS_PER_FILE,
+        parent: Path | None = None,
+    ) -> None:
         self.data = data
         self.pairs_per_file = pairs_per_file
         self.commit = commit()  # of the code that was loaded; files may change while runs go on
-        self.parent = data / "stories260K" / "hf"
+        self.parent = parent or data / "stories260K" / "hf"
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.parent)
         self.windows: dict[str, Windows] = load(data, self.tokenizer, train_windows)
 
@@ -43,6 +50,8 @@ class Bench:
         """Trains and measures one run; its figures with recipe, machine, versions and commit."""
         torch.manual_seed(run.seed)
         model, parameters = self.build(run)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in PARENTS[run.parent].frozen))
         steps = self.steps_of(run, parameters)
         measured = _Measured(self, run, model)
         with weights.of(ARMS[run.arm].weights, model, interleave(list(measured.calibration.values()))[: run.pool_rows]):
@@ -62,7 +71,7 @@ class Bench:
         """The model that a run begins with, and its parameters: total, and active per token on average."""
         arm = ARMS[run.arm]
         if arm.init is None:
-            dense: Any = AutoModelForCausalLM.from_pretrained(self.parent)
+            dense: Any = AutoModelForCausalLM.from_pretrained(self.parent, dtype=torch.float32)
             count = sum(parameter.numel() for parameter in dense.parameters())
             ffn = sum(p.numel() for name, p in dense.named_parameters() if ".mlp." in name)
             return dense, {"total": count, "active": count, "ffn": ffn}
@@ -72,7 +81,7 @@ class Bench:
             options |= arm.conversion | run.conversion
             record = convert(str(self.parent), folder, verify=False, seed=run.seed, **options)
             config = AutoConfig.from_pretrained(folder, **arm.fields(run.steps) | run.config)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
         return model, {"total": record["parameters"]["total"], "active": record["parameters"]["active"]}
 
     @staticmethod

@@ -83,7 +83,7 @@ _BOTH = ("blend", "shared")
 # At one FFN per token, bounds from 1 leave each token exactly one: that is token choice balanced by quantiles.
 ARMS = {
     "dense": Arm("dense", None, 1),
-    "dense-matched": Arm("dense, 1.64 times the steps", None, 2, matched=True),
+    "dense-matched": Arm("dense, more steps", None, 2, matched=True),
     **_arms("tc", "token choice, balance loss", "balance loss", _BOTH),
     **_arms("tcb", "token choice, nudged bias", "nudged bias"),
     **_arms("tcq", "token choice by quantiles", "quantiles"),

@@ -20,6 +20,7 @@ from ecmoe.analysis.text import pad
 from modeling_ecmoe import calibrate_thresholds, record_routing, sparse_blocks, use_inference_routing
 
 from .data import interleave
+from .train import part_of
 
 ROWS = 32  # windows of a forward pass
 
@@ -120,11 +121,6 @@ def movement(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, float]
             norm += mean.square().sum().item()
     found = {part: math.sqrt(change / size) for part, (change, size) in squares.items() if size}
     return found | ({"experts_apart": math.sqrt(apart / norm)} if norm else {})
-
-
-def part_of(name: str) -> str:
-    """Which part of the model a parameter belongs to: "router", "experts" (the routed ones) or "rest"."""
-    return "router" if ".gate." in name else "experts" if ".experts." in name else "rest"
 
 
 def mutual_information(counts: Tensor) -> float:

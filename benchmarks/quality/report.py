@@ -9,6 +9,7 @@ from typing import Any
 from ..machine import RESULTS
 from .data import LENGTH, MIXTURE
 from .grid import ARMS, BALANCE_COEFFICIENT, BIAS_UPDATE_RATE, DECAY, MAIN, TOKEN_CHOICE
+from .parents import PARENTS
 from .tables import (
     Groups,
     ablation_table,
@@ -63,30 +64,42 @@ DASHES = {
 }
 
 
-def write(results: list[dict[str, Any]], missing: Sequence[str], seconds: dict[str, float], quick: bool) -> list[Path]:
+def write(
+    results: list[dict[str, Any]], missing: Sequence[str], seconds: dict[str, float], parent: str, quick: bool
+) -> list[Path]:
     """The card with all tables, and the plots; a quick version's stay beside its runs.
 
-    missing: the names of the runs that are not there. seconds: of a training step of each arm.
+    missing: the names of the runs that are not there. seconds: of a training step of each arm. parent: of PARENTS.
     """
     groups = grouped(results)
+    command = "python -m benchmarks quality"
     if quick:
         card, plot = RESULTS / "quality-quick" / "README.md", RESULTS / "quality-quick" / "quality.png"
+        command, picture = f"{command} --quick", plot.name
     else:
-        card, plot = ROOT / "model_cards" / "stories260K.md", ROOT / "docs" / "quality.png"
-    picture = "quality.png" if quick else "../docs/quality.png"
-    command = "python -m benchmarks quality" + " --quick" * quick
+        name = "" if parent == "stories260K" else f"_{parent}"
+        card, plot = ROOT / "model_cards" / PARENTS[parent].card, ROOT / "docs" / f"quality{name}.png"
+        command, picture = f"{command} --parent {parent}" if name else command, f"../docs/{plot.name}"
     card.parent.mkdir(parents=True, exist_ok=True)
-    card.write_text(render(groups, picture, command, seconds, missing), encoding="utf-8")
-    return [card, *draw(groups, plot, seconds), *draw_domains(groups, plot.with_stem("quality_domains"))]
+    card.write_text(render(groups, picture, command, seconds, missing, parent), encoding="utf-8")
+    return [card, *draw(groups, plot, seconds), *draw_domains(groups, plot.with_stem(f"{plot.stem}_domains"))]
 
 
-def render(groups: Groups, picture: str, command: str, seconds: dict[str, float], missing: Sequence[str]) -> str:
+def render(
+    groups: Groups,
+    picture: str,
+    command: str,
+    seconds: dict[str, float],
+    missing: Sequence[str],
+    parent: str = "stories260K",
+) -> str:
     """The card's Markdown; `command` made the runs, `missing` are those it has not made."""
     tables = {
         ("main", "mixture"): "The mixture of four domains",
         ("gentle", "mixture"): "At a tenth of the learning rate",
     }
-    parts = ["# stories260K: what expert choice buys, measured causally\n", _introduction(groups, command)]
+    about = f"The parent: {PARENTS[parent].about}.\n"
+    parts = [f"# {parent}: what expert choice buys, measured causally\n", about, _introduction(groups, command)]
     for part, data in dict.fromkeys(key[:2] for key in groups if key[0] == "domain"):
         tables[part, data] = f"{data.capitalize()} alone"
     for (part, data), title in tables.items():
@@ -95,7 +108,7 @@ def render(groups: Groups, picture: str, command: str, seconds: dict[str, float]
         parts += [f"## {title}\n", main_table(groups, data, part, seconds) + "\n"]
         parts += [routes_table(groups, data, part) + "\n", domain_table(groups, data, part) + "\n"]
         if part == "main":
-            domains = picture.replace("quality.png", "quality_domains.png")
+            domains = f"{picture.removesuffix('.png')}_domains.png"
             parts += [f"![Loss against tokens and seconds]({picture})\n", _words(groups)]
             parts += [f"![The domains of each expert's tokens]({domains})\n"]
     if any(key[0] in ("one", "one-gentle") for key in groups):
@@ -125,11 +138,22 @@ def _introduction(groups: Groups, command: str) -> str:
         "or top-2, dropless) whose experts are balanced by quantiles: each token takes the experts furthest above a "
         "threshold that gives each expert its share. Beside it stand its older ways: a balance loss of "
         f"{BALANCE_COEFFICIENT:g} of the layers' mean, and a bias nudged by {BIAS_UPDATE_RATE:g} a step (arXiv "
-        "2408.15664). `From 0` leaves the bound of one expert at least away. Dense with 1.64 times the "
-        "steps has as many FLOPs in its matrices; with the attention's scores 1.5 times would do. Learning rate, "
-        "initialisation and bounds were chosen on the same held-out documents. Stories are what the parent was trained "
-        "on.\n"
+        f"2408.15664). `From 0` leaves the bound of one expert at least away.{_matched(groups)} Learning rate, "
+        "initialisation and bounds were chosen on the same held-out documents.\n"
     )
+
+
+def _matched(groups: Groups) -> str:
+    """What the dense arm of more steps is, if it was run."""
+    for (part, _, arm, _), by_seed in groups.items():
+        if part == "main" and ARMS[arm].matched:
+            some = next(iter(by_seed.values()))
+            times = some["steps"] / some["recipe"]["steps"]
+            return (
+                f" Dense with more steps has {times:.2f} times as many, and so the FLOPs of two FFNs per token in its "
+                "matrices; attention's scores, which it computes more often too, are left out."
+            )
+    return ""
 
 
 def _commits(groups: Groups) -> list[str]:

@@ -183,7 +183,7 @@ def ablation_table(groups: Groups, part: str) -> str:
 
 def one_table(groups: Groups, data: str = "mixture") -> str:
     """Everything that was run at one FFN per token, at both learning rates: where it begins and ends, against dense."""
-    parts = {"0.01": ("main", "one"), "0.001": ("gentle", "one-gentle")}
+    parts = {"main": ("main", "one"), "gentle": ("gentle", "one-gentle")}
     found = {
         arm: {rate: _first(groups, [(part, data, arm, "") for part in names]) for rate, names in parts.items()}
         for arm in (*MAIN, *ONE)
@@ -191,15 +191,18 @@ def one_table(groups: Groups, data: str = "mixture") -> str:
     }
     found = {arm: by_rate for arm, by_rate in found.items() if any(by_rate.values())}
     rows = []
-    for arm in sorted(found, key=lambda arm: _loss(found[arm]["0.001"]) if found[arm]["0.001"] else math.inf):
-        some = found[arm]["0.01"] or found[arm]["0.001"]
+    for arm in sorted(found, key=lambda arm: _loss(found[arm]["gentle"]) if found[arm]["gentle"] else math.inf):
+        some = found[arm]["main"] or found[arm]["gentle"]
         row = [ARMS[arm].title, f"{_any(some)['parameters']['total']:,}", _signed_or_nothing(_begins(found, arm))]
         for rate in parts:
             ours = found[arm][rate]
             row.append(mean_and_spread([result["final"]["loss"] for result in ours.values()]) if ours else "")
             row.append("" if arm == "dense" else signed(differences(ours, found.get("dense", {}).get(rate, {}))))
         rows.append([*row, _or_nothing(_mean(some, "routes", "uncovered"), ".1%")])
-    head = ["arm", "parameters", "step 0, against dense", "at 0.01", "against dense", "at 0.001", "against dense"]
+    head = ["arm", "parameters", "step 0, against dense"]
+    for rate in parts:
+        used = sorted({used for by_rate in found.values() if (used := _rate(by_rate[rate])) is not None})
+        head += [f"at {' and '.join(f'{each:g}' for each in used)}", "against dense"]
     return markdown([*head, "no expert"], rows)
 
 

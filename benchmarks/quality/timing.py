@@ -3,6 +3,7 @@ disagree by a factor of two."""
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from .train import one_step, optimizer_of
 ROUNDS = 7
 
 
-def step_seconds(bench: Bench, arms: Sequence[str], rounds: int = ROUNDS) -> dict[str, Any]:
-    """The median of `rounds` interleaved steps of each arm.
+def step_seconds(bench: Bench, runs: Sequence[Run], rounds: int = ROUNDS) -> dict[str, Any]:
+    """The median of `rounds` interleaved steps of each arm among the runs.
 
     Threshold training is timed past its warm-up; arms that differ in the number of steps alone are left out.
     """
-    seconds = interleaved({arm: _step(bench, arm) for arm in arms if not ARMS[arm].matched}, rounds)
+    first = {run.arm: run for run in reversed(runs) if not ARMS[run.arm].matched}
+    seconds = interleaved({arm: _step(bench, run) for arm, run in first.items()}, rounds)
     return {
         "threads": torch.get_num_threads(),
         "rounds": rounds,
@@ -29,10 +31,9 @@ def step_seconds(bench: Bench, arms: Sequence[str], rounds: int = ROUNDS) -> dic
     }
 
 
-def _step(bench: Bench, arm: str) -> Callable[[], object]:
-    run = Run(arm)
-    config = {"threshold_after_steps": 0} if ARMS[arm].routing == "threshold" else {}
-    model = bench.build(Run(arm, config=config))[0].train()
+def _step(bench: Bench, run: Run) -> Callable[[], object]:
+    config = {"threshold_after_steps": 0} if ARMS[run.arm].routing == "threshold" else {}
+    model = bench.build(replace(run, config=config))[0].train()
     optimizer = optimizer_of(model, run)
     pools = {domain: bench.windows[domain].train for domain in MIXTURE}
     (rows,) = training_batches(pools, run.rows, 1, run.seed)

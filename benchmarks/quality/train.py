@@ -9,7 +9,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .grid import Run
-from .measure import part_of
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.0
@@ -31,12 +30,18 @@ def checkpoint_steps(steps: int) -> set[int]:
     return {round(steps * part / CHECKPOINTS) for part in range(CHECKPOINTS + 1)}
 
 
+def part_of(name: str) -> str:
+    """Which part of the model a parameter belongs to: "router", "experts" (the routed ones) or "rest"."""
+    return "router" if ".gate." in name else "experts" if ".experts." in name else "rest"
+
+
 def parameter_groups(model: Any, run: Run) -> list[dict[str, Any]]:
     """Router, routed experts and the rest, each with its own learning rate."""
     rates = {"router": run.router_rate, "experts": run.experts_rate, "rest": 1.0}
     members: dict[str, list[Tensor]] = {name: [] for name in rates}
     for name, parameter in model.named_parameters():
-        members[part_of(name)].append(parameter)
+        if parameter.requires_grad:
+            members[part_of(name)].append(parameter)
     return [
         {"params": members[name], "lr": run.learning_rate * rate, "base": run.learning_rate * rate}
         for name, rate in rates.items()

@@ -1,11 +1,9 @@
 """What a record and a model card say of where a checkpoint comes from."""
 
+import importlib.metadata
+import importlib.util
 from typing import Any
 
-import accelerate
-import safetensors
-import torch
-import transformers
 import yaml
 from huggingface_hub import metadata_load
 
@@ -13,7 +11,9 @@ from .folder import Checkpoint
 from .source import Source
 
 RECORD_NAME = "ecmoe_conversion.json"
-VERSIONS = {module.__name__: module.__version__ for module in (torch, transformers, accelerate, safetensors)}
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors")
+# Of an environment without Accelerate, which `upcycle` does not need, no record is written.
+VERSIONS = {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)}
 
 
 def short_name(source: Source) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import accelerate
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -106,7 +105,9 @@ def upcycle(
         converted.activation_checkpointing_enable()
     places = getattr(model, "hf_device_map", None) or {}
     if len(set(places.values())) > 1:
-        converted = accelerate.dispatch_model(converted, places)
+        from accelerate import dispatch_model  # whoever has such a model has it
+
+        converted = dispatch_model(converted, places)
     converted.train(model.training)
     if not dense.is_on_meta and plan.config.routing != "token_choice":
         _set_thresholds(plan, converted, calibrate_on, tokenizer)
