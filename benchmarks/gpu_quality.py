@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -82,16 +82,22 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.make_pack:
         if options.data is None:
-            parser.error("make-pack wants --data, the folder of the text")
+            stop("make-pack wants --data, the folder of the text")
         print(make_pack(options.data, options.make_pack))
         return
     if options.pack is None or not options.pack.is_file():
-        parser.error(f"pack={options.pack} is no file; make it with --make-pack FILE --data FOLDER")
+        stop(f"pack={options.pack} is no file; make it with --make-pack FILE --data FOLDER")
     if not options.tiny and not torch.cuda.is_available():
-        parser.error("no GPU is here; give --tiny to see that it runs")
+        stop("no GPU is here; give --tiny to see that it runs")
     options.output.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # of every calibration
     Sitting(options.pack, options.output, 60 * options.minutes, TINY if options.tiny else Size()).run()
+
+
+def stop(reason: str) -> NoReturn:
+    """Raises SystemExit, code 2, after one line."""
+    print(f"gpu-quality: error: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 def make_pack(data: Path, path: Path) -> str:
@@ -164,7 +170,7 @@ class Sitting:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         with safe_open(pack, "pt") as file:
             if file.metadata() != {"vocabulary": str(VOCABULARY)}:
-                sys.exit(f"gpu-quality: error: pack={pack} is none of --make-pack")
+                stop(f"pack={pack} is none of --make-pack")
         tensors = {name: each.to(torch.int64) for name, each in load_file(pack).items()}
         train = {domain: tensors[f"{domain} train"] for domain in DOMAINS}
         self.calibration = {domain: rows[:CALIBRATION] for domain, rows in train.items()}
