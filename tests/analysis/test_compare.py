@@ -375,10 +375,13 @@ def test_the_verdict_lists_only_what_dropped_choices() -> None:
     assert "No choices were dropped for capacity in training." in nothing
 
 
-def test_help_says_what_takes_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_what_takes_the_time_and_names_every_routing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
-    assert "backward passes that time a training step" in " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    assert "backward passes that time a training step" in " ".join(said.split())
+    assert "Up to 18 ways of routing" in said
+    assert all(variant.key in re.sub(r"-\n\s+", "-", said) for variant in variants_of(8))
 
 
 REFUSALS = {
