@@ -6,6 +6,7 @@ a page differs.
 """
 
 import argparse
+import copy
 import dataclasses
 import os
 import re
@@ -74,6 +75,17 @@ def config_fields() -> str:
     return _page("Fields of the config", intro, EcMoeConfigMixin)
 
 
+def _shapes(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, groups: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+    }
+
+
 def _page(title: str, intro: str, cls: Any) -> str:
     defaults = {item.name: item for item in dataclasses.fields(cls)}
     rows = []
@@ -111,10 +123,58 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+# Shapes as their config.json on the Hub has them; nothing is fetched.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3-0.6B": ("qwen3", _shapes(151_936, 1024, 3072, 28, 16, 8) | {"head_dim": 128, "tie_word_embeddings": True}),
+    "Llama-3.2-1B": ("llama", _shapes(128_256, 2048, 8192, 16, 32, 8) | {"tie_word_embeddings": True}),
+    "Qwen3-4B": ("qwen3", _shapes(151_936, 2560, 9728, 36, 32, 8) | {"head_dim": 128, "tie_word_embeddings": True}),
+    "Llama-3.1-8B": ("llama", _shapes(128_256, 4096, 14_336, 32, 32, 8)),
+}
+
+
+def memory() -> str:
+    intro = (
+        "Eight experts in every layer beside the dense FFN (the default of `ecmoe-convert`), counted from shapes, in "
+        "GB of 10^9 bytes. Weights alone to generate; weights, gradients and moments of AdamW to train, adapters of "
+        "rank 16 on attention and experts. Activations come on top: `--dry-run` of `ecmoe-finetune` measures them."
+    )
+    rows = memory_rows()
+    return "\n".join(["# Memory", "", intro, "", *rows]) + "\n"
+
+
+def memory_rows() -> list[str]:
+    """The table, a line each."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import ecmoe
+    from ecmoe.finetune.memory import kept_bytes
+    from ecmoe.finetune.recipe import recipe_of
+
+    adapters = {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    adapters["target_parameters"] = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    head = ["model", "parameters", "becomes", "generate, bfloat16", "QLoRA", "LoRA, bfloat16", "all weights, bfloat16"]
+    rows = [[*head, "all weights, float32"], ["---"] + ["---:"] * 7]
+    for name, (kind, shapes) in MODELS.items():
+        with torch.device("meta"):
+            dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shapes))
+            model = ecmoe.upcycle(dense, num_experts=8)
+        common = {"model": name, "output_dir": "out", "dataset": "rows.jsonl", "dtype": "bfloat16"}
+        whole = kept_bytes(recipe_of(**common), model)
+        base = sum(parameter.numel() for parameter in model.parameters())
+        lora = kept_bytes(recipe_of(**common, lora=adapters), copy.deepcopy(model))["adapters"]
+        qlora = kept_bytes(recipe_of(**common, lora=adapters, quantization="4bit"), copy.deepcopy(model))["adapters"]
+        sizes = (2 * base, qlora, lora, whole["bfloat16"], whole["float32"])
+        counts = (sum(parameter.numel() for parameter in dense.parameters()), base)
+        rows.append([name, *(f"{count / 1e9:.1f} B" for count in counts), *(f"{size / 1e9:.0f}" for size in sizes)])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "commands.md": commands,
     "recipe.md": recipe_fields,
     "config.md": config_fields,
+    "memory.md": memory,
 }
 
 if __name__ == "__main__":
