@@ -20,7 +20,7 @@ from ecmoe.conversion import convert
 
 ROOT = Path(__file__).parents[1]
 # A block, and the comment before it.
-_BLOCK = re.compile(r"(?:<!-- test: (.*?) -->\n)?^( *)```(bash|python)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"(?:<!-- test: ((?:(?!-->)[^\n])*?) -->\n)?^( *)```(bash|python)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 # Beside the fields of each command: two steps of a tiny model on a CPU.
 FINETUNE = (
     *("use_cpu=true", "bf16=false", "max_steps=2", "eval_steps=2", "save_steps=2", "logging_steps=1", "max_length=256"),
