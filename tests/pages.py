@@ -14,13 +14,17 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoints import write_dense, write_text
+from checkpoints import CHAT_TEMPLATE, tiny_tokenizer, write_dense, write_text
+from composites import write_composite
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from ecmoe.conversion import convert
 
 ROOT = Path(__file__).parents[1]
 # A block, and the comment before it.
-_BLOCK = re.compile(r"(?:<!-- test: ((?:(?!-->)[^\n])*?) -->\n)?^( *)```(bash|python)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(
+    r"(?:<!-- test: ((?:(?!-->)[^\n])*?) -->\n)?^( *)```(bash|python)\n(.*?)^ *```", re.DOTALL | re.MULTILINE
+)
 # Beside the fields of each command: two steps of a tiny model on a CPU.
 FINETUNE = (
     *("use_cpu=true", "bf16=false", "max_steps=2", "eval_steps=2", "save_steps=2", "logging_steps=1", "max_length=256"),
@@ -28,6 +32,11 @@ FINETUNE = (
 )
 # Expert-choice checkpoints that a page may be given, and how each is initialised.
 CONVERTED = {"qwen3-8x": "shared", "tuned": "copy", "blend": "blend"}
+_SHAPES = {
+    **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.2},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
 DENSE = {"Qwen/Qwen3-0.6B": "Qwen3", "dense": "Llama", "stories260K": "Llama"}
 
 
@@ -67,6 +76,11 @@ def lay_out(folder: Path) -> None:
     """Puts the stand-ins there, and commands that take two steps."""
     for name, family in DENSE.items():
         write_dense(folder / name, family, max_position_embeddings=2048)
+    mixtral = MixtralConfig(num_local_experts=4, **_SHAPES)
+    AutoModelForCausalLM.from_config(mixtral).save_pretrained(folder / "mistralai/Mixtral-8x7B-v0.1")
+    tiny_tokenizer().save_pretrained(folder / "mistralai/Mixtral-8x7B-v0.1")
+    write_composite(folder / "google/gemma-3-4b-it", "Gemma3", {"max_position_embeddings": 2048})
+    (folder / "google/gemma-3-4b-it" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     for name, init in CONVERTED.items():
         source = "Qwen/Qwen3-0.6B" if name.startswith("qwen3") else "dense"
         convert(str(folder / source), str(folder / name), init=init, verify=False)

@@ -33,7 +33,7 @@ def test_the_blocks_of_a_page(page: Path, desk: Path, tmp_path: Path) -> None:
     code = [block for block in blocks(page) if block.language == "python" and block.skipped is None]
     if code:
         start = (Path(__file__).parents[1] / "page_setup.py").read_text(encoding="utf-8")
-        whole = "\n".join([start, *(block.code for block in code)])
+        whole = "\n".join([f'PAGE = "{page.stem}"', start, *(block.code for block in code)])
         _run([sys.executable, "-c", whole], page, code[0].line, tmp_path)
 
 
