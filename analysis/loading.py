@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 import modeling_ecmoe
-from ecmoe.hub import why_not_from_hub
+from ecmoe.hub import why_no_tokenizer, why_not_from_hub
 from ecmoe.progress import announce
 from modeling_ecmoe.registry_ecmoe import is_own
 
@@ -49,7 +49,8 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
 def _why_not(error: Exception, path: Path) -> str:
     """One line of what may be many."""
     if path.is_dir():
-        return f"cannot be loaded: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+        reason = f"cannot be loaded: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+        return why_no_tokenizer(str(path), path) or reason
     reason = why_not_from_hub(error)
     return f"is no local folder and could not be fetched from the Hub: {reason}; give a checkpoint folder or a Hub id"
 

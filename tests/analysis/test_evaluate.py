@@ -176,6 +176,9 @@ def test_bad_text_gets_one_line(place: Path, tmp_path: Path, name: str, capsys: 
 def test_other_refusals(place: Path, tmp_path: Path) -> None:
     with pytest.raises(AnalysisError, match="does not exist"):
         evaluate(str(tmp_path / "nowhere"), data=str(place / "text.txt"))
+    AutoModelForCausalLM.from_pretrained(place / "ecmoe").save_pretrained(tmp_path / "bare")
+    with pytest.raises(AnalysisError, match=r"bare has no tokenizer; save that of its source there, AutoTokenizer\."):
+        evaluate(str(tmp_path / "bare"), data=str(place / "text.txt"))
     with pytest.raises(AnalysisError, match="nothing to evaluate on"):
         evaluate(str(place / "ecmoe"))
     for device in ("gpu", "cuda:99"):
