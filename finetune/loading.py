@@ -1,6 +1,7 @@
 """Model and tokenizer of a recipe, with the routing fields and the parallel plan it asks for."""
 
 import importlib.util
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ from .errors import RecipeError
 from .recipe import READ_AT_INFERENCE, Recipe, refusal_of, refuse_unknown, shipped
 
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
+
+
+def meet(recipe: Recipe) -> None:
+    """Lets processes that train on CPUs find each other before any of them counts memory or says anything.
+
+    Without being told of CPUs Accelerate looks for GPUs alone, and each process takes itself for the only one until
+    TrainingArguments are made.
+    """
+    if recipe.training.get("use_cpu") and int(os.environ.get("WORLD_SIZE") or 1) > 1 and not PartialState._shared_state:
+        PartialState(cpu=True, backend=recipe.training.get("ddp_backend"))
 
 
 def load_config(recipe: Recipe) -> Any:

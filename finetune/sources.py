@@ -191,7 +191,7 @@ def _hint(missing: str, columns: list[str], wanted: set[str], named: list[str], 
         changes = {field: "" for field in fields if getattr(recipe, field)}  # left open
         changes |= {"dataset_text_field": ""} if recipe.training.get("dataset_text_field") else {}
         changes |= {"prompt_column": pair[0] or "", "completion_column": pair[1] or ""} if kind == "prompt" else {}
-        return f"; set {' '.join(f'{field}={value}' for field, value in changes.items())}"
+        return "; set " + " ".join(f"{field}={value or ' (empty)'}" for field, value in changes.items())
     near = near or difflib.get_close_matches(missing, others, n=1, cutoff=0.0)
     return f"; did you mean {near[0]}?" if near else ""
 
