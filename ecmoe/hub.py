@@ -1,4 +1,4 @@
-"""Why a checkpoint could not be had from the Hub, in words that say what to do.
+"""Why a checkpoint cannot be had, from the Hub or a folder, or is of another kind, in words that say what to do.
 
 Transformers and the Hub's client say it in several lines, in which a wrong name, a machine without a network and a
 setting that forbids the network look alike. Imported by conversion, finetune and analysis; it imports none of them.
@@ -7,6 +7,7 @@ setting that forbids the network look alike. Imported by conversion, finetune an
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
 
@@ -61,6 +62,27 @@ def why_no_tokenizer(name: str, folder: Path) -> str | None:
         "has no tokenizer; save that of its source there, "
         f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained('{name}')"
     )
+
+
+def why_not_causal(config: Any) -> str | None:
+    """What keeps a config's model from predicting text from left to right; None of one that does.
+
+    Encoders such as BERT have a class for it, in which tokens see later ones all the same unless config.is_decoder.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = f"is of model_type {config.model_type}"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        of_the_hub = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code beside the weights
+        return (
+            None if of_the_hub else f"{kind}, which has no AutoModelForCausalLM; give a decoder, such as qwen3 or gpt2"
+        )
+    looks_back = config.is_encoder_decoder or getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not looks_back:
+        return (
+            f"{kind}, an encoder, whose tokens see the ones they would predict; give a decoder, such as qwen3 or gpt2"
+        )
+    return None
 
 
 def why_not_from_hub(error: BaseException) -> str:

@@ -10,7 +10,6 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,7 +18,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig
 
-from ecmoe.hub import why_no_tokenizer, why_not_from_hub
+from ecmoe.hub import why_no_tokenizer, why_not_causal, why_not_from_hub
 from modeling_ecmoe.registry_ecmoe import is_own
 
 from .arguments import check_model
@@ -79,11 +78,9 @@ def _refuse_untrainable(recipe: Recipe, config: Any) -> None:
             f"model={recipe.model} is of model_type {config.model_type}, which reads images too, and recipes train on "
             f"text alone; convert {it} with --text-only, or train it with a trainer of your own"
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
-        raise RecipeError(
-            f"model={recipe.model} is of model_type {config.model_type}, which has no AutoModelForCausalLM; give a "
-            "decoder, expert-choice or dense"
-        )
+    other_kind = why_not_causal(config)
+    if other_kind:
+        raise RecipeError(f"model={recipe.model} {other_kind}")
     if recipe.lora is None and getattr(config, "quantization_config", None) is not None:
         raise RecipeError(
             f"model={recipe.model} is quantised, and such weights cannot be trained themselves; lora={{}} trains "

@@ -11,7 +11,7 @@ import torch
 from checkpoints import write_dense
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, T5Config, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, Gemma3Config, T5Config, TrainerState
 
 from ecmoe.conversion import convert
 from ecmoe.finetune import RecipeError, load_recipe, run
@@ -124,6 +124,7 @@ REFUSALS = {
     "model={small}": "the tokenizer makes token 2",
     "model={gemma3}": "gemma3, which reads images too, and recipes train on text alone; convert it with --text-only",
     "model={t5}": "is of model_type t5, which has no AutoModelForCausalLM; give a decoder",
+    "model={bert}": "is of model_type bert, an encoder, whose tokens see the ones they would predict; give a decoder",
     "model={quantised}": "is quantised, and such weights cannot be trained themselves; lora={} trains adapters on them",
     "model={opt} packing=true": "packing=True puts several documents in one row, and ecmoe_opt models, the dense ones",
     "model={opt} packing=false padding_free=true": "padding_free=True puts several documents in one row",
@@ -171,6 +172,7 @@ def files(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     fields["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "quantised" / "config.json").write_text(json.dumps(fields))
     Gemma3Config().save_pretrained(folder / "gemma3")
+    BertConfig().save_pretrained(folder / "bert")
     T5Config().save_pretrained(folder / "t5")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder / "bare")
