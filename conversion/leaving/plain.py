@@ -180,19 +180,16 @@ def read_expert_choice_config(source: Checkpoint) -> Any:
     Raises:
         ConversionError: for any other checkpoint.
     """
-    model_type, known = (
-        source.config_fields().get("model_type"),
-        [f"ecmoe_{name}" for name in modeling_ecmoe.families()],
-    )
+    model_type = source.config_fields().get("model_type")
     if str(model_type).removeprefix("ecmoe_") in modeling_ecmoe.composites():
         raise ConversionError(
             f"source={source.place} has model_type={model_type}, which reads more than text, and the plain classes "
             "that --to writes read text alone; keep it as it is, or convert its source with --text-only"
         )
-    if model_type not in known:
+    if model_type not in [f"ecmoe_{name}" for name in modeling_ecmoe.families()]:
         raise ConversionError(
-            f"source={source.place} has model_type={model_type}, and --to takes an expert-choice checkpoint "
-            f"({', '.join(sorted(known))}); without --to a dense one becomes that"
+            f"source={source.place} has model_type={model_type}, and --to takes an expert-choice checkpoint, such as "
+            "ecmoe_llama; without --to a dense one or a mixture becomes that"
         )
     return source.config()
 

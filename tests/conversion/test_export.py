@@ -392,7 +392,7 @@ def test_wrong_sources(tmp_path: Path, blend: Path, make_tokens: Callable[..., t
     """A dense checkpoint, one of another family, one without a tensor, one with too many, and a NaN."""
     write_dense(tmp_path / "source", "Llama")
     command = ["--to=token-choice", str(tmp_path / "source"), str(tmp_path / "out")]
-    refuse(command, "has model_type=llama, and --to takes an expert-choice checkpoint (ecmoe_", left=["source"])
+    refuse(command, "has model_type=llama, and --to takes an expert-choice checkpoint, such as ecmoe_", left=["source"])
 
     def damage(message: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
         for path in blend.iterdir():
