@@ -182,5 +182,18 @@ def close(model: nn.Module, config: Any) -> None:
         module.loads_in_4bit = {}
 
 
+def allow_saving(model: Any) -> None:
+    """Lets a model that was read in 4 or 8 bits be saved again: bits are written as they are, and Transformers fails where
+    it would undo how it read them."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [one for one in conversions if not _reads_bits(one)]
+
+
+def _reads_bits(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(type(one).__name__ in ("Bnb4bitDeserialize", "Bnb8bitDeserialize") for one in operations)
+
+
 def _experts(model: nn.Module) -> list[tuple[str, EcMoeRaggedExperts]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, EcMoeRaggedExperts)]

@@ -109,6 +109,27 @@ def test_saved_and_loaded(
     assert plain.get_memory_footprint() - model.get_memory_footprint() > experts * (dtype.itemsize - 0.6)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saved_again(folder: Path, make_tokens: Callable, tmp_path: Path, bits: int) -> None:
+    """What was read in few bits is saved as it is, whole or dequantised; Transformers would fail."""
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path / "first")
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "first"), make_tokens(2, 16)
+    with torch.no_grad():
+        sparse_blocks(model)["model.layers.0.mlp"].gate.threshold.add_(0.1)
+    model.save_pretrained(tmp_path / "second")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "second", output_loading_info=True)
+    assert not any(info.values())
+    expected = model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), atol=0, rtol=0)
+    if bits == 4:
+        again.dequantize().save_pretrained(tmp_path / "plain")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+        torch.testing.assert_close(logits_of(plain, ids), logits_of(again, ids), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
 def test_a_base_model_and_one_with_a_head_read_each_other_s(
     make_model: Callable, make_tokens: Callable, tmp_path: Path, family: str
