@@ -183,8 +183,8 @@ def close(model: nn.Module, config: Any) -> None:
 
 
 def allow_saving(model: Any) -> None:
-    """Lets a model that was read in 4 or 8 bits be saved again: bits are written as they are, and Transformers fails where
-    it would undo how it read them."""
+    """Lets a model that was read in 4 or 8 bits be saved again: bits are written as they are, and Transformers fails
+    where it would undo how it read them."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
         model._weight_conversions = [one for one in conversions if not _reads_bits(one)]

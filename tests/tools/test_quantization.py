@@ -322,6 +322,26 @@ def test_adapters_learn_and_come_back(
     assert torch.equal(logits_of(again, ids), expected)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gated_shared_expert(make_routed_model: Callable, make_tokens: Callable, tmp_path: Path, bits: int) -> None:
+    """Its gate is not quantised: modules_to_save=["gate"] goes by the end of a name, and trains it with the router."""
+    fields = {"shared_expert_intermediate_size": 64, "shared_expert_weighting": "gate"}
+    make_routed_model("Llama", **SIZE, **fields).save_pretrained(tmp_path / "whole")
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=config)
+    model.save_pretrained(tmp_path / "bits")
+    for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "bits")):
+        gate = sparse_blocks(one)["model.layers.0.mlp"].shared_expert_gate
+        assert gate.weight.dtype == torch.float32
+        adapted, ids = peft.get_peft_model(one, expert_adapters() if bits == 4 else gates_alone()), make_tokens(2, 16)
+        trained = {name for name in gradients(adapted, ids) if "modules_to_save" in name}
+        assert {name.rsplit(".", 4)[1] for name in trained} == {"gate", "shared_expert_gate"}
+
+
+def gates_alone() -> peft.LoraConfig:
+    return peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
+
+
 def test_merged(folder: Path, make_tokens: Callable, tmp_path: Path) -> None:
     """Into the numbers that they were trained on, exactly; into those of before, up to what 4 bits lose."""
     ids = make_tokens(4, 32)
