@@ -130,7 +130,8 @@ def make_room(model: nn.Module, config: Any, skipped: list[str] | None = None) -
         skipped: names of modules that stay as they are; None are those of the config.
 
     Raises:
-        ValueError: for a storage type of the bits that is for linear layers alone.
+        ValueError: for a storage type of the bits that is for linear layers alone, and for one stack of a layer's two
+            among the skipped.
     """
     if skipped is None:
         keep = getattr(model, "_keep_in_fp32_modules", None)
@@ -140,6 +141,7 @@ def make_room(model: nn.Module, config: Any, skipped: list[str] | None = None) -
         if not should_convert_module(path, skipped):
             undo(module)
             continue
+        _refuse_parts(path, names, skipped)
         if names and config.bnb_4bit_quant_storage != torch.uint8:
             raise ValueError(
                 f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage} is for linear layers: stacked experts in 4 "
@@ -155,6 +157,17 @@ def make_room(model: nn.Module, config: Any, skipped: list[str] | None = None) -
                     setattr(module, name, nn.Parameter(tensor, requires_grad=False))
                 else:
                     module.register_buffer(part_name(name, part), tensor)
+
+
+def _refuse_parts(path: str, names: list[str], skipped: list[str]) -> None:
+    """A name of one stack leaves no module out, and nothing would be said. One that is a linear layer's too, such as
+    down_proj, means that."""
+    for name in (name for name in skipped if "experts" in name):
+        if not all(should_convert_module(f"{path}.{stack}", [name]) for stack in names):
+            raise ValueError(
+                f'llm_int8_skip_modules names "{name}", and the experts of a layer are in 4 bits together or not at '
+                'all; name "experts", or the experts of single layers, such as "layers.0.mlp.experts"'
+            )
 
 
 def undo(module: EcMoeRaggedExperts) -> None:

@@ -177,6 +177,14 @@ def test_left_out_by_name(folder: Path, tmp_path: Path) -> None:
     assert {name.split(".")[2] for name in stacks(part)} == {"1"}
 
 
+@pytest.mark.parametrize(
+    "name", ["experts.down_proj", r".*\.experts\.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+)
+def test_one_stack_of_two_cannot_be_left_out(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r'llm_int8_skip_modules names .* together or not at all; name "experts"'):
+        load(folder, llm_int8_skip_modules=[name, "lm_head"])
+
+
 def test_refused_storage(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"bnb_4bit_quant_storage=torch.bfloat16 is for linear layers.*uint8"):
         load(folder, bnb_4bit_quant_storage=torch.bfloat16)
