@@ -82,6 +82,12 @@ class PlainPlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def same_routes(self) -> bool:
+        """Whether every token has the experts that it has in the source."""
+        config = self.source_config
+        return self.form.is_exact or (config.routing == "token_choice" and config.token_choice_bias_update_rate is None)
+
+    @property
     def parameters(self) -> dict[str, int]:
         """Of the source, of what is written, and of the latter what a token meets."""
         total = sum(tensor.numel for tensor in self.tensors)

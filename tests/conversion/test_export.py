@@ -303,6 +303,56 @@ def test_the_warning_the_record_and_the_card_say_the_same(
     assert not list((tmp_path / "out").glob("*.py"))
 
 
+CHANGED = {
+    "weights": ("Llama", {"router_score_function": "sigmoid"}, "the combine weights changed: a measured number"),
+    "biases": (
+        "Llama",
+        BY_BIASED_SCORE,
+        "the routing changed: each token takes its 2 best experts without the biases that they were ranked by",
+    ),
+}
+
+
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_changes_of_token_choice_is_said(
+    tmp_path: Path, text: Path, case: str, make_tokens: Callable[..., torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The routes of a source without biases stay, whatever stands for its weights."""
+    family, fields, message = CHANGED[case]
+    write_source(tmp_path / "source", family, make_tokens, **TOKEN_CHOICE, **fields)
+    main(["--to=token-choice", str(tmp_path / "source"), str(tmp_path / "out"), f"--text={text}"])
+    assert f"warning: {message}" in capsys.readouterr().err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("routing of this checkpoint is not that of its source" in card) == (case == "biases")
+
+
+LLAMA_CPP = {  # family, fields, --to, and what is said of llama.cpp
+    "Qwen2": ("Qwen2", COPY, "token-choice", "run this with other tools"),
+    "Qwen2, by sigmoid": ("Qwen2", BLEND, "token-choice", "--to glm4-moe writes what it reads right"),
+    "Llama with a dense layer": ("Llama", COPY | {"mlp_layer_types": ["dense", "sparse"]}, "token-choice", "llama.cpp"),
+    "raw weights": ("Qwen2", {}, "token-choice", ""),
+    "GLM": ("Qwen2", BLEND, "glm4-moe", ""),
+    "Mixtral": ("Llama", COPY, "token-choice", ""),
+}
+
+
+@pytest.mark.parametrize("case", LLAMA_CPP)
+def test_what_llama_cpp_would_misread_is_said(
+    tmp_path: Path, case: str, make_tokens: Callable[..., torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen2-MoE with norm_topk_prob, by a dry run too; the card says it to whoever gets the folder."""
+    family, fields, to, remedy = LLAMA_CPP[case]
+    write_source(tmp_path / "source", family, make_tokens, **fields)
+    main([f"--to={to}", str(tmp_path / "source"), str(tmp_path / "out"), "--dry-run"])
+    warning = capsys.readouterr().err
+    assert ("llama.cpp does not read norm_topk_prob" in warning) == bool(remedy) and remedy in warning
+    if case == "Llama with a dense layer":
+        export(str(tmp_path / "source"), str(tmp_path / "out"), verify=False)
+        assert "llama.cpp does not read norm_topk_prob" in (tmp_path / "out" / "README.md").read_text()
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["norm_topk_prob"] is True
+
+
 def test_a_dry_run_reads_no_weights_and_writes_nothing(
     tmp_path: Path,
     make_tokens: Callable[..., torch.Tensor],
