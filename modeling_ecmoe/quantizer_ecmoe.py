@@ -196,16 +196,21 @@ def close(model: nn.Module, config: Any) -> None:
 
 
 def allow_saving(model: Any) -> None:
-    """Lets a model that was read in 4 or 8 bits be saved again: bits are written as they are, and Transformers fails
-    where it would undo how it read them."""
+    """Lets a model that was read in few bits, by whichever quantiser, be saved again: bits are written as they are, and
+    Transformers fails where it cannot undo how it read them."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
-        model._weight_conversions = [one for one in conversions if not _reads_bits(one)]
+        model._weight_conversions = [one for one in conversions if not _only_reads_bits(one)]
 
 
-def _reads_bits(conversion: Any) -> bool:
-    operations = getattr(conversion, "operations", ())
-    return any(type(one).__name__ in ("Bnb4bitDeserialize", "Bnb8bitDeserialize") for one in operations)
+def _only_reads_bits(conversion: Any) -> bool:
+    for operation in getattr(conversion, "operations", ()):
+        if type(operation).__name__.endswith("Deserialize"):  # Bnb4bitDeserialize and so on
+            try:
+                _ = operation.reverse_op
+            except NotImplementedError:
+                return True
+    return False
 
 
 def _experts(model: nn.Module) -> list[tuple[str, EcMoeRaggedExperts]]:
