@@ -218,7 +218,8 @@ def _read(tokenizer: Any, data: str, text_column: str, length: int, steps: int, 
             share = f"every {HELD_OUT_EVERY}th document" if held_out else "the others"
             raise AnalysisError(
                 f"data={data} holds too little text: {share} must fill a batch of {rows * length} tokens to "
-                f"{'measure' if held_out else 'train and calibrate'} on; give more documents"
+                f"{'measure' if held_out else 'train and calibrate'} on; give more documents, or a smaller "
+                "--tokens (max_tokens)"
             )
         return found
 

@@ -221,7 +221,21 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**own, training=training, routing_fields=routing)
     except StrictDataclassError as error:
-        raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
+        raise RecipeError(refusal_of(error)) from error
+
+
+def refusal_of(error: StrictDataclassError) -> str:
+    """What a strict dataclass found wrong, in one line; of a field of a wrong type the types that it takes."""
+    reason = " ".join(str(error).split(":", 2)[-1].split())
+    several = re.match(r"Field '(\w+)' with value (.*) doesn't match any type in \((.*?)\)\. Errors:", reason)
+    if several is not None:
+        name, value, kinds = several.groups()
+    elif (one := re.match(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*)\)$", reason)) is not None:
+        name, kinds, value = one.groups()
+    else:
+        return reason
+    plain = [kind for kind in ("bool", "dict", "float", "int", "list", "str") if re.search(rf"\b{kind}\b", kinds)]
+    return f"{name}={value} must be {' or '.join(plain)}" if plain else reason
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -270,6 +284,11 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     try:
         arguments = SFTConfig(**(silent | settled), output_dir=recipe.output_dir)
     except (ValueError, TypeError, ImportError, OSError) as error:
+        if "bf16/gpu" in str(error):  # which speaks of a field that nobody asked about
+            raise RecipeError(
+                "bf16=True needs a GPU with products in bfloat16, and none is found here; leave it out (on such a GPU "
+                "they are in bfloat16 without it), or add use_cpu=true to have them so on the CPU"
+            ) from error
         raise RecipeError(f"SFTConfig refuses the recipe: {' '.join(str(error).split())}") from error
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if started > 1 and arguments.world_size == 1:  # Accelerate looks at what torchrun started only if a GPU is there

@@ -34,6 +34,14 @@ from .routing_ecmoe import ExpertChoice, choose_by_threshold, choose_experts, ch
 from .serving_ecmoe import unweighted_rows, wants_counts, wants_places, wants_slots
 
 
+class EcMoeSharedExpertGate(nn.Linear):
+    """What the shared expert is weighted by, before the sigmoid: [T, D] -> [T, 1].
+
+    A class of its own, since bitsandbytes takes what is `nn.Linear` itself: like the router it is not quantised, and
+    PEFT's `modules_to_save=["gate"]`, which goes by the end of a name, trains it too.
+    """
+
+
 class EcMoeBlock(nn.Module):
     """The sparse FFN, in place of the dense one: y = sum over the experts that chose x of w * expert(x) [+ shared].
 
@@ -58,7 +66,7 @@ class EcMoeBlock(nn.Module):
                 setattr(shared_config, dropout, 0.0)  # below, once for the whole block
             self.shared_expert = make_ffn(shared_config)
             if config.shared_expert_weighting == "gate":
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+                self.shared_expert_gate = EcMoeSharedExpertGate(config.hidden_size, 1, bias=False)
         self.dropout = nn.Dropout(0.0 if dropout is None else getattr(config, dropout))
         # Set around a call (context_ecmoe.py): the real tokens by the model, another routing by its caller.
         self.token_mask: Tensor | None = None

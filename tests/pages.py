@@ -37,6 +37,7 @@ _SHAPES = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.2},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
+_WIDTHS = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
 DENSE = {"Qwen/Qwen3-0.6B": "Qwen3", "dense": "Llama", "stories260K": "Llama"}
 
 
@@ -75,7 +76,8 @@ def blocks(page: Path) -> list[Block]:
 def lay_out(folder: Path) -> None:
     """Puts the stand-ins there, and commands that take two steps."""
     for name, family in DENSE.items():
-        write_dense(folder / name, family, max_position_embeddings=2048)
+        # Widths that bitsandbytes reads right on a CPU: multiples of 64.
+        write_dense(folder / name, family, **_WIDTHS, max_position_embeddings=2048)
     mixtral = MixtralConfig(num_local_experts=4, **_SHAPES)
     AutoModelForCausalLM.from_config(mixtral).save_pretrained(folder / "mistralai/Mixtral-8x7B-v0.1")
     tiny_tokenizer().save_pretrained(folder / "mistralai/Mixtral-8x7B-v0.1")

@@ -22,7 +22,8 @@ def render_plain_card(plan: PlainPlan, record: dict[str, Any]) -> str:
         tags=["mixture-of-experts"],
         **terms,
     )
-    used = ("to", "num_experts", "num_experts_per_tok", "capacity_factor", "is_exact", "parameters", "verification")
+    used = ["to", "num_experts", "num_experts_per_tok", "capacity_factor", "same_routes", "notes", "parameters"]
+    used.append("verification")
     card = ModelCard.from_template(
         card_data,
         template_str=(files("ecmoe.model_cards") / "plain.md").read_text(encoding="utf-8"),
