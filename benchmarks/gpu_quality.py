@@ -30,7 +30,7 @@ from modeling_ecmoe import calibrate_thresholds
 
 from .gpu import write
 from .machine import commit, machine
-from .quality.data import DOMAINS, interleave, read_domain, training_batches
+from .quality.data import DOMAINS, interleave, read_domain, trained_bpe, training_batches
 from .quality.grid import ARMS
 from .quality.train import BETAS, MOST_NORM, WEIGHT_DECAY, learning_rate_factor
 
@@ -102,12 +102,9 @@ def stop(reason: str) -> NoReturn:
 
 def make_pack(data: Path, path: Path) -> str:
     """Tokenises every domain by a byte-level BPE of its training documents; a line about what was written."""
-    from tokenizers import ByteLevelBPETokenizer
-
     documents = {domain: read_domain(domain, data) for domain in DOMAINS}
-    tokenizer = ByteLevelBPETokenizer()
     texts: Iterator[str] = itertools.chain.from_iterable(train for train, _ in documents.values())
-    tokenizer.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = trained_bpe(texts, VOCABULARY)
     tensors = {}
     for domain, (train, held_out) in documents.items():
         for part, chosen in (("train", train), ("held_out", held_out)):
