@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -483,6 +484,22 @@ def test_less_is_done_where_time_is_short() -> None:
     assert said["left_out"][1].startswith("capacity-1.0, capacity-1.25, nudged-bias, quantiles")
     assert re.search(r"Everything takes about \d+ minutes: --minutes \d+$|hours: --minutes \d+$", in_words(said))
     assert described(everything(), everything(), fast, 0)["left_out"] == []
+
+
+def test_the_table_of_the_page_on_speed() -> None:
+    """Each row of it, from its rate: what is done in nine minutes, and how long that and everything take."""
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf-8")
+    table = page.split("| tokens/s of a forward pass | routings |")[1].split("\n\n")[0]
+    rows = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    whole = everything()
+    whole = replace(whole, variants=tuple(v for v in whole.variants if v.key != "nudged-bias"))  # without training
+    for rate, *row in rows:
+        rates = {1: 1 / float(rate), 2: 1.3 / float(rate)}
+        found = choose(whole, rates, 0, 540, 1, set())
+        timed = f"{found.rounds} x {found.step_tokens}" if found.rounds else "none"
+        seconds = [str(round(estimate(each, rates, 0))) for each in (found, whole)]
+        assert row == [str(len(found.variants)), str(found.held_out), str(found.calibration), timed, *seconds]
+    assert len(rows) == 5
 
 
 def test_an_estimate_counts_every_pass(place: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
