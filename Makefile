@@ -56,11 +56,11 @@ families: $(VENV)/.dev
 	$(BIN)/python -m examples.families build/core.xml build/others.xml
 
 $(VENV)/.tools: $(VENV)/.dev
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tests,peers,harness]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tests,peers,harness,docs]"
 	touch $@
 
-## The tools of others, lm-evaluation-harness among them.
-test-tools: $(VENV)/.tools
+## The tools of others, lm-evaluation-harness among them; every page of the documentation, and both notebooks.
+test-tools: $(VENV)/.tools build/types
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests/tools
 
 ## The minutes-long tests; -s shows the figures they measure, the README's table among them.

@@ -6,17 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import CONVERTED, ROOT, blocks, environment, given, lay_out
+from pages import CONVERTED, ROOT, blocks, environment, given
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_BLOCKS = [page for page in PAGES if blocks(page)]
-
-
-@pytest.fixture(scope="session")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("desk")
-    lay_out(folder)
-    return folder
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.relative_to(ROOT).as_posix())
