@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from pages import CONVERTED, ROOT, environment
 
-from examples import reference
+from examples import figures, reference
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
@@ -20,6 +20,10 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 def test_the_reference_is_that_of_the_code() -> None:
     reference.main(["--check"])
+
+
+def test_tables_are_those_of_the_results() -> None:
+    figures.main(["--check"])
 
 
 def test_the_readme_s_memory_is_that_of_the_reference() -> None:
