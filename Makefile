@@ -63,7 +63,7 @@ $(VENV)/.tools: $(VENV)/.dev
 test-tools: $(VENV)/.tools build/types
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests/tools
 
-## The minutes-long tests; -s shows the figures they measure, the README's table among them.
+## The minutes-long tests; -s shows the figures they measure.
 test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -m slow -s
 

@@ -1,4 +1,4 @@
-"""The README's pictures, from a checkpoint and a text of your own: `make pictures CHECKPOINT=... TEXT=...`.
+"""The pictures of the pages, from a checkpoint and a text of your own: `make pictures CHECKPOINT=... TEXT=...`.
 
 Writes report.html, report.png (its first screen, through a headless Chromium), expert-choice.png (expert choice by
 hand) and choices.png (token choice beside it).

@@ -110,7 +110,7 @@ def _refuse_unquantizable(recipe: Recipe, config: Any) -> None:
     """What stands in the way of `quantization`, before any weight is read."""
     asked = f"quantization={recipe.quantization}"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(f"{asked} needs bitsandbytes, which is not installed; pip install 'ecmoe[quantization]'")
+        raise RecipeError(f"{asked} needs bitsandbytes, which is not installed; pip install bitsandbytes")
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(f"{asked}: model={recipe.model} is quantised already; leave quantization out")
     if PartialState().num_processes > 1:

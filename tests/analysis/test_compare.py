@@ -555,7 +555,7 @@ def test_tables_and_json(place: Path, small: None, capsys: pytest.CaptureFixture
     reason="stories260K and its text are not beside the repository (ECMOE_TEST_DATA)",
 )
 def test_a_real_checkpoint_takes_five_minutes_at_most(tmp_path: Path) -> None:
-    """The README's command; -s shows its table."""
+    """The command of docs/looking-inside.md; -s shows its table."""
     convert(str(STORIES_MODEL), str(tmp_path / "out"), init="copy", text=str(STORIES_TEXT))
     torch.set_num_threads(2)
     begin = time.perf_counter()
