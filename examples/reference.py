@@ -42,7 +42,7 @@ def commands() -> str:
     from ecmoe.conversion import cli as convert
     from ecmoe.finetune import cli as finetune
 
-    os.environ["COLUMNS"] = "100"  # argparse's width
+    os.environ["COLUMNS"] = "100"  # as wide as a page shows without scrolling
     lines = ["# Commands", "", "What `--help` prints."]
     for module in (convert, finetune, inspect):
         parser = module._parser()

@@ -19,6 +19,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         name = target.relative_to(ROOT).as_posix()
         if config.repo_url:
             return f"[{match[1]}]({config.repo_url.rstrip('/')}/blob/main/{name}{match[3] or ''})"
-        return f"`{name}`" if match[1].strip("`") in (name, target.name) else f"{match[1]} (`{name}`)"
+        if match[1].strip("`") in (name, target.name):
+            return f"`{name}`"
+        within = match.string[: match.start()].endswith("(")
+        return f"{match[1]}: `{name}`" if within else f"{match[1]} (`{name}`)"
 
     return _LINK.sub(found, markdown)
