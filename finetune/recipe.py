@@ -296,4 +296,9 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
             f"{started} processes were started (WORLD_SIZE={started}) and each would train by itself into "
             f"output_dir={recipe.output_dir}; set use_cpu=true to train on CPUs together, or start one process"
         )
+    if arguments.n_gpu > 1:  # Trainer would take nn.DataParallel, which no expert-choice model can train under
+        raise RecipeError(
+            f"one process sees {arguments.n_gpu} GPUs; start one for each (torchrun --nproc_per_node {arguments.n_gpu} "
+            "-m ecmoe.finetune ...), or show it a single one (CUDA_VISIBLE_DEVICES=0)"
+        )
     return arguments
