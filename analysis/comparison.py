@@ -145,7 +145,8 @@ def _everything(
     config: Any, routings: list[str] | None, max_tokens: int | None, timing: bool, steps: int
 ) -> tuple[Amounts, set[str]]:
     """What is compared where time is no matter, and what of it was asked for; a bias that no step nudges is none."""
-    possible = variants_of(config.num_experts, config.capacity_factor, config.token_choice_bias_update_rate)
+    bias_update_rate, groups = config.token_choice_bias_update_rate, config.num_expert_groups
+    possible = variants_of(config.num_experts, config.capacity_factor, bias_update_rate, groups)
     found = named(possible, routings)
     if routings is None and not steps:
         found = [variant for variant in found if variant.key != "nudged-bias"]

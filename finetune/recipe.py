@@ -134,9 +134,9 @@ class Recipe:
 # Fields of the expert-choice config that a run may change: none of them changes a weight's shape.
 _ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - OF_NO_RECIPE
 # Those that routes and weights depend on when a model is used; adapters, which have no config, do not carry them.
-READ_AT_INFERENCE = {"inference_routing", "min_experts_per_token", "max_experts_per_token", "normalize_combine_weights"}
+READ_AT_INFERENCE = {"inference_routing", "min_experts_per_token", "max_experts_per_token", "num_expert_groups"}
 READ_AT_INFERENCE |= {"router_score_function", "routed_scaling_factor", "token_choice_bias_update_rate"}
-READ_AT_INFERENCE |= {"capacity_factor"}
+READ_AT_INFERENCE |= {"normalize_combine_weights", "capacity_factor"}
 _OWN = {item.name for item in fields(Recipe)} - OF_NO_RECIPE
 _TRAINING = {item.name for item in fields(SFTConfig) if item.init} - OF_NO_RECIPE - {"output_dir"}
 OLDEST_TRANSFORMERS = "5.23"  # whose Trainer it is tested with; family and converter take older ones

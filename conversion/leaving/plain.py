@@ -85,7 +85,8 @@ class PlainPlan:
     def same_routes(self) -> bool:
         """Whether every token has the experts that it has in the source."""
         config = self.source_config
-        return self.form.is_exact or (config.routing == "token_choice" and config.token_choice_bias_update_rate is None)
+        plainly = config.token_choice_bias_update_rate is None and config.num_expert_groups == 1
+        return self.form.is_exact or (config.routing == "token_choice" and plainly)
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -107,6 +108,7 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
         ConversionError: when `top_k` is not possible.
     """
     num_experts, token_choice = config.num_experts, config.routing == "token_choice"
+    in_one_group = config.num_expert_groups == 1  # as in every plain class
     if top_k is not None and (token_choice or not 1 <= top_k <= num_experts):
         raise ConversionError(
             f"num_experts_per_tok={top_k} must be between 1 and num_experts={num_experts}, and left out where the "
@@ -115,15 +117,15 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
     complement = config.shared_expert_weighting == "complement"
     if target.by_score and (token_choice or keeps_router):
         top_k, normalised = int(config.capacity_factor), config.normalize_combine_weights
-        return Form(top_k, 0, complement, False, False, is_exact=token_choice, normalised=normalised)
+        return Form(top_k, 0, complement, False, False, is_exact=token_choice and in_one_group, normalised=normalised)
     most = config.max_experts_per_token or num_experts
     if target.by_score and config.normalize_combine_weights:  # idle experts would count among the weights
         top_k = min(num_experts, top_k or max(1, int(config.capacity_factor + 0.5)))
-        is_exact = config.min_experts_per_token == top_k == most
+        is_exact = in_one_group and config.min_experts_per_token == top_k == most
         return Form(top_k, 0, complement, False, False, is_exact, normalised=True)
     if target.by_score:
         top_k = min(most, top_k or int(_ROOM_BY_SCORE * config.capacity_factor + 0.5) or 1)
-        idle, is_exact = top_k - min(config.min_experts_per_token, top_k), top_k == most
+        idle, is_exact = top_k - min(config.min_experts_per_token, top_k), in_one_group and top_k == most
         return Form(top_k, idle, complement, False, False, is_exact, normalised=False)
     has_bias = token_choice and config.token_choice_bias_update_rate is not None
     is_joined = config.shared_expert_intermediate_size > 0 and (complement or not target.shared_expert)
@@ -136,7 +138,8 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
         is_joined=is_joined,
         is_scaled=not keeps_weights,
         is_shifted=not token_choice and not keeps_router,
-        is_exact=token_choice and keeps_weights and not has_bias,  # by which the class ranks no expert
+        # The class ranks no expert by a bias.
+        is_exact=token_choice and in_one_group and keeps_weights and not has_bias,
         normalised=not keeps_raw,
     )
 
@@ -325,6 +328,8 @@ class _Maker:
             return []  # idle
         scales = self.plan.measured.get(f"{layer_of(prefix)}.scales")
         scale = 1.0 if scales is None else scales[expert].item()
+        if not self.target.by_score:  # the other classes know no factor of the combine weights
+            scale *= self.config.routed_scaling_factor
         parts: list[tuple[str, int | None, float]] = [(f"{prefix}.mlp.experts", expert, scale)]
         if self.form.is_joined:
             complement = self.config.shared_expert_weighting == "complement"
