@@ -74,9 +74,9 @@ def variants_of(
     if num_experts < 2:
         raise AnalysisError(f"num_experts={num_experts} leaves nothing to choose; convert with more experts")
     each = own / num_groups
-    numbers = (round(each),) if 2.5 < each < num_experts / num_groups - 0.5 else (1, 2)
+    of_each = (round(each),) if 2.5 < each < num_experts / num_groups - 0.5 else (1, 2)
+    numbers = [number * num_groups for number in of_each]
     has_bias = bias_update_rate is not None
-    numbers = tuple(number * num_groups for number in numbers)
     return [v for k in numbers if k < num_experts for v in _with_choices(k, num_experts, has_bias, num_groups)]
 
 

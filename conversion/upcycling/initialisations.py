@@ -103,9 +103,9 @@ def _routed_neurons(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
 
 
 def _shard(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
-    """Shard e mod G of the neurons. The combine weights of the shards of n replicas are 1 / (G n). They are multiplied by
-    G (`routed_scaling_factor`), and not down_proj: an optimiser whose steps are as large as its rate, such as AdamW,
-    would change the FFN less.
+    """Shard e mod G of the neurons. The combine weights of the shards of n replicas are 1 / (G n). They are multiplied
+    by G (`routed_scaling_factor`), and not down_proj: an optimiser whose steps are as large as its rate, such as
+    AdamW, would change the FFN less.
 
     Of a bias of down_proj each shard has its part.
     """
