@@ -134,9 +134,13 @@ def print_export(record: dict[str, Any], destination: str) -> None:
     else:
         count = record["num_experts_per_tok"]
         rule = f"each token takes its {count} best experts" if count > 1 else "each token takes its best expert"
-        biased = record["routing"] == "token_choice"
-        other = "without the biases that they were ranked by" if biased else "instead of those above their thresholds"
-        _warn(f"the routing changed: {rule} {other}. {change}")
+        if record["num_expert_groups"] > 1:
+            rule += ", of whatever group"
+        if record["routing"] != "token_choice":
+            rule += " instead of those above their thresholds"
+        elif record["is_biased"]:
+            rule += " without the biases that they were ranked by"
+        _warn(f"the routing changed: {rule}. {change}")
     if verification is not None:
         console.print(f"Measured on {_text_of(record)}.", soft_wrap=True, highlight=False)
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)

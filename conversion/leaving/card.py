@@ -77,6 +77,11 @@ def _routes(plan: PlainPlan, is_indifferent: bool) -> str:
             f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores; the source "
             f"ranks by score minus threshold, and {title} has neither threshold nor bias."
         )
+    if config.num_expert_groups > 1:
+        return (
+            f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores. In the source "
+            f"it has as many of each of {config.num_expert_groups} groups of experts, and {title} has no such groups."
+        )
     if config.routing == "token_choice":
         return f"Exact: the routes. The source is a token-choice model with {form.top_k} experts per token."
     if plan.target.by_score and form.is_exact:

@@ -148,6 +148,8 @@ def _record(plan: PlainPlan, source: str, to: str, text: str | None, seed: int) 
         "form": {name: getattr(plan.form, name) for name in ("num_idle", "is_joined", "is_scaled", "is_shifted")},
         "is_exact": plan.form.is_exact,
         "routing": source_config.routing,
+        "is_biased": source_config.token_choice_bias_update_rate is not None,
+        "num_expert_groups": source_config.num_expert_groups,
         "same_routes": plan.same_routes,
         "notes": _notes(plan),
         "text": text or OWN_TEXT,

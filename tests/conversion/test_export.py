@@ -83,6 +83,7 @@ EXACT = {
     "Qwen2, shared expert": ("Qwen2", {"shared_expert_intermediate_size": 40}),
     "Qwen3": ("Qwen3", {"normalize_combine_weights": True, "attention_bias": True}),
     "Qwen3, weights as they are": ("Qwen3", {"mlp_layer_types": ["sparse", "dense"]}),
+    "a factor of the weights": ("Llama", {"normalize_combine_weights": True, "routed_scaling_factor": 2.5}),
     "shared expert inside": ("Llama", {"normalize_combine_weights": True, "shared_expert_intermediate_size": 40}),
 }
 
@@ -196,7 +197,9 @@ def test_the_files_are_those_that_transformers_writes(
 
 
 @pytest.mark.usefixtures("few_tokens")
-@pytest.mark.parametrize(("family", "init"), [("Llama", "blend"), ("Qwen2", "blend"), ("Qwen3", "split")])
+@pytest.mark.parametrize(
+    ("family", "init"), [("Llama", "blend"), ("Qwen2", "blend"), ("Qwen3", "split"), ("Llama", "granular")]
+)
 def test_an_upcycled_model_leaves_as_what_it_was(
     tmp_path: Path, family: str, init: str, text: Path, make_tokens: Callable[..., torch.Tensor]
 ) -> None:
@@ -310,6 +313,11 @@ CHANGED = {
         BY_BIASED_SCORE,
         "the routing changed: each token takes its 2 best experts without the biases that they were ranked by",
     ),
+    "groups": (
+        "Llama",
+        {"normalize_combine_weights": True, "num_expert_groups": 2},
+        "the routing changed: each token takes its 2 best experts, of whatever group",
+    ),
 }
 
 
@@ -324,7 +332,7 @@ def test_what_changes_of_token_choice_is_said(
     main(["--to=token-choice", str(tmp_path / "source"), str(tmp_path / "out"), f"--text={text}"])
     assert f"warning: {message}" in capsys.readouterr().err
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("routing of this checkpoint is not that of its source" in card) == (case == "biases")
+    assert ("routing of this checkpoint is not that of its source" in card) == (case != "weights")
 
 
 LLAMA_CPP = {  # family, fields, --to, and what is said of llama.cpp
