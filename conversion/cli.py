@@ -22,6 +22,10 @@ _DESTINATIONS_HELP = """--to, for tools that know plain classes alone; what the 
   glm4-moe      GLM-4-MoE, from sigmoid scores (--init blend, shared): thresholds as biases, nearly exact"""
 
 
+_WHICH = """  Take shared at the rates of fine-tuning (1e-5 to 1e-3; two FFNs per token), copy with --capacity-factor 2
+  for long runs at higher rates (two FFNs too), granular where a token must not cost more than in the dense model."""
+
+
 def _parser() -> argparse.ArgumentParser:
     words = {"shards": "G", "copies": "num_experts / G", "rest": "averaged or the first's"}
     inits = "\n".join(f"  {name:9} {init.summary.format(**words)}" for name, init in INITIALISATIONS.items())
@@ -30,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ecmoe-convert",
         description="Convert a dense checkpoint, or a mixture whose tokens choose, into an expert-choice one.",
-        epilog=f"initialisations:\n{inits}\n\nrouters:\n{routers}\n\n{_DESTINATIONS_HELP}\n\n"
+        epilog=f"initialisations:\n{inits}\n{_WHICH}\n\nrouters:\n{routers}\n\n{_DESTINATIONS_HELP}\n\n"
         "Killed or interrupted, the same command goes on.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is not there: the defaults are those of the functions

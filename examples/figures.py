@@ -184,11 +184,27 @@ def _quantization(labels: list[str]) -> Rows:
     yield from _labelled(([show(column) for column in columns] for show in shown), labels)
 
 
+def _which(labels: list[str]) -> Rows:
+    arms = ("dense", "tcq-halves", "tcq-copy1", "ec-shared", "ec-copy2", "dense-matched")
+
+    def row(arm: str) -> list[str]:
+        cells, some = [], {}
+        for part in ("gentle", "main"):
+            found = [json.loads(path.read_text()) for path in RESULTS.glob(f"quality/{part}.mixture.{arm}.seed*.json")]
+            losses, some = [run["final"]["loss"] for run in found], found[0]
+            cells.append(f"{statistics.fmean(losses):.4f}" + ONE_SEED * (len(found) == 1))
+        ffns = 2 if arm in ("ec-shared", "ec-copy2", "dense-matched") else 1
+        return [str(ffns), f"{some['parameters']['total']:,}", *cells]
+
+    yield from _labelled(map(row, arms), labels)
+
+
 def _packing(_: list[str]) -> Rows:
     for name, row in read("packing")["models"].items():
         yield [name, row["batch"], f"{row['rows']:,.0f}", f"{row['one row']:,.0f}", f"{row['ratio']:.2f}"]
 
 
+ONE_SEED = " (one seed)"
 TABLES: dict[str, Callable[[list[str]], Rows]] = {
     "block": _block,
     "parallel": _parallel,
@@ -201,6 +217,7 @@ TABLES: dict[str, Callable[[list[str]], Rows]] = {
     "mixtures": _mixtures,
     "quantization": _quantization,
     "packing": _packing,
+    "which": _which,
 }
 
 if __name__ == "__main__":

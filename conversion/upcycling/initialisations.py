@@ -204,7 +204,7 @@ INITIALISATIONS = {
     # The shards of one replica have one router row, so at step 0 a token takes all of them or none. When the rows have
     # moved apart a token takes a shard of each kind all the same: two of one kind are no FFN.
     "granular": Initialisation(
-        summary="the dense FFN cut into {shards} shards, each copied {copies} times; a token has every shard, of any copy",
+        summary="the dense FFN cut into {shards} shards, each copied {copies} times; a token has one of each",
         source="virtual group initialisation (arXiv 2410.07524), whose groups hold after step 0 too; combine weights "
         "times the number of shards",
         exact=True,

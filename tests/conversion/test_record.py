@@ -131,7 +131,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 WORDS = {
-    "granular": "cut into 4 shards, each copied 2 times; a token has every shard",
+    "granular": "cut into 4 shards, each copied 2 times; a token has one of each",
     "mix": "all else is averaged; after",
     "drop": "| share of the neurons that is drawn anew | | 0.5 |",
     "noise": "| the noise's deviation over that of the matrix | | 0.01 |",
