@@ -371,7 +371,7 @@ def test_the_parent_is_trained_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(data, "CALIBRATION_WINDOWS", 2)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(pretrain, "SIZES", {**sizes, "num_key_value_heads": 1, "tie_word_embeddings": True})
-    for name, value in {"VOCABULARY": 300, "ROWS": 5, "SAVE_EVERY": 2}.items():
+    for name, value in {"VOCABULARY": 300, "ROWS": 6, "SAVE_EVERY": 2}.items():
         monkeypatch.setattr(pretrain, name, value)
     monkeypatch.setattr(pretrain, "save", lambda name, found: store.save(tmp_path, Run("dense"), found))
     monkeypatch.setattr(store, "rounded", lambda value: value)

@@ -54,8 +54,8 @@ PARENTS = {
         "stories260K.md",
     ),
     "5M": Parent(
-        "a Llama of 5.5 million parameters and 4,096 tokens, trained on the training documents of all five domains "
-        "(`--train-parent`; benchmarks/results/quality-parent.json)",
+        "a Llama of 5.5 million parameters and 4,096 tokens, trained on prose, documentation and stories "
+        "(`--train-parent`; benchmarks/results/quality-parent.json): mathematics and code are new to it",
         None,
         _five_runs,
         "5M.md",
