@@ -12,7 +12,7 @@ GGUF ?= .venv-gguf
 MINUTES ?= 8
 GPU_OUTPUT ?= gpu_results
 
-.PHONY: demo real families test test-families test-tools test-oldest test-slow gguf gpu pictures lint clean
+.PHONY: demo real docs families test test-families test-tools test-oldest test-slow gguf gpu pictures lint clean
 
 # torch first and by its exact version: with it installed no other package asks for another build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
@@ -56,14 +56,14 @@ families: $(VENV)/.dev
 	$(BIN)/python -m examples.families build/core.xml build/others.xml
 
 $(VENV)/.tools: $(VENV)/.dev
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tests,peers,harness]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tests,peers,harness,docs]"
 	touch $@
 
-## The tools of others, lm-evaluation-harness among them.
-test-tools: $(VENV)/.tools
+## The tools of others, lm-evaluation-harness among them; every page of the documentation, and both notebooks.
+test-tools: $(VENV)/.tools build/types
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests/tools
 
-## The minutes-long tests; -s shows the figures they measure, the README's table among them.
+## The minutes-long tests; -s shows the figures they measure.
 test-slow: $(VENV)/.tools
 	$(BIN)/python -m pytest -m slow -s
 
@@ -98,6 +98,16 @@ gguf: $(GGUF)/.dev
 ## Transformers alone, so it runs with the environment that is there.
 gpu:
 	$(PYTHON) -m benchmarks gpu --minutes $(MINUTES) --output $(GPU_OUTPUT)
+
+$(VENV)/.docs: $(VENV)/.runtime
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+## The documentation as a site, into site/; its reference pages and tables of figures are made anew.
+docs: $(VENV)/.docs build/types
+	$(BIN)/python -m examples.reference
+	$(BIN)/python -m examples.figures
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 ## The pictures of the README, into docs/: CHECKPOINT=folder or Hub id, TEXT=file; needs chromium.
 pictures: $(VENV)/.runtime

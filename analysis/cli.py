@@ -18,6 +18,7 @@ from .arguments import check_arguments
 from .errors import AnalysisError
 from .limits import CALIBRATION_TOKENS, COMPARED_TOKENS, COMPARISON_SECONDS, EVALUATED_TOKENS, EVALUATION_SECONDS
 from .printing import calibration_table, evaluation_table, remarks
+from .variants import variants_of
 from .verdict import settings, tables
 
 # What needs torch is imported when a command runs: --help and a mistyped option are answered at once.
@@ -43,10 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         f"read at most so many of --data; 0 reads all (default: {EVALUATED_TOKENS:,}, or as many of them as take some "
         f"{EVALUATION_SECONDS // 60} minutes here)",
     )
+    variants = variants_of(num_experts=8)  # any number that has them all
     command = commands.add_parser(
         "compare",
         help="token choice, expert choice and threshold routing side by side",
-        description="Up to fourteen ways of routing, one after the other. What takes the time, for each: a few "
+        description=f"Up to {len(variants)} ways of routing, one after the other. What takes the time, for each: a few "
         "forward and backward passes that time a training step (--no-timing); --steps of training; calibration; two "
         "passes over the held-out tokens (--tokens). It says first how long it will take, and leaves out what does not "
         "fit into --minutes.",
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--routings",
         nargs="+",
         metavar="NAME",
-        help="all, or some of dropless, capacity-1.0, capacity-1.25, expert-choice, at-least-1, at-most, threshold; "
+        help=f"all, or some of {', '.join(dict.fromkeys(variant.key for variant in variants))}; "
         "with :1 or :2 for one or two experts per token alone (default: those there is time for)",
     )
     command.add_argument("--no-timing", dest="timing", action="store_false", help="time no training steps")

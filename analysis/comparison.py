@@ -145,7 +145,8 @@ def _everything(
     config: Any, routings: list[str] | None, max_tokens: int | None, timing: bool, steps: int
 ) -> tuple[Amounts, set[str]]:
     """What is compared where time is no matter, and what of it was asked for; a bias that no step nudges is none."""
-    possible = variants_of(config.num_experts, config.capacity_factor, config.token_choice_bias_update_rate)
+    bias_update_rate, groups = config.token_choice_bias_update_rate, config.num_expert_groups
+    possible = variants_of(config.num_experts, config.capacity_factor, bias_update_rate, groups)
     found = named(possible, routings)
     if routings is None and not steps:
         found = [variant for variant in found if variant.key != "nudged-bias"]
@@ -218,7 +219,8 @@ def _read(tokenizer: Any, data: str, text_column: str, length: int, steps: int, 
             share = f"every {HELD_OUT_EVERY}th document" if held_out else "the others"
             raise AnalysisError(
                 f"data={data} holds too little text: {share} must fill a batch of {rows * length} tokens to "
-                f"{'measure' if held_out else 'train and calibrate'} on; give more documents"
+                f"{'measure' if held_out else 'train and calibrate'} on; give more documents, or a smaller "
+                "--tokens (max_tokens)"
             )
         return found
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 import modeling_ecmoe
-from ecmoe.hub import why_not_from_hub
+from ecmoe.hub import why_no_tokenizer, why_not_causal, why_not_from_hub
 from ecmoe.progress import announce
 from modeling_ecmoe.registry_ecmoe import is_own
 
@@ -38,9 +38,15 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint)
-        auto_class = getattr(transformers, modeling_ecmoe.auto_class_of(config))
+        name = modeling_ecmoe.auto_class_of(config)
+        other_kind = why_not_causal(config) if name == "AutoModelForCausalLM" else None
+        if other_kind:
+            raise AnalysisError(f"checkpoint={checkpoint} {other_kind}")
+        auto_class = getattr(transformers, name)
         model: Any = auto_class.from_pretrained(checkpoint, dtype=dtype)
         model = model.to(place)
+    except AnalysisError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AnalysisError(f"checkpoint={checkpoint} {_why_not(error, path)}") from error
     return model.eval(), tokenizer
@@ -49,7 +55,8 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
 def _why_not(error: Exception, path: Path) -> str:
     """One line of what may be many."""
     if path.is_dir():
-        return f"cannot be loaded: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+        reason = f"cannot be loaded: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+        return why_no_tokenizer(str(path), path) or reason
     reason = why_not_from_hub(error)
     return f"is no local folder and could not be fetched from the Hub: {reason}; give a checkpoint folder or a Hub id"
 

@@ -73,6 +73,7 @@ def numbers(routes: TextRoutes, checkpoint: str) -> dict[str, Any]:
         "capacity_factor": routes.capacity_factor,
         "min_experts_per_token": routes.min_experts,
         "max_experts_per_token": routes.max_experts,
+        "num_expert_groups": routes.num_groups,
         "loss": None if routes.loss is None else _round(routes.loss),
         "ids": routes.token_ids,
         "names": routes.names,

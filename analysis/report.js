@@ -275,9 +275,10 @@
   }
 
   function boundsInWords() {
-    const { min_experts_per_token: least, max_experts_per_token: most } = data;
+    const { min_experts_per_token: least, max_experts_per_token: most, num_expert_groups: groups } = data;
+    const each = groups > 1 ? `, as many of each of ${groups} groups (experts whose numbers are the same modulo ${groups})` : "";
     const bounds = [least ? `at least ${count(least, "expert")}` : "", most === null ? "" : `at most ${count(most, "expert")}`];
-    return bounds.some(Boolean) ? `; a token has ${bounds.filter(Boolean).join(" and ")}, those nearest their thresholds first` : "";
+    return bounds.some(Boolean) ? `; a token has ${bounds.filter(Boolean).join(" and ")}${each}, those nearest their thresholds first` : "";
   }
 
   function drawHistograms() {

@@ -61,6 +61,7 @@ class TextRoutes:
     capacity_factor: float
     min_experts: int
     max_experts: int | None
+    num_groups: int
     has_thresholds: bool
     token_ids: list[int]
     names: list[str]
@@ -140,6 +141,7 @@ def routes_of_text(model: Any, tokenizer: Any, text: str, source: str = "text") 
         capacity_factor=float(config.capacity_factor),
         min_experts=config.min_experts_per_token,
         max_experts=config.max_experts_per_token,
+        num_groups=config.num_expert_groups,
         has_thresholds=has_thresholds,
         token_ids=ids,
         names=[str(name) for name in tokenizer.convert_ids_to_tokens(ids)],

@@ -55,7 +55,9 @@ class Variant:
         return ["balance"] if self.fields["router_aux_loss_coef"] else []
 
 
-def variants_of(num_experts: int, own: float = 1, bias_update_rate: float | None = None) -> list[Variant]:
+def variants_of(
+    num_experts: int, own: float = 1, bias_update_rate: float | None = None, num_groups: int = 1
+) -> list[Variant]:
     """Every variant that a model can have: for one and for two experts per token, or for as many as it has itself.
 
     Args:
@@ -63,18 +65,22 @@ def variants_of(num_experts: int, own: float = 1, bias_update_rate: float | None
         own: the checkpoint's experts per token, `capacity_factor`; above 2 they alone are compared.
         bias_update_rate: the checkpoint's `token_choice_bias_update_rate`. Where there is one, its thresholds are the
             bias of token choice, and every token choice here begins with them.
+        num_groups: the checkpoint's `num_expert_groups`, of which a token has as many experts of each: one and two of
+            each are compared.
 
     Raises:
         AnalysisError: with a single expert.
     """
     if num_experts < 2:
         raise AnalysisError(f"num_experts={num_experts} leaves nothing to choose; convert with more experts")
-    numbers = (round(own),) if 2.5 < own < num_experts - 0.5 else (1, 2)
+    each = own / num_groups
+    of_each = (round(each),) if 2.5 < each < num_experts / num_groups - 0.5 else (1, 2)
+    numbers = [number * num_groups for number in of_each]
     has_bias = bias_update_rate is not None
-    return [variant for k in numbers if k < num_experts for variant in _with_choices(k, num_experts, has_bias)]
+    return [v for k in numbers if k < num_experts for v in _with_choices(k, num_experts, has_bias, num_groups)]
 
 
-def _with_choices(k: int, num_experts: int, has_bias: bool) -> list[Variant]:
+def _with_choices(k: int, num_experts: int, has_bias: bool, num_groups: int) -> list[Variant]:
     neutral = {
         "routing": "expert_choice",
         "inference_routing": "threshold",
@@ -104,10 +110,11 @@ def _with_choices(k: int, num_experts: int, has_bias: bool) -> list[Variant]:
     ]
     by_experts: list[tuple[str, str, dict[str, Any]]] = [
         ("expert-choice", "expert choice", {}),
-        ("at-least-1", "expert choice, at least 1", {"min_experts_per_token": 1}),
+        ("at-least-1", f"expert choice, at least {num_groups}", {"min_experts_per_token": num_groups}),
     ]
-    if k + 1 < num_experts:  # a bound of all experts is none
-        by_experts.append(("at-most", f"expert choice, at most {k + 1}", {"max_experts_per_token": k + 1}))
+    most = k + num_groups
+    if most < num_experts:  # a bound of all experts is none
+        by_experts.append(("at-most", f"expert choice, at most {most}", {"max_experts_per_token": most}))
     by_experts.append(("threshold", "threshold", {"routing": "threshold"}))
     return [
         Variant(key, name, k, neutral | changed, True, key == "nudged-bias" and not has_bias)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,7 +30,7 @@ from modeling_ecmoe import calibrate_thresholds
 
 from .gpu import write
 from .machine import commit, machine
-from .quality.data import DOMAINS, interleave, read_domain, training_batches
+from .quality.data import DOMAINS, files, interleave, read_domain, trained_bpe, training_batches
 from .quality.grid import ARMS
 from .quality.train import BETAS, MOST_NORM, WEIGHT_DECAY, learning_rate_factor
 
@@ -83,6 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.make_pack:
         if options.data is None:
             stop("make-pack wants --data, the folder of the text")
+        missing = [name for name in files() if not (options.data / name).is_file()]
+        if missing:
+            stop(f"data={options.data} lacks {', '.join(missing)}; name the folder that has them")
         print(make_pack(options.data, options.make_pack))
         return
     if options.pack is None or not options.pack.is_file():
@@ -102,12 +105,9 @@ def stop(reason: str) -> NoReturn:
 
 def make_pack(data: Path, path: Path) -> str:
     """Tokenises every domain by a byte-level BPE of its training documents; a line about what was written."""
-    from tokenizers import ByteLevelBPETokenizer
-
     documents = {domain: read_domain(domain, data) for domain in DOMAINS}
-    tokenizer = ByteLevelBPETokenizer()
     texts: Iterator[str] = itertools.chain.from_iterable(train for train, _ in documents.values())
-    tokenizer.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer = trained_bpe(texts, VOCABULARY)
     tensors = {}
     for domain, (train, held_out) in documents.items():
         for part, chosen in (("train", train), ("held_out", held_out)):
@@ -168,9 +168,13 @@ class Sitting:
         self.end = time.monotonic() + seconds
         self.seconds, self.size, self.output = seconds, size, output
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        with safe_open(pack, "pt") as file:
-            if file.metadata() != {"vocabulary": str(VOCABULARY)}:
-                stop(f"pack={pack} is none of --make-pack")
+        try:
+            with safe_open(pack, "pt") as file:
+                made_here = file.metadata() == {"vocabulary": str(VOCABULARY)}
+        except SafetensorError:  # cut off, or something else
+            made_here = False
+        if not made_here:
+            stop(f"pack={pack} is none of --make-pack, or is cut off; make it again")
         tensors = {name: each.to(torch.int64) for name, each in load_file(pack).items()}
         train = {domain: tensors[f"{domain} train"] for domain in DOMAINS}
         self.calibration = {domain: rows[:CALIBRATION] for domain, rows in train.items()}

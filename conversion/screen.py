@@ -129,11 +129,18 @@ def print_export(record: dict[str, Any], destination: str) -> None:
         change = f"The loss changed by {verification['loss_change']:+.4f} nats per token."
     if record["is_exact"]:
         console.print(f"Same routes, same weights. {change}", highlight=False)
+    elif record["same_routes"]:
+        _warn(f"the combine weights changed: a measured number of each expert stands for them. {change}")
     else:
         count = record["num_experts_per_tok"]
         rule = f"each token takes its {count} best experts" if count > 1 else "each token takes its best expert"
-        warning = f"the routing changed: {rule} instead of those above their thresholds. {change}"
-        _warn(warning)
+        if record["num_expert_groups"] > 1:
+            rule += ", of whatever group"
+        if record["routing"] != "token_choice":
+            rule += " instead of those above their thresholds"
+        elif record["is_biased"]:
+            rule += " without the biases that they were ranked by"
+        _warn(f"the routing changed: {rule}. {change}")
     if verification is not None:
         console.print(f"Measured on {_text_of(record)}.", soft_wrap=True, highlight=False)
     console.print(f"Checkpoint in {destination}, all measurements in {RECORD_NAME} there.", highlight=False)

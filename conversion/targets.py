@@ -155,8 +155,6 @@ def _obstacles(config: Any, target: Target) -> list[str]:
     if any(True for _ in ACT2FN[config.hidden_act].parameters()):
         found.append(f"hidden_act={config.hidden_act} learns, and Transformers would load {target.title} without it")
     dense = _dense_layers(config)
-    if config.routed_scaling_factor != 1 and not target.by_score:
-        found.append(f"routed_scaling_factor={config.routed_scaling_factor}: {target.title} has none")
     if config.shared_expert_weighting == "gate" and not target.has_gated_shared:
         found.append(f"shared_expert_weighting=gate: {target.title} has no gate on a shared expert")
     if dense and is_granite:

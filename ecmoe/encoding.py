@@ -37,7 +37,8 @@ class Encoder:
         EncodingError: when it is made and when it is called.
     """
 
-    remedy = "give a tokenizer with another one"  # what to do about a chat template
+    # What to do about a chat template.
+    remedy = "put one that takes them into the checkpoint's folder as chat_template.jinja"
 
     def __init__(
         self,

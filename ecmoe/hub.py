@@ -1,13 +1,17 @@
-"""Why a checkpoint could not be had from the Hub, in words that say what to do.
+"""Why a checkpoint cannot be had, from the Hub or a folder, or is of another kind, in words that say what to do.
 
 Transformers and the Hub's client say it in several lines, in which a wrong name, a machine without a network and a
 setting that forbids the network look alike. Imported by conversion, finetune and analysis; it imports none of them.
 """
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@.+)?")
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "tekken.json", "*.tiktoken")
 
 
 def could_be_hub_id(name: str) -> bool:
@@ -16,13 +20,69 @@ def could_be_hub_id(name: str) -> bool:
 
 
 def why_no_checkpoint(name: str) -> str | None:
-    """What is wrong with a name that is neither a folder nor may be one of the Hub's; None of a good one."""
+    """What is wrong with a name that is neither a model's folder nor may be one of the Hub's; None of a good one."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return None
+        return why_only_an_adapter(name, path)
     if path.exists():
         return "is a file; give the checkpoint's folder"
     return None if could_be_hub_id(name) else "does not exist; give a checkpoint folder or a Hub id"
+
+
+def why_only_an_adapter(name: str, folder: Path) -> str | None:
+    """What is wrong with a folder of PEFT adapters, which may hold a config.json but no weights of a whole model, and
+    what to give instead; None of any other.
+
+    name: of the folder, as the user gave it.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file() or any(any(folder.glob(files)) for files in ("model*.safetensors*", "pytorch_model*")):
+        return None
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
+    except (OSError, ValueError, AttributeError):
+        base = "BASE"
+    what = f"is a PEFT adapter of {base}, not a whole model"
+    if (folder / "merged" / "config.json").is_file():  # what a recipe with merge=true writes
+        return f"{what}; give {Path(name) / 'merged'}"
+    return (
+        f"{what}; merge it first, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{name}')"
+        ".merge_and_unload().save_pretrained('merged'), save the tokenizer there too, and give merged"
+    )
+
+
+def why_no_tokenizer(name: str, folder: Path) -> str | None:
+    """What to do about a checkpoint's folder without a file that a tokenizer could be read from; None of any other.
+
+    save_pretrained of a model writes none.
+    """
+    if not folder.is_dir() or any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
+        return None
+    return (
+        "has no tokenizer; save that of its source there, "
+        f"AutoTokenizer.from_pretrained(SOURCE).save_pretrained('{name}')"
+    )
+
+
+def why_not_causal(config: Any) -> str | None:
+    """What keeps a config's model from predicting text from left to right; None of one that does.
+
+    Encoders such as BERT have a class for it, in which tokens see later ones all the same unless config.is_decoder.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = f"is of model_type {config.model_type}"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        of_the_hub = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # code beside the weights
+        return (
+            None if of_the_hub else f"{kind}, which has no AutoModelForCausalLM; give a decoder, such as qwen3 or gpt2"
+        )
+    looks_back = config.is_encoder_decoder or getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not looks_back:
+        return (
+            f"{kind}, an encoder, whose tokens see the ones they would predict; give a decoder, such as qwen3 or gpt2"
+        )
+    return None
 
 
 def why_not_from_hub(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Model and tokenizer of a recipe, with the routing fields and the parallel plan it asks for."""
 
 import importlib.util
-import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,33 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig
 
-from ecmoe.hub import why_not_from_hub
+from ecmoe.hub import why_no_tokenizer, why_not_causal, why_not_from_hub
 from modeling_ecmoe.registry_ecmoe import is_own
 
 from .arguments import check_model
 from .errors import RecipeError
-from .recipe import READ_AT_INFERENCE, Recipe, refuse_unknown, shipped
+from .recipe import READ_AT_INFERENCE, Recipe, refusal_of, refuse_unknown, shipped
 
 _UNLOADABLE = (OSError, ValueError, KeyError, TypeError, ImportError)
+
+
+def meet(recipe: Recipe) -> None:
+    """Lets processes that train on CPUs find each other before any of them counts memory or says anything.
+
+    Without being told of CPUs Accelerate looks for GPUs alone, and each process takes itself for the only one until
+    TrainingArguments are made.
+    """
+    if recipe.training.get("use_cpu") and int(os.environ.get("WORLD_SIZE") or 1) > 1 and not PartialState._shared_state:
+        PartialState(cpu=True, backend=recipe.training.get("ddp_backend"))
 
 
 def load_config(recipe: Recipe) -> Any:
@@ -31,14 +46,9 @@ def load_config(recipe: Recipe) -> Any:
     """
     path = Path(recipe.model).expanduser()
     check_model(recipe.model)
-    _refuse_adapter(recipe.model, path)
     try:
         config: Any = AutoConfig.from_pretrained(recipe.model)
-        if is_own(config) and hasattr(config, "text_config"):
-            raise RecipeError(
-                f"model={recipe.model} is an {config.model_type}, which reads images too, and recipes train on text "
-                "alone; convert its source with --text-only, or train it with a trainer of your own"
-            )
+        _refuse_untrainable(recipe, config)
         if recipe.routing_fields and not is_own(config):
             name, value = next(iter(recipe.routing_fields.items()))
             raise RecipeError(
@@ -54,10 +64,28 @@ def load_config(recipe: Recipe) -> Any:
     except RecipeError:
         raise
     except StrictDataclassError as error:  # names one of routing_fields
-        raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
+        raise RecipeError(refusal_of(error)) from error
     except _UNLOADABLE as error:
         raise RecipeError(f"model={recipe.model} {_why_not(error, path)}") from error
     return config
+
+
+def _refuse_untrainable(recipe: Recipe, config: Any) -> None:
+    """Models that no recipe trains, and those that one trains by adapters alone."""
+    if hasattr(config, "text_config"):
+        it = "its source" if is_own(config) else "it"
+        raise RecipeError(
+            f"model={recipe.model} is of model_type {config.model_type}, which reads images too, and recipes train on "
+            f"text alone; convert {it} with --text-only, or train it with a trainer of your own"
+        )
+    other_kind = why_not_causal(config)
+    if other_kind:
+        raise RecipeError(f"model={recipe.model} {other_kind}")
+    if recipe.lora is None and getattr(config, "quantization_config", None) is not None:
+        raise RecipeError(
+            f"model={recipe.model} is quantised, and such weights cannot be trained themselves; lora={{}} trains "
+            "adapters on them, or give the unquantised checkpoint"
+        )
 
 
 def _refuse_what_adapters_lose(name: str, value: Any, config: Any, model: str) -> None:
@@ -82,7 +110,7 @@ def _refuse_unquantizable(recipe: Recipe, config: Any) -> None:
     """What stands in the way of `quantization`, before any weight is read."""
     asked = f"quantization={recipe.quantization}"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(f"{asked} needs bitsandbytes, which is not installed; pip install 'ecmoe[quantization]'")
+        raise RecipeError(f"{asked} needs bitsandbytes, which is not installed; pip install bitsandbytes")
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(f"{asked}: model={recipe.model} is quantised already; leave quantization out")
     if PartialState().num_processes > 1:
@@ -133,7 +161,9 @@ def load_tokenizer(recipe: Recipe, config: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     except _UNLOADABLE as error:
-        raise RecipeError(f"model={recipe.model} cannot be loaded: {' '.join(str(error).split())}") from error
+        missing = why_no_tokenizer(recipe.model, Path(recipe.model).expanduser())
+        reason = missing or f"cannot be loaded: {' '.join(str(error).split())}"
+        raise RecipeError(f"model={recipe.model} {reason}") from error
     if recipe.training.get("chat_template_path"):
         tokenizer.chat_template = _read_template(recipe.training["chat_template_path"])
     if recipe.training.get("eos_token"):  # which TRL looks up once more
@@ -145,22 +175,6 @@ def load_tokenizer(recipe: Recipe, config: Any) -> Any:
     if longest is not None and length is not None and length > longest:
         raise RecipeError(f"max_length={length} is more than the model's {longest} positions; shorten it")
     return tokenizer
-
-
-def _refuse_adapter(model: str, folder: Path) -> None:
-    """A folder of adapters, which may hold a config.json but no weights of a whole model; as `conversion` says it."""
-    path = folder / "adapter_config.json"  # of PEFT
-    if not path.is_file() or any(any(folder.glob(name)) for name in ("model*", "pytorch_model*")):
-        return
-    try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
-    except (OSError, ValueError, AttributeError):
-        base = "BASE"
-    raise RecipeError(
-        f"model={model} is a PEFT adapter of {base}, not a whole model; merge it first, "
-        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{model}')"
-        ".merge_and_unload().save_pretrained('merged'), save the tokenizer there too, and give merged"
-    )
 
 
 def distributed_config(recipe: Recipe) -> DistributedConfig:

@@ -134,9 +134,9 @@ class Recipe:
 # Fields of the expert-choice config that a run may change: none of them changes a weight's shape.
 _ROUTING = {item.name for item in fields(EcMoeConfigMixin)} - OF_NO_RECIPE
 # Those that routes and weights depend on when a model is used; adapters, which have no config, do not carry them.
-READ_AT_INFERENCE = {"inference_routing", "min_experts_per_token", "max_experts_per_token", "normalize_combine_weights"}
+READ_AT_INFERENCE = {"inference_routing", "min_experts_per_token", "max_experts_per_token", "num_expert_groups"}
 READ_AT_INFERENCE |= {"router_score_function", "routed_scaling_factor", "token_choice_bias_update_rate"}
-READ_AT_INFERENCE |= {"capacity_factor"}
+READ_AT_INFERENCE |= {"normalize_combine_weights", "capacity_factor"}
 _OWN = {item.name for item in fields(Recipe)} - OF_NO_RECIPE
 _TRAINING = {item.name for item in fields(SFTConfig) if item.init} - OF_NO_RECIPE - {"output_dir"}
 OLDEST_TRANSFORMERS = "5.23"  # whose Trainer it is tested with; family and converter take older ones
@@ -221,7 +221,21 @@ def make_recipe(content: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**own, training=training, routing_fields=routing)
     except StrictDataclassError as error:
-        raise RecipeError(" ".join(str(error).split(":", 2)[-1].split())) from error
+        raise RecipeError(refusal_of(error)) from error
+
+
+def refusal_of(error: StrictDataclassError) -> str:
+    """What a strict dataclass found wrong, in one line; of a field of a wrong type the types that it takes."""
+    reason = " ".join(str(error).split(":", 2)[-1].split())
+    several = re.match(r"Field '(\w+)' with value (.*) doesn't match any type in \((.*?)\)\. Errors:", reason)
+    if several is not None:
+        name, value, kinds = several.groups()
+    elif (one := re.match(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*)\)$", reason)) is not None:
+        name, kinds, value = one.groups()
+    else:
+        return reason
+    plain = [kind for kind in ("bool", "dict", "float", "int", "list", "str") if re.search(rf"\b{kind}\b", kinds)]
+    return f"{name}={value} must be {' or '.join(plain)}" if plain else reason
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -270,11 +284,21 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     try:
         arguments = SFTConfig(**(silent | settled), output_dir=recipe.output_dir)
     except (ValueError, TypeError, ImportError, OSError) as error:
+        if "bf16/gpu" in str(error):  # which speaks of a field that nobody asked about
+            raise RecipeError(
+                "bf16=True needs a GPU with products in bfloat16, and none is found here; leave it out (on such a GPU "
+                "they are in bfloat16 without it), or add use_cpu=true to have them so on the CPU"
+            ) from error
         raise RecipeError(f"SFTConfig refuses the recipe: {' '.join(str(error).split())}") from error
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if started > 1 and arguments.world_size == 1:  # Accelerate looks at what torchrun started only if a GPU is there
         raise RecipeError(
             f"{started} processes were started (WORLD_SIZE={started}) and each would train by itself into "
             f"output_dir={recipe.output_dir}; set use_cpu=true to train on CPUs together, or start one process"
+        )
+    if arguments.n_gpu > 1:  # Trainer would take nn.DataParallel, which no expert-choice model can train under
+        raise RecipeError(
+            f"one process sees {arguments.n_gpu} GPUs; start one for each (torchrun --nproc_per_node {arguments.n_gpu} "
+            "-m ecmoe.finetune ...), or show it a single one (CUDA_VISIBLE_DEVICES=0)"
         )
     return arguments

@@ -157,7 +157,7 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[s
         "completion": recipe.completion_column or "completion",
         "text": recipe.training.get("dataset_text_field") or "text",
     }
-    given = {"text"} if "dataset_text_field" in recipe.training else set()
+    given = {"text"} if recipe.training.get("dataset_text_field") else set()
     given |= {part for part in names if part != "text" and getattr(recipe, f"{part}_column")}
     named = [kind for kind, parts in _KINDS.items() if given & set(parts)]
     for kind in named or _KINDS:
@@ -165,13 +165,7 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[s
             return kind, {names[part]: part for part in _KINDS[kind]}
     wanted = {names[part]: part for part in _KINDS[named[0] if named else "text"]}
     missing = next(column for column in wanted if column not in columns)
-    nearest = difflib.get_close_matches(
-        missing, [column for column in columns if column not in wanted], n=1, cutoff=0.0
-    )
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    pair = [next((name for name in words if name in columns), None) for words in (_PROMPTS, _ANSWERS)]
-    if not named and all(pair):
-        hint = f"; set prompt_column={pair[0]} completion_column={pair[1]}"
+    hint = _hint(missing, columns, set(wanted), named, recipe)
     others = (
         " Conversations are read from messages_column=messages, instructions from prompt_column=prompt with "
         "completion_column=completion"
@@ -180,6 +174,26 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[s
         f"{_field(wanted[missing])}={missing} is not in dataset={name}, which has {', '.join(columns)}{hint}"
         + ("" if named else others)
     )
+
+
+def _hint(missing: str, columns: list[str], wanted: set[str], named: list[str], recipe: Recipe) -> str:
+    """What to set where a column is missing: a name that is nearly it, the fields for rows of another kind, or what is
+    nearest of all."""
+    others = [column for column in columns if column not in wanted]
+    near = difflib.get_close_matches(missing, others, n=1, cutoff=0.6)
+    pair = [next((name for name in words if name in columns), None) for words in (_PROMPTS, _ANSWERS)]
+    if {"messages", "conversations"} & set(columns):
+        kind = "messages"
+    else:
+        kind = "prompt" if all(pair) else "text" if "text" in columns else ""
+    if kind and not near and kind not in named:
+        fields = ("messages_column", "prompt_column", "completion_column")
+        changes = {field: "" for field in fields if getattr(recipe, field)}  # left open
+        changes |= {"dataset_text_field": ""} if recipe.training.get("dataset_text_field") else {}
+        changes |= {"prompt_column": pair[0] or "", "completion_column": pair[1] or ""} if kind == "prompt" else {}
+        return "; set " + " ".join(f"{field}={value or ' (empty)'}" for field, value in changes.items())
+    near = near or difflib.get_close_matches(missing, others, n=1, cutoff=0.0)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _is_filled(value: Any) -> bool:

@@ -30,7 +30,7 @@ from .dry import SecondStep, estimate_run, two_batches
 from .encode import is_learned_from, stop_token
 from .errors import RecipeError
 from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
-from .loading import distributed_config, load_config, load_model, load_tokenizer
+from .loading import distributed_config, load_config, load_model, load_tokenizer, meet
 from .losses import standard_error
 from .memory import peak_bytes, refuse_impossible, warn_of_memory
 from .mixin import is_flash
@@ -69,6 +69,7 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields:
         RecipeError: for anything the user can put right.
     """
     recipe = recipe_of(recipe, **fields)
+    meet(recipe)
     output = Path(recipe.output_dir).expanduser()
     resume = _resume(recipe)
     with _refusals_in_one_line(recipe):
@@ -174,6 +175,7 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fie
         (`Precision`), with what each choice needs.
     """
     recipe = recipe_of(recipe, **fields)
+    meet(recipe)
     _resume(recipe)
     say("dry run: loads model and data, then takes a short step and one of the longest rows; nothing is written")
     whole = training_arguments(recipe)
@@ -350,6 +352,11 @@ def describe(model: Any, recipe: Recipe) -> dict[str, Any]:
         for block in sparse_blocks(model).values():
             experts = sum(size_of(p) for name, p in block.experts.named_parameters() if is_of_base(name))
             idle += experts - round(experts * block.config.capacity_factor / block.config.num_experts)
+    elif chosen := getattr(model.config, "num_experts_per_tok", None):  # a plain mixture, whose experts are stacked
+        stacks = [
+            p for name, p in model.named_parameters() if ".experts." in name and is_of_base(name) and p.dim() == 3
+        ]
+        idle = sum(stack.numel() - round(stack.numel() * chosen / stack.shape[0]) for stack in stacks)
     return {
         "model": recipe.model,
         "model_type": model.config.model_type,

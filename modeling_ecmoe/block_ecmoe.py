@@ -34,6 +34,14 @@ from .routing_ecmoe import ExpertChoice, choose_by_threshold, choose_experts, ch
 from .serving_ecmoe import unweighted_rows, wants_counts, wants_places, wants_slots
 
 
+class EcMoeSharedExpertGate(nn.Linear):
+    """What the shared expert is weighted by, before the sigmoid: [T, D] -> [T, 1].
+
+    A class of its own, since bitsandbytes takes what is `nn.Linear` itself: like the router it is not quantised, and
+    PEFT's `modules_to_save=["gate"]`, which goes by the end of a name, trains it too.
+    """
+
+
 class EcMoeBlock(nn.Module):
     """The sparse FFN, in place of the dense one: y = sum over the experts that chose x of w * expert(x) [+ shared].
 
@@ -58,7 +66,7 @@ class EcMoeBlock(nn.Module):
                 setattr(shared_config, dropout, 0.0)  # below, once for the whole block
             self.shared_expert = make_ffn(shared_config)
             if config.shared_expert_weighting == "gate":
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+                self.shared_expert_gate = EcMoeSharedExpertGate(config.hidden_size, 1, bias=False)
         self.dropout = nn.Dropout(0.0 if dropout is None else getattr(config, dropout))
         # Set around a call (context_ecmoe.py): the real tokens by the model, another routing by its caller.
         self.token_mask: Tensor | None = None
@@ -155,7 +163,8 @@ class EcMoeBlock(nn.Module):
         if config.bounds_experts_per_token:
             bounds = config.min_experts_per_token, config.max_experts_per_token
             in_graph = config.experts_kernels and scores_PNE.is_cuda and not torch.compiler.is_compiling()
-            return choose_tokens_within_bounds(scores_PNE, config.capacity_factor, *bounds, mask_PN, in_graph)
+            options = *bounds, mask_PN, in_graph, config.num_expert_groups
+            return choose_tokens_within_bounds(scores_PNE, config.capacity_factor, *options)
         return choose_tokens(scores_PNE, config.capacity_factor, mask_PN)
 
     def record(self, threshold_E: Tensor, num_tokens: Tensor | int) -> None:
@@ -170,7 +179,8 @@ class EcMoeBlock(nn.Module):
         mask_T = self.token_mask.flatten() if learning and self.token_mask is not None else None
         has_bias = self.config.token_choice_bias_update_rate is not None
         num_choices, bias_E = int(self.config.capacity_factor), threshold_E if has_bias else None
-        expert_TK, is_kept_TK = choose_experts(scores_TE, num_choices, capacity_factor, mask_T, bias_E)
+        groups = self.config.num_expert_groups
+        expert_TK, is_kept_TK = choose_experts(scores_TE, num_choices, capacity_factor, mask_T, bias_E, groups)
         if learning and has_bias and torch.is_grad_enabled():
             self.gate.record_load(expert_TK, mask_T)
         weight_TK = scores_TE.gather(-1, expert_TK) * is_kept_TK
@@ -181,10 +191,11 @@ class EcMoeBlock(nn.Module):
         if self.config.inference_routing == "token_choice":
             has_bias = self.config.token_choice_bias_update_rate is not None
             bias_E = (self.gate.threshold if threshold_E is None else threshold_E) if has_bias else None
-            expert_TK, _ = choose_experts(scores_TE, int(self.config.capacity_factor), None, None, bias_E)
+            num_choices, groups = int(self.config.capacity_factor), self.config.num_expert_groups
+            expert_TK, _ = choose_experts(scores_TE, num_choices, None, None, bias_E, groups)
             return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, expert_TK, True)
         self.gate.warn_uncalibrated()
         threshold_E = self.gate.threshold if threshold_E is None else threshold_E
-        return routes_by_threshold(
-            scores_TE, threshold_E, self.config.min_experts_per_token, self.config.max_experts_per_token
-        )
+        config = self.config
+        bounds = config.min_experts_per_token, config.max_experts_per_token
+        return routes_by_threshold(scores_TE, threshold_E, *bounds, config.num_expert_groups)

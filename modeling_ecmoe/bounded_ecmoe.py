@@ -12,7 +12,8 @@ places of a list, G groups of experts; all shapes are static and nothing is read
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from .routing_ecmoe import (
     ExpertChoice,
     as_choice,
     expert_capacity,
+    in_groups,
     mean_over_pools,
+    out_of_groups,
     real_capacity,
     routes_by_threshold,
 )
@@ -43,6 +46,7 @@ def choose_tokens_within_bounds(
     max_experts: int | None,
     token_mask_PN: Tensor | None = None,
     in_graph: bool = False,
+    num_groups: int = 1,
 ) -> ExpertChoice:
     """As `routing_ecmoe.choose_tokens`, with at least `min_experts` and at most `max_experts` for every real token.
 
@@ -50,12 +54,29 @@ def choose_tokens_within_bounds(
     An expert's tokens come in the order of the text.
 
     in_graph: whether a GPU launches the hundreds of operations as one CUDA graph.
+    num_groups: G; with bounds that hold in each group of experts (`routing_ecmoe.in_groups`), the groups are
+        programmes of their own, each with its G-th part of bounds and capacity.
     """
     most = scores_PNE.shape[2] if max_experts is None else max_experts
-    options = capacity_factor, min_experts, most
-    tensors = scores_PNE.detach(), token_mask_PN
-    places = replay(chosen_places, tensors, *options) if in_graph else chosen_places(*tensors, *options)
+    options = _of_group(num_groups, capacity_factor, min_experts, most)
+    found = []
+    for scores_PNE_of_group in in_groups(scores_PNE.detach(), num_groups).unbind(-2):
+        tensors = scores_PNE_of_group.contiguous(), token_mask_PN
+        found.append(replay(chosen_places, tensors, *options) if in_graph else chosen_places(*tensors, *options))
+    index, is_chosen, threshold = (torch.stack(parts) for parts in zip(*found, strict=True))
+    places = (_of_all_groups(index, 2), _of_all_groups(is_chosen, 2), _of_all_groups(threshold, 1))
     return as_choice(scores_PNE, *places)
+
+
+def _of_group(num_groups: int, capacity_factor: float, least: int, most: int) -> tuple[Any, int, int]:
+    """The G-th part of capacity factor and bounds; no third of a decimal is one."""
+    capacity = Fraction(str(capacity_factor)) / num_groups if num_groups > 1 else capacity_factor
+    return capacity, least // num_groups, most // num_groups
+
+
+def _of_all_groups(parts: Tensor, dim: int) -> Tensor:
+    """[G, ...] with the experts of each group at `dim` -> [...] with all experts there, one of each group in turn."""
+    return parts.movedim(0, dim).flatten(dim - 1, dim)
 
 
 def chosen_places(
@@ -344,12 +365,20 @@ def _places_of(chosen_PEN: Tensor, num_slots: int) -> Tensor:
     return index_PEC.scatter(2, slot_PEN, place_PEN)[..., :num_slots]
 
 
-def balanced_thresholds(scores_TE: Tensor, capacity_factor: float, min_experts: int, max_experts: int) -> Tensor:
+def balanced_thresholds(
+    scores_TE: Tensor, capacity_factor: float, min_experts: int, max_experts: int, num_groups: int = 1
+) -> Tensor:
     """[E] thresholds at which the bounded threshold rule gives every expert its share of these tokens.
 
     The prices of the assignment, round after round until every load is within one percent of the share, or for
     `SWEEPS` rounds.
+
+    num_groups: of experts in each of which the bounds hold, as in `choose_tokens_within_bounds`.
     """
+    if num_groups > 1:
+        options = _of_group(num_groups, capacity_factor, min_experts, max_experts)
+        groups = in_groups(scores_TE, num_groups).unbind(-2)
+        return out_of_groups(torch.stack([balanced_thresholds(group, *options) for group in groups]))
     shares = expert_shares(scores_TE[None], capacity_factor, max_experts, None)
     if shares.num_slots >= len(scores_TE):
         return torch.zeros_like(scores_TE[0])

@@ -164,7 +164,8 @@ def thresholds_of_scores(scores_TE: Tensor, config: Any) -> Tensor:
     if not config.bounds_experts_per_token:
         return choose_tokens(scores_TE[None], config.capacity_factor).threshold
     most = config.max_experts_per_token or config.num_experts
-    found_E = balanced_thresholds(scores_TE, config.capacity_factor, config.min_experts_per_token, most)
+    bounds = config.min_experts_per_token, most
+    found_E = balanced_thresholds(scores_TE, config.capacity_factor, *bounds, config.num_expert_groups)
     return off_the_scores(found_E, scores_TE)
 
 

@@ -132,6 +132,9 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
     min_experts_per_token, max_experts_per_token: bounds on the experts of a token, a and b; 0 and None are none.
         Training solves the assignment with both bounds; inference ranks by score - threshold and takes those above
         0, at least a, at most b.
+    num_expert_groups: G; experts whose numbers are the same modulo G are a group. Both bounds, and the k experts of
+        token choice, are divided by G and hold in each group: where the groups are the shards of an FFN, a token has
+        as many of each.
     shared_expert_intermediate_size: width of a dense FFN that every token passes through; 0 is none.
     shared_expert_weighting: "one", "complement" for 1 - the sum of the token's combine weights, or "gate" for the
         sigmoid of a learned score of the token (Qwen2-MoE).
@@ -173,6 +176,7 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
     normalize_combine_weights: bool = False
     min_experts_per_token: int = 0
     max_experts_per_token: int | None = None
+    num_expert_groups: int = 1
     shared_expert_intermediate_size: int = 0
     shared_expert_weighting: Literal["one", "complement", "gate"] = "one"
     threshold_decay: float | int = 0.9
@@ -231,6 +235,7 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
                 f"capacity_factor={self.capacity_factor}, the mean number of experts per token, must lie between "
                 f"min_experts_per_token={least} and max_experts_per_token={most or experts}"
             )
+        self._validate_groups()
         self._validate_regime()
         if not 0 <= self.threshold_decay < 1:
             raise ValueError(f"threshold_decay={self.threshold_decay} must be at least 0 and below 1")
@@ -247,6 +252,20 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
                 f"mlp_layer_types={self.mlp_layer_types} must hold 'sparse' or 'dense' for each of the "
                 f"num_hidden_layers={self.num_hidden_layers} layers"
             )
+
+    def _validate_groups(self) -> None:
+        groups = self.num_expert_groups
+        if groups < 1 or self.num_experts % groups:
+            raise ValueError(f"num_expert_groups={groups} must be at least 1 and divide num_experts={self.num_experts}")
+        divided = {"capacity_factor": self.capacity_factor} if self.routing == "token_choice" else {}
+        divided |= {"min_experts_per_token": self.min_experts_per_token}
+        divided |= {"max_experts_per_token": self.max_experts_per_token or 0}
+        for field, value in divided.items():
+            if value % groups:
+                raise ValueError(
+                    f"{field}={value} must be a multiple of num_expert_groups={groups}: a token has as many experts of "
+                    "each group"
+                )
 
     def _validate_regime(self) -> None:
         """What belongs to one way of routing and to no other."""

@@ -29,7 +29,7 @@ from .notices_ecmoe import (
     warn_unquantized,
 )
 from .quantized_ecmoe import Stacked4bit
-from .quantizer_ecmoe import Bnb4BitHfQuantizer, close, make_room, prepare
+from .quantizer_ecmoe import Bnb4BitHfQuantizer, allow_saving, close, make_room, prepare
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
 from .versions_ecmoe import slice_logits_to_keep
@@ -153,6 +153,8 @@ class EcMoePreTrainedMixin:
         loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if in_4bit:
             close(model, quantizer.quantization_config)
+        if quantizer is not None:
+            allow_saving(model)
         require_experts(model, loaded[0].missing_keys, loaded[0].unexpected_keys)
         return loaded
 

@@ -130,7 +130,8 @@ def make_room(model: nn.Module, config: Any, skipped: list[str] | None = None) -
         skipped: names of modules that stay as they are; None are those of the config.
 
     Raises:
-        ValueError: for a storage type of the bits that is for linear layers alone.
+        ValueError: for a storage type of the bits that is for linear layers alone, and for one stack of a layer's two
+            among the skipped.
     """
     if skipped is None:
         keep = getattr(model, "_keep_in_fp32_modules", None)
@@ -140,6 +141,7 @@ def make_room(model: nn.Module, config: Any, skipped: list[str] | None = None) -
         if not should_convert_module(path, skipped):
             undo(module)
             continue
+        _refuse_parts(path, names, skipped)
         if names and config.bnb_4bit_quant_storage != torch.uint8:
             raise ValueError(
                 f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage} is for linear layers: stacked experts in 4 "
@@ -155,6 +157,17 @@ def make_room(model: nn.Module, config: Any, skipped: list[str] | None = None) -
                     setattr(module, name, nn.Parameter(tensor, requires_grad=False))
                 else:
                     module.register_buffer(part_name(name, part), tensor)
+
+
+def _refuse_parts(path: str, names: list[str], skipped: list[str]) -> None:
+    """A name of one stack leaves no module out, and nothing would be said. One that is a linear layer's too, such as
+    down_proj, means that."""
+    for name in (name for name in skipped if "experts" in name):
+        if not all(should_convert_module(f"{path}.{stack}", [name]) for stack in names):
+            raise ValueError(
+                f'llm_int8_skip_modules names "{name}", and the experts of a layer are in 4 bits together or not at '
+                'all; name "experts", or the experts of single layers, such as "layers.0.mlp.experts"'
+            )
 
 
 def undo(module: EcMoeRaggedExperts) -> None:
@@ -180,6 +193,24 @@ def close(model: nn.Module, config: Any) -> None:
             module.register_parameter(name, nn.Parameter(stack, requires_grad=False))
             module.get_parameter(name)._is_hf_initialized = True
         module.loads_in_4bit = {}
+
+
+def allow_saving(model: Any) -> None:
+    """Lets a model that was read in few bits, by whichever quantiser, be saved again: bits are written as they are, and
+    Transformers fails where it cannot undo how it read them."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [one for one in conversions if not _only_reads_bits(one)]
+
+
+def _only_reads_bits(conversion: Any) -> bool:
+    for operation in getattr(conversion, "operations", ()):
+        if type(operation).__name__.endswith("Deserialize"):  # Bnb4bitDeserialize and so on
+            try:
+                _ = operation.reverse_op
+            except NotImplementedError:
+                return True
+    return False
 
 
 def _experts(model: nn.Module) -> list[tuple[str, EcMoeRaggedExperts]]:

@@ -199,7 +199,8 @@ def training_routes(block: EcMoeBlock, scores_TE: Tensor) -> tuple[Tensor, int]:
     if config.routing == "token_choice":
         factor = config.token_choice_capacity_factor
         bias_E = gate.threshold if config.token_choice_bias_update_rate is not None else None
-        expert_TK, is_kept_TK = choose_experts(scores_TE, int(config.capacity_factor), factor, None, bias_E)
+        k, groups = int(config.capacity_factor), config.num_expert_groups
+        expert_TK, is_kept_TK = choose_experts(scores_TE, k, factor, None, bias_E, groups)
         routes_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, expert_TK, is_kept_TK)
         return routes_TE, int((~is_kept_TK).sum())
     choice = block.choose_in_pools(scores_TE[None], None, learning=True)

@@ -130,10 +130,12 @@ def choose_experts(
     capacity_factor: float | None,
     token_mask_T: Tensor | None,
     threshold_E: Tensor | None = None,
+    num_groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Token choice: the k best experts [T, K] of each token, and which of these choices an expert had room for.
 
     With thresholds the best are those furthest above theirs (a correction bias, arXiv 2408.15664, is minus that).
+    Of groups of experts each token takes its k / G best of each.
 
     With a capacity an expert keeps the first ceil(capacity_factor * k * T / E) tokens in the order of the batch and
     drops the rest (GShard, arXiv 2006.16668, section 2.2); first choices come before second ones. Padding is never
@@ -141,7 +143,9 @@ def choose_experts(
     """
     num_tokens, num_experts = scores_TE.shape
     ranking_TE = scores_TE.detach() if threshold_E is None else scores_TE.detach() - threshold_E
-    expert_TK = ranking_TE.topk(num_choices, dim=-1).indices
+    expert_TGK = in_groups(ranking_TE, num_groups).topk(num_choices // num_groups, dim=-1).indices
+    group_G1 = torch.arange(num_groups, device=expert_TGK.device)[:, None]
+    expert_TK = (expert_TGK * num_groups + group_G1).mT.flatten(1)
     is_real_T = torch.ones_like(scores_TE[:, 0], dtype=torch.bool) if token_mask_T is None else token_mask_T
     is_kept_TK = is_real_T[:, None].expand_as(expert_TK)
     if capacity_factor is None:
@@ -247,18 +251,39 @@ def mean_over_pools(values_PE: Tensor, num_real_P: Tensor) -> Tensor:
     return (values_PE.float() * weight_P1).sum(0) / weight_P1.sum(0).clamp(min=1)
 
 
+def in_groups(values_XE: Tensor, num_groups: int) -> Tensor:
+    """[..., E] -> [..., G, E / G]: the experts of each group, whose numbers are the same modulo G."""
+    return values_XE.unflatten(-1, (-1, num_groups)).mT
+
+
+def out_of_groups(values_XGE: Tensor) -> Tensor:
+    """[..., G, E / G] -> [..., E], the way back of `in_groups`."""
+    return values_XGE.mT.flatten(-2)
+
+
 def routes_by_threshold(
-    scores_TE: Tensor, threshold_E: Tensor, min_experts: int = 0, max_experts: int | None = None
+    scores_TE: Tensor,
+    threshold_E: Tensor,
+    min_experts: int = 0,
+    max_experts: int | None = None,
+    num_groups: int = 1,
 ) -> Tensor:
     """[T, E] bool: expert e takes token t when its score exceeds the expert's threshold (arXiv 2603.11535).
 
     With bounds the experts are ranked by score - threshold: a token keeps at most `max_experts` of those above
     their threshold and gets at least `min_experts`, its nearest ones. Causal: row t reads row t alone.
+
+    num_groups: both bounds are divided by it and hold among the experts of each group (`in_groups`).
     """
     if max_experts is not None and max_experts >= scores_TE.shape[-1]:
         max_experts = None
     if min_experts == 0 and max_experts is None:
         return scores_TE > threshold_E
+    if num_groups > 1:
+        bounds = min_experts // num_groups, None if max_experts is None else max_experts // num_groups
+        return out_of_groups(
+            routes_by_threshold(in_groups(scores_TE, num_groups), in_groups(threshold_E, num_groups), *bounds)
+        )
     margin_TE = scores_TE.detach() - threshold_E
     if min_experts == max_experts:  # so many whatever the thresholds say
         return _best_experts(margin_TE, min_experts)

@@ -22,6 +22,7 @@ def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A little English in place of every domain, and short windows."""
     documents = write_text(tmp_path / "text.txt").read_text(encoding="utf-8").split("<|endoftext|>")
     monkeypatch.setattr(gpu_quality, "read_domain", lambda domain, _: data.split(documents))
+    monkeypatch.setattr(gpu_quality, "files", list)
     for name, value in {"LENGTH": 32, "CHUNK": 3, "HELD_OUT": 4, "CALIBRATION": 2, "PARENT_SHARE": 0.01}.items():
         monkeypatch.setattr(gpu_quality, name, value)
     gpu_quality.main(["--make-pack", str(tmp_path / "pack" / "tokens.safetensors"), "--data", str(tmp_path)])
@@ -54,15 +55,24 @@ def test_refusals(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     other = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, other)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(pack.read_bytes()[:-1])
     for arguments, line in (
         (["--pack", str(tmp_path / "none")], "is no file; make it with --make-pack"),
         (["--make-pack", str(tmp_path / "x")], "make-pack wants --data"),
         (["--pack", str(pack)], "no GPU is here"),
         (["--tiny", "--pack", str(other)], "is none of --make-pack"),
+        (["--tiny", "--pack", str(cut)], "or is cut off; make it again"),
+        (["--tiny", "--pack", str(tmp_path / "text.txt")], "is none of --make-pack"),
     ):
         with pytest.raises(SystemExit) as stop:
             gpu_quality.main([*arguments, "--output", str(tmp_path / "out")])
         assert stop.value.code == 2 and line in capsys.readouterr().err
+    monkeypatch.setattr(gpu_quality, "files", lambda: ["prose.parquet"])
+    with pytest.raises(SystemExit) as stop:
+        gpu_quality.main(["--make-pack", str(tmp_path / "big"), "--data", str(tmp_path)])
+    assert stop.value.code == 2 and "lacks prose.parquet; name the folder" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_quality, "files", list)
     monkeypatch.setattr(gpu_quality, "MOST_BYTES", 10)
     with pytest.raises(SystemExit) as stop:
         gpu_quality.main(["--make-pack", str(tmp_path / "big"), "--data", str(tmp_path)])

@@ -15,7 +15,7 @@ OUTSIDE = {"ecmoe", "examples", "benchmarks", "tests"}
 # Leaves, and what each may import: what the stages show while they work, why the Hub gives nothing, rows to tokens.
 SHARED = {
     "ecmoe.encoding": {"jinja2", "transformers", "trl"},
-    "ecmoe.hub": {"huggingface_hub"},
+    "ecmoe.hub": {"huggingface_hub", "transformers"},
     "ecmoe.progress": {"tqdm"},
 }
 # What conversion/ holds, and which of its rooms each may import.

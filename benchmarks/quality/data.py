@@ -7,7 +7,7 @@ of which a seeded tenth of the documents is held out.
 
 import random
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ DOMAINS = (*MIXTURE, "stories")
 LENGTH = 128  # tokens of a window
 HELD_OUT_WINDOWS = 128  # of each domain
 CALIBRATION_WINDOWS = 128  # of the training documents, never trained on
+
+END = "<|endoftext|>"
 
 _STORIES = "tinystories-v2-2MiB/tinystories_sample.txt"
 _FOLDERS = {"prose": "prose", "documentation": "docs", "mathematics": "math"}
@@ -47,7 +49,7 @@ def read_domain(domain: str, data: Path) -> tuple[list[str], list[str]]:
         return split(_library_modules())
     if domain == "stories":
         text = (data / _STORIES).read_text(encoding="utf-8")
-        return split([story.strip() for story in text.split("<|endoftext|>") if story.strip()])
+        return split([story.strip() for story in text.split(END) if story.strip()])
     folder = data / "corpus-3domains" / _FOLDERS[domain]
     train, held_out = (_texts(folder / f"{part}.parquet") for part in ("train", "validation"))
     return train, held_out
@@ -80,6 +82,15 @@ def _library_modules() -> list[str]:
             if len(text) >= 500:
                 documents.append(text)
     return documents
+
+
+def trained_bpe(documents: Iterable[str], vocabulary: int) -> Any:
+    """A byte-level BPE of the `tokenizers` library; its token 0 is <|endoftext|>."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(documents, vocab_size=vocabulary, special_tokens=[END], show_progress=False)
+    return made
 
 
 def windows(tokenizer: Any, documents: Sequence[str], most: int | None = None, length: int = LENGTH) -> Tensor:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..machine import save
 from . import measure
-from .data import DOMAINS, load, read_domain, training_batches
+from .data import DOMAINS, END, load, read_domain, trained_bpe, training_batches
 from .train import BETAS, MOST_NORM, learning_rate_factor
 
 VOCABULARY = 4096
@@ -74,10 +73,8 @@ def _tokenizer(data: Path, folder: Path) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the training documents, made once."""
     if not (folder / "tokenizer.json").is_file():
         texts: Iterator[str] = itertools.chain.from_iterable(read_domain(domain, data)[0] for domain in DOMAINS)
-        made = ByteLevelBPETokenizer()
-        made.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
-        end = "<|endoftext|>"
-        wrapped = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token=end, eos_token=end, pad_token=end)
+        made = trained_bpe(texts, VOCABULARY)
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token=END, eos_token=END, pad_token=END)
         wrapped.save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 import modeling_ecmoe
-from ecmoe.hub import why_not_from_hub
+from ecmoe.hub import why_no_tokenizer, why_not_from_hub, why_only_an_adapter
 
 from ..errors import ConversionError
 from ..models import load_model
@@ -25,7 +25,6 @@ from .source import Header, Source, named_as_in_memory
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
-ADAPTER_NAME = "adapter_config.json"  # of PEFT
 # What travels along with the weights: tokenizer, chat template, generation defaults, licence.
 COMPANIONS = ["*token*.json", "*tekken*.json", "*vocab*", "merges.txt", "*.model", "*.model.*", "*.tiktoken", "*.jinja"]
 COMPANIONS += ["additional_chat_templates/*"]
@@ -60,16 +59,11 @@ class Checkpoint(Source):
 
     def _refuse_adapter(self) -> None:
         """A folder of adapters, which may hold a config.json but no weights of a whole model."""
-        whole = (WEIGHTS_NAME, INDEX_NAME) if self.commit is None else ("config.json",)  # weights may not be fetched
-        path = self.folder / ADAPTER_NAME
-        if not path.is_file() or any((self.folder / name).is_file() for name in whole):
+        if self.commit and (self.folder / "config.json").is_file():  # its weights may not be fetched yet
             return
-        base = read_json(path).get("base_model_name_or_path") or "BASE"
-        raise ConversionError(
-            f"source={self.source} is a PEFT adapter of {base}, not a whole model; merge it first, "
-            f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{self.source}')"
-            ".merge_and_unload().save_pretrained('merged'), save the tokenizer there too, and give merged"
-        )
+        adapter = why_only_an_adapter(self.source, self.folder)
+        if adapter:
+            raise ConversionError(f"source={self.source} {adapter}")
 
     def _headers_on_hub(self, repository: str) -> dict[str, Header]:
         try:
@@ -174,10 +168,9 @@ class Checkpoint(Source):
         try:
             return AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConversionError(
-                f"source={self.folder} has no tokenizer that loads, and calibration needs one: {reason}"
-            ) from error
+            missing = why_no_tokenizer(str(self.folder), self.folder)
+            reason = missing or f"has no tokenizer that loads: {str(error).strip().splitlines()[0]}"
+            raise ConversionError(f"source={self.folder} {reason}; calibration needs one") from error
 
     def _rows(self, name: str, start: int, stop: int | None) -> Tensor:
         """The file is mapped only as long as the tensor lives."""

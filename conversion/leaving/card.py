@@ -22,7 +22,8 @@ def render_plain_card(plan: PlainPlan, record: dict[str, Any]) -> str:
         tags=["mixture-of-experts"],
         **terms,
     )
-    used = ("to", "num_experts", "num_experts_per_tok", "capacity_factor", "is_exact", "parameters", "verification")
+    used = ["to", "num_experts", "num_experts_per_tok", "capacity_factor", "same_routes", "notes", "parameters"]
+    used.append("verification")
     card = ModelCard.from_template(
         card_data,
         template_str=(files("ecmoe.model_cards") / "plain.md").read_text(encoding="utf-8"),
@@ -75,6 +76,11 @@ def _routes(plan: PlainPlan, is_indifferent: bool) -> str:
         return (
             f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores; the source "
             f"ranks by score minus threshold, and {title} has neither threshold nor bias."
+        )
+    if config.num_expert_groups > 1:
+        return (
+            f"Not exact: the routes. Every token takes the {form.top_k} experts of the highest scores. In the source "
+            f"it has as many of each of {config.num_expert_groups} groups of experts, and {title} has no such groups."
         )
     if config.routing == "token_choice":
         return f"Exact: the routes. The source is a token-choice model with {form.top_k} experts per token."

@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from modeling_ecmoe import use_inference_routing
 
@@ -27,13 +28,15 @@ from ..checkpoints.writer import write_shards, write_whole
 from ..errors import ConversionError
 from ..machine import announce_work, machine_at_hand
 from ..models import TOLERANCE, check_memory, greedy_texts, load_model, side_by_side
-from ..targets import fields_for_older_tools
+from ..targets import fields_for_older_tools, ways_out
 from ..texts import OWN_TEXT, VERIFICATION_BATCH, Texts, read_texts
 from .alike import layers_to_fit
 from .card import render_plain_card
 from .estimate import estimate, seconds_to_export, tokens_to_fit
 from .fit import fit
 from .plain import PlainPlan, layer_of, plan_plain
+
+logger = logging.get_logger(__name__)
 
 
 def export(
@@ -97,6 +100,8 @@ def export(
     texts = read_texts(held, plan.source_config, text, seed, num_tokens) if verify else None
     if push_to_hub:
         check_hub(push_to_hub)
+    for note in record["notes"]:
+        logger.warning(note)
     if dry_run:
         return record | estimate(plan, target, machine, num_tokens, verify)
     check_disk(target, plan.nbytes)
@@ -142,12 +147,28 @@ def _record(plan: PlainPlan, source: str, to: str, text: str | None, seed: int) 
         "capacity_factor": source_config.capacity_factor,
         "form": {name: getattr(plan.form, name) for name in ("num_idle", "is_joined", "is_scaled", "is_shifted")},
         "is_exact": plan.form.is_exact,
+        "routing": source_config.routing,
+        "is_biased": source_config.token_choice_bias_update_rate is not None,
+        "num_expert_groups": source_config.num_expert_groups,
+        "same_routes": plan.same_routes,
+        "notes": _notes(plan),
         "text": text or OWN_TEXT,
         "calibration_tokens": 0,
         "seed": seed,
         "parameters": plan.parameters,
         "versions": VERSIONS,
     }
+
+
+def _notes(plan: PlainPlan) -> list[str]:
+    """What another tool makes of the output that Transformers does not, one line each."""
+    if plan.target.architecture != "Qwen2MoeForCausalLM" or not plan.form.normalised:
+        return []
+    is_open = "glm4-moe" in ways_out(plan.source_config)
+    remedy = "--to glm4-moe writes what it reads right" if is_open else "run this with other tools"
+    return [
+        "llama.cpp does not read norm_topk_prob=true of Qwen2-MoE, says nothing, and computes something else; " + remedy
+    ]
 
 
 def _fill(

@@ -94,6 +94,7 @@ def _add_to_all(
     token_R, expert_R = is_met_TE.nonzero(as_tuple=True)
     rows_RD = inputs_TD[token_R]
     experts_RD = block.experts(rows_RD, expert_R[:, None], torch.ones_like(rows_RD[:, :1])).float()
+    experts_RD = experts_RD * block.config.routed_scaling_factor
     place_TE = torch.zeros_like(is_met_TE, dtype=torch.int64)
     place_TE[token_R, expert_R] = torch.arange(len(token_R), device=token_R.device)
     wanted_TD = outputs_TD.float()

@@ -36,6 +36,7 @@ _BUFFERS = (".mlp.gate.threshold", ".mlp.gate.threshold_updates")
 _NEARLY_ZERO = 2**-24  # the smallest number of float16
 # By score a token takes up to so many times its mean number of experts, unless the user says otherwise.
 _ROOM_BY_SCORE = 4
+_LEAST_BY_SCORE = 2  # experts, of which its groups are ranked by the two best
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ class PlainPlan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def same_routes(self) -> bool:
+        """Whether every token has the experts that it has in the source."""
+        config = self.source_config
+        plainly = config.token_choice_bias_update_rate is None and config.num_expert_groups == 1
+        return self.form.is_exact or (config.routing == "token_choice" and plainly)
+
+    @property
     def parameters(self) -> dict[str, int]:
         """Of the source, of what is written, and of the latter what a token meets."""
         total = sum(tensor.numel for tensor in self.tensors)
@@ -100,6 +108,7 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
         ConversionError: when `top_k` is not possible.
     """
     num_experts, token_choice = config.num_experts, config.routing == "token_choice"
+    in_one_group = config.num_expert_groups == 1  # as in every plain class
     if top_k is not None and (token_choice or not 1 <= top_k <= num_experts):
         raise ConversionError(
             f"num_experts_per_tok={top_k} must be between 1 and num_experts={num_experts}, and left out where the "
@@ -107,16 +116,16 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
         )
     complement = config.shared_expert_weighting == "complement"
     if target.by_score and (token_choice or keeps_router):
-        normalised = config.normalize_combine_weights
-        return Form(int(config.capacity_factor), 0, False, False, False, is_exact=token_choice, normalised=normalised)
+        top_k, normalised = int(config.capacity_factor), config.normalize_combine_weights
+        return Form(top_k, 0, complement, False, False, is_exact=token_choice and in_one_group, normalised=normalised)
     most = config.max_experts_per_token or num_experts
     if target.by_score and config.normalize_combine_weights:  # idle experts would count among the weights
         top_k = min(num_experts, top_k or max(1, int(config.capacity_factor + 0.5)))
-        is_exact = config.min_experts_per_token == top_k == most
+        is_exact = in_one_group and config.min_experts_per_token == top_k == most
         return Form(top_k, 0, complement, False, False, is_exact, normalised=True)
     if target.by_score:
         top_k = min(most, top_k or int(_ROOM_BY_SCORE * config.capacity_factor + 0.5) or 1)
-        idle, is_exact = top_k - min(config.min_experts_per_token, top_k), top_k == most
+        idle, is_exact = top_k - min(config.min_experts_per_token, top_k), in_one_group and top_k == most
         return Form(top_k, idle, complement, False, False, is_exact, normalised=False)
     has_bias = token_choice and config.token_choice_bias_update_rate is not None
     is_joined = config.shared_expert_intermediate_size > 0 and (complement or not target.shared_expert)
@@ -129,7 +138,8 @@ def form_of(config: Any, target: Target, top_k: int | None, keeps_router: bool =
         is_joined=is_joined,
         is_scaled=not keeps_weights,
         is_shifted=not token_choice and not keeps_router,
-        is_exact=token_choice and keeps_weights and not has_bias,  # by which the class ranks no expert
+        # The class ranks no expert by a bias.
+        is_exact=token_choice and in_one_group and keeps_weights and not has_bias,
         normalised=not keeps_raw,
     )
 
@@ -146,20 +156,13 @@ def plan_plain(source: Checkpoint, to: str, top_k: int | None, kept: dict[str, l
     source_config = read_expert_choice_config(source)
     target = target_of(source_config, to)
     form = form_of(source_config, target, top_k, kept is not None)
+    if target.by_score and source_config.num_experts + form.num_idle < _LEAST_BY_SCORE:
+        raise ConversionError(
+            f"num_experts={source_config.num_experts}: {target.title} ranks its experts by the best two of them, and "
+            "one alone does not run; keep this checkpoint as it is"
+        )
     names, tied = _expected(source, source_config)
-    width, shared_width = source_config.moe_intermediate_size, source_config.shared_expert_intermediate_size
-    if form.is_joined:
-        width += shared_width
-    if target.by_score and source_config.model_type in OWN_CLASS:
-        if shared_width % width or not shared_width:
-            raise ConversionError(
-                f"shared_expert_intermediate_size={shared_width}: shared experts of {target.title} are as wide as the "
-                f"others, {width}"
-            )
-    elif target.by_score:  # its shared expert is as wide as the others
-        width = shared_width = max(width, shared_width)
-    elif form.is_joined or not shared_width:
-        shared_width = EMPTY_WIDTH
+    width, shared_width = _widths(source_config, target, form)
     num_experts = source_config.num_experts + form.num_idle
     config = plain_config(
         source_config, target, source.dtype, num_experts, form.top_k, width, shared_width, form.normalised
@@ -174,25 +177,47 @@ def plan_plain(source: Checkpoint, to: str, top_k: int | None, kept: dict[str, l
     return plan
 
 
+def _widths(config: Any, target: Target, form: Form) -> tuple[int, int]:
+    """Of an expert that is written and of the shared one; zeros fill them up. That of an expert is a number of eights:
+    torch's grouped product, Transformers' way through experts, fails on rows that are no number of 16 bytes.
+
+    Raises:
+        ConversionError: for a shared expert that is no number of experts wide, where the class wants it so.
+    """
+    width, shared_width = config.moe_intermediate_size, config.shared_expert_intermediate_size
+    if form.is_joined:
+        width += shared_width
+    num_shared, rest = divmod(shared_width, width)
+    if not target.by_score:
+        return -(-width // 8) * 8, EMPTY_WIDTH if form.is_joined or not shared_width else shared_width
+    if config.model_type not in OWN_CLASS:  # its shared expert is as wide as the others
+        width = max(width, shared_width)
+        num_shared = 1
+    elif rest or not num_shared:
+        raise ConversionError(
+            f"shared_expert_intermediate_size={shared_width}: shared experts of {target.title} are as wide as the "
+            f"others, {width}"
+        )
+    width = -(-width // 8) * 8
+    return width, num_shared * width
+
+
 def read_expert_choice_config(source: Checkpoint) -> Any:
     """The config of a source of this family.
 
     Raises:
         ConversionError: for any other checkpoint.
     """
-    model_type, known = (
-        source.config_fields().get("model_type"),
-        [f"ecmoe_{name}" for name in modeling_ecmoe.families()],
-    )
+    model_type = source.config_fields().get("model_type")
     if str(model_type).removeprefix("ecmoe_") in modeling_ecmoe.composites():
         raise ConversionError(
             f"source={source.place} has model_type={model_type}, which reads more than text, and the plain classes "
             "that --to writes read text alone; keep it as it is, or convert its source with --text-only"
         )
-    if model_type not in known:
+    if model_type not in [f"ecmoe_{name}" for name in modeling_ecmoe.families()]:
         raise ConversionError(
-            f"source={source.place} has model_type={model_type}, and --to takes an expert-choice checkpoint "
-            f"({', '.join(sorted(known))}); without --to a dense one becomes that"
+            f"source={source.place} has model_type={model_type}, and --to takes an expert-choice checkpoint, such as "
+            "ecmoe_llama; without --to a dense one or a mixture becomes that"
         )
     return source.config()
 
@@ -303,6 +328,8 @@ class _Maker:
             return []  # idle
         scales = self.plan.measured.get(f"{layer_of(prefix)}.scales")
         scale = 1.0 if scales is None else scales[expert].item()
+        if not self.target.by_score:  # the other classes know no factor of the combine weights
+            scale *= self.config.routed_scaling_factor
         parts: list[tuple[str, int | None, float]] = [(f"{prefix}.mlp.experts", expert, scale)]
         if self.form.is_joined:
             complement = self.config.shared_expert_weighting == "complement"

@@ -103,15 +103,16 @@ def _routed_neurons(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
 
 
 def _shard(wanted: ExpertMatrix, dense: Tensor) -> Tensor:
-    """Shard e mod G of the neurons; with weights 1 / (G n) for the G shards of n replicas, times G.
+    """Shard e mod G of the neurons. The combine weights of the shards of n replicas are 1 / (G n). They are multiplied
+    by G (`routed_scaling_factor`), and not down_proj: an optimiser whose steps are as large as its rate, such as
+    AdamW, would change the FFN less.
 
-    A bias of down_proj is whole in each: the weights of a token add up to 1.
+    Of a bias of down_proj each shard has its part.
     """
     if wanted.axis is None:
-        return dense
+        return dense / wanted.granularity
     width = dense.shape[wanted.axis] // wanted.granularity
-    shard = dense.narrow(wanted.axis, wanted.expert % wanted.granularity * width, width)
-    return shard * wanted.granularity if wanted.part.matrix == "down_proj" else shard
+    return dense.narrow(wanted.axis, wanted.expert % wanted.granularity * width, width)
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,12 @@ INITIALISATIONS = {
         ratio="share of the neurons that every token passes through",
         default_ratio=0.5,
     ),
-    # The shards of one replica have one router row, so a token takes all of them or none; the bound is theirs too.
+    # The shards of one replica have one router row, so at step 0 a token takes all of them or none. When the rows have
+    # moved apart a token takes a shard of each kind all the same: two of one kind are no FFN.
     "granular": Initialisation(
         summary="the dense FFN cut into {shards} shards, each copied {copies} times; router rows shared by the shards",
-        source="virtual group initialisation (arXiv 2410.07524), scaled by the number of shards with normalised "
-        "weights instead of by the cube root for plain ones",
+        source="virtual group initialisation (arXiv 2410.07524), whose groups hold after step 0 too; combine weights "
+        "times the number of shards",
         exact=True,
         step_0="what the dense model computes",
         expert=_shard,
@@ -238,4 +240,6 @@ def config_fields(initialisation: Initialisation, width: int, ratio: float | Non
         fields |= {"shared_expert_intermediate_size": shared, "moe_intermediate_size": width - shared}
     if granularity > 1:
         fields |= {"moe_intermediate_size": width // granularity, "min_experts_per_token": granularity}
+        # Shards of one kind are a group: a token has as many first shards as second ones, of whatever replicas.
+        fields |= {"num_expert_groups": granularity, "routed_scaling_factor": float(granularity)}
     return fields

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -375,10 +376,13 @@ def test_the_verdict_lists_only_what_dropped_choices() -> None:
     assert "No choices were dropped for capacity in training." in nothing
 
 
-def test_help_says_what_takes_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_what_takes_the_time_and_names_every_routing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
-    assert "backward passes that time a training step" in " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    assert "backward passes that time a training step" in " ".join(said.split())
+    assert "Up to 18 ways of routing" in said
+    assert all(variant.key in re.sub(r"-\n\s+", "-", said) for variant in variants_of(8))
 
 
 REFUSALS = {
@@ -482,6 +486,22 @@ def test_less_is_done_where_time_is_short() -> None:
     assert described(everything(), everything(), fast, 0)["left_out"] == []
 
 
+def test_the_table_of_the_page_on_speed() -> None:
+    """Each row of it, from its rate: what is done in nine minutes, and how long that and everything take."""
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text(encoding="utf-8")
+    table = page.split("| tokens/s of a forward pass | routings |")[1].split("\n\n")[0]
+    rows = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    whole = everything()
+    whole = replace(whole, variants=tuple(v for v in whole.variants if v.key != "nudged-bias"))  # without training
+    for rate, *row in rows:
+        rates = {1: 1 / float(rate), 2: 1.3 / float(rate)}
+        found = choose(whole, rates, 0, 540, 1, set())
+        timed = f"{found.rounds} x {found.step_tokens}" if found.rounds else "none"
+        seconds = [str(round(estimate(each, rates, 0))) for each in (found, whole)]
+        assert row == [str(len(found.variants)), str(found.held_out), str(found.calibration), timed, *seconds]
+    assert len(rows) == 5
+
+
 def test_an_estimate_counts_every_pass(place: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens that go through the model are those that the estimate is made of, training steps apart."""
     seen = 0
@@ -535,7 +555,7 @@ def test_tables_and_json(place: Path, small: None, capsys: pytest.CaptureFixture
     reason="stories260K and its text are not beside the repository (ECMOE_TEST_DATA)",
 )
 def test_a_real_checkpoint_takes_five_minutes_at_most(tmp_path: Path) -> None:
-    """The README's command; -s shows its table."""
+    """The command of docs/looking-inside.md; -s shows its table."""
     convert(str(STORIES_MODEL), str(tmp_path / "out"), init="copy", text=str(STORIES_TEXT))
     torch.set_num_threads(2)
     begin = time.perf_counter()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import write_dense, write_text
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
 
 import ecmoe
 from ecmoe.analysis import AnalysisError, evaluate
@@ -176,6 +176,15 @@ def test_bad_text_gets_one_line(place: Path, tmp_path: Path, name: str, capsys: 
 def test_other_refusals(place: Path, tmp_path: Path) -> None:
     with pytest.raises(AnalysisError, match="does not exist"):
         evaluate(str(tmp_path / "nowhere"), data=str(place / "text.txt"))
+    AutoModelForCausalLM.from_pretrained(place / "ecmoe").save_pretrained(tmp_path / "bare")
+    with pytest.raises(AnalysisError, match=r"bare has no tokenizer; save that of its source there, AutoTokenizer\."):
+        evaluate(str(tmp_path / "bare"), data=str(place / "text.txt"))
+    tokenizer = AutoTokenizer.from_pretrained(place / "ecmoe")
+    for config, message in [(BertConfig(), "bert, an encoder"), (T5Config(), "t5, which has no AutoModelForCausalLM")]:
+        config.save_pretrained(tmp_path / config.model_type)
+        tokenizer.save_pretrained(tmp_path / config.model_type)
+        with pytest.raises(AnalysisError, match=f"is of model_type {message}.*; give a decoder"):
+            evaluate(str(tmp_path / config.model_type), data=str(place / "text.txt"))
     with pytest.raises(AnalysisError, match="nothing to evaluate on"):
         evaluate(str(place / "ecmoe"))
     for device in ("gpu", "cuda:99"):

@@ -142,7 +142,9 @@ def test_what_a_converted_composite_cannot_do_is_said(tmp_path: Path, refuse: Ca
     again = [str(tmp_path / "ecmoe"), str(tmp_path / "out")]
     refuse(again, "is an expert-choice checkpoint already", ["dense", "ecmoe"])
     recipe = {"model": str(tmp_path / "ecmoe"), "dataset": "rows", "output_dir": str(tmp_path / "tuned")}
-    with pytest.raises(RecipeError, match="is an ecmoe_gemma3, which reads images too, and recipes train on text"):
+    with pytest.raises(
+        RecipeError, match="is of model_type ecmoe_gemma3, which reads images too, and recipes train on text"
+    ):
         load_config(Recipe(**recipe))
 
 

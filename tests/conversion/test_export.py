@@ -83,8 +83,30 @@ EXACT = {
     "Qwen2, shared expert": ("Qwen2", {"shared_expert_intermediate_size": 40}),
     "Qwen3": ("Qwen3", {"normalize_combine_weights": True, "attention_bias": True}),
     "Qwen3, weights as they are": ("Qwen3", {"mlp_layer_types": ["sparse", "dense"]}),
+    "a factor of the weights": ("Llama", {"normalize_combine_weights": True, "routed_scaling_factor": 2.5}),
     "shared expert inside": ("Llama", {"normalize_combine_weights": True, "shared_expert_intermediate_size": 40}),
 }
+
+
+BY_BIASED_SCORE = {"router_score_function": "sigmoid", "token_choice_bias_update_rate": 0.01}
+
+
+@pytest.mark.parametrize("weighting", ["one", "complement"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_token_choice_by_biased_scores_leaves_exactly(
+    tmp_path: Path, weighting: str, normalised: bool, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """However its shared expert is weighted."""
+    fields = TOKEN_CHOICE | BY_BIASED_SCORE | {"normalize_combine_weights": normalised}
+    fields |= {"shared_expert_intermediate_size": 40, "shared_expert_weighting": weighting}
+    source = write_source(tmp_path / "source", "Llama", make_tokens, **fields)
+    with torch.no_grad():
+        for block in sparse_blocks(source).values():
+            block.gate.threshold.normal_(std=0.1)
+    source.save_pretrained(tmp_path / "source")
+    record = export(str(tmp_path / "source"), str(tmp_path / "out"), "glm4-moe", verify=False)
+    assert record["is_exact"]
+    assert largest_error(source, tmp_path / "out", make_tokens(3, 40)) <= 5e-5
 
 
 @pytest.mark.usefixtures("few_tokens")
@@ -116,6 +138,24 @@ def test_biased_scores_express_thresholds(
     record = export(str(tmp_path / "source"), str(tmp_path / "one"), num_experts_per_tok=1, **options)
     assert not record["is_exact"]
     assert largest_error(source, tmp_path / "one", ids) > 1e-2  # 1.5 experts on average lose a third of them
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "to"), [("Llama", "token-choice"), ("Granite", "token-choice"), ("Qwen3", "glm4-moe")]
+)
+def test_odd_widths_are_filled_up(
+    tmp_path: Path, text: Path, few_tokens: None, family: str, to: str, dtype: torch.dtype
+) -> None:
+    """torch's grouped product would fail on rows that are no number of 16 bytes; zeros change nothing."""
+    fields = TOKEN_CHOICE | ({"normalize_combine_weights": True} if to == "token-choice" else BY_BIASED_SCORE)
+    model = build_model(family, vocab_size=300, moe_intermediate_size=18, **fields).to(dtype)
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    record = export(str(tmp_path / "source"), str(tmp_path / "out"), to=to, text=str(text))
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert record["is_exact"] and written.dtype == dtype
+    written.to(torch.bfloat16)(torch.tensor([[5, 6, 7]]))  # whatever it is loaded as
 
 
 def test_dense_layers_that_come_first_stay_dense(tmp_path: Path, make_tokens: Callable[..., torch.Tensor]) -> None:
@@ -157,7 +197,9 @@ def test_the_files_are_those_that_transformers_writes(
 
 
 @pytest.mark.usefixtures("few_tokens")
-@pytest.mark.parametrize(("family", "init"), [("Llama", "blend"), ("Qwen2", "blend"), ("Qwen3", "split")])
+@pytest.mark.parametrize(
+    ("family", "init"), [("Llama", "blend"), ("Qwen2", "blend"), ("Qwen3", "split"), ("Llama", "granular")]
+)
 def test_an_upcycled_model_leaves_as_what_it_was(
     tmp_path: Path, family: str, init: str, text: Path, make_tokens: Callable[..., torch.Tensor]
 ) -> None:
@@ -264,6 +306,61 @@ def test_the_warning_the_record_and_the_card_say_the_same(
     assert not list((tmp_path / "out").glob("*.py"))
 
 
+CHANGED = {
+    "weights": ("Llama", {"router_score_function": "sigmoid"}, "the combine weights changed: a measured number"),
+    "biases": (
+        "Llama",
+        BY_BIASED_SCORE,
+        "the routing changed: each token takes its 2 best experts without the biases that they were ranked by",
+    ),
+    "groups": (
+        "Llama",
+        {"normalize_combine_weights": True, "num_expert_groups": 2},
+        "the routing changed: each token takes its 2 best experts, of whatever group",
+    ),
+}
+
+
+@pytest.mark.usefixtures("few_tokens")
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_changes_of_token_choice_is_said(
+    tmp_path: Path, text: Path, case: str, make_tokens: Callable[..., torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The routes of a source without biases stay, whatever stands for its weights."""
+    family, fields, message = CHANGED[case]
+    write_source(tmp_path / "source", family, make_tokens, **TOKEN_CHOICE, **fields)
+    main(["--to=token-choice", str(tmp_path / "source"), str(tmp_path / "out"), f"--text={text}"])
+    assert f"warning: {message}" in capsys.readouterr().err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("routing of this checkpoint is not that of its source" in card) == (case != "weights")
+
+
+LLAMA_CPP = {  # family, fields, --to, and what is said of llama.cpp
+    "Qwen2": ("Qwen2", COPY, "token-choice", "run this with other tools"),
+    "Qwen2, by sigmoid": ("Qwen2", BLEND, "token-choice", "--to glm4-moe writes what it reads right"),
+    "Llama with a dense layer": ("Llama", COPY | {"mlp_layer_types": ["dense", "sparse"]}, "token-choice", "llama.cpp"),
+    "raw weights": ("Qwen2", {}, "token-choice", ""),
+    "GLM": ("Qwen2", BLEND, "glm4-moe", ""),
+    "Mixtral": ("Llama", COPY, "token-choice", ""),
+}
+
+
+@pytest.mark.parametrize("case", LLAMA_CPP)
+def test_what_llama_cpp_would_misread_is_said(
+    tmp_path: Path, case: str, make_tokens: Callable[..., torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen2-MoE with norm_topk_prob, by a dry run too; the card says it to whoever gets the folder."""
+    family, fields, to, remedy = LLAMA_CPP[case]
+    write_source(tmp_path / "source", family, make_tokens, **fields)
+    main([f"--to={to}", str(tmp_path / "source"), str(tmp_path / "out"), "--dry-run"])
+    warning = capsys.readouterr().err
+    assert ("llama.cpp does not read norm_topk_prob" in warning) == bool(remedy) and remedy in warning
+    if case == "Llama with a dense layer":
+        export(str(tmp_path / "source"), str(tmp_path / "out"), verify=False)
+        assert "llama.cpp does not read norm_topk_prob" in (tmp_path / "out" / "README.md").read_text()
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["norm_topk_prob"] is True
+
+
 def test_a_dry_run_reads_no_weights_and_writes_nothing(
     tmp_path: Path,
     make_tokens: Callable[..., torch.Tensor],
@@ -346,6 +443,12 @@ OBSTACLES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "wide heads": ("Qwen2", {"head_dim": 16}, "token-choice", "head_dim=16: the heads of Qwen2-MoE are"),
     "softmax": ("Llama", COPY, "glm4-moe", "router_score_function=softmax of ecmoe_llama: GLM-4-MoE scores by sigmoid"),
     "divided": ("Llama", SHARED | {"normalize_combine_weights": True}, "glm4-moe", "normalize_combine_weights=True"),
+    "one expert": (
+        "Llama",
+        {"num_experts": 1, "capacity_factor": 1, "min_experts_per_token": 1, "router_score_function": "sigmoid"},
+        "glm4-moe",
+        "num_experts=1: GLM-4-MoE ranks its experts by the best two",
+    ),
     "baseline": ("Llama", TOKEN_CHOICE | SHARED, "glm4-moe", "routing=token_choice has no thresholds"),
 }
 
@@ -392,7 +495,7 @@ def test_wrong_sources(tmp_path: Path, blend: Path, make_tokens: Callable[..., t
     """A dense checkpoint, one of another family, one without a tensor, one with too many, and a NaN."""
     write_dense(tmp_path / "source", "Llama")
     command = ["--to=token-choice", str(tmp_path / "source"), str(tmp_path / "out")]
-    refuse(command, "has model_type=llama, and --to takes an expert-choice checkpoint (ecmoe_", left=["source"])
+    refuse(command, "has model_type=llama, and --to takes an expert-choice checkpoint, such as ecmoe_", left=["source"])
 
     def damage(message: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
         for path in blend.iterdir():

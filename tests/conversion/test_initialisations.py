@@ -201,7 +201,7 @@ def test_granular_replicas_stay_together(
     text: Path,
     make_tokens,
 ) -> None:
-    """Shards of the dense neurons, down_proj times G; one router row, threshold and route for each replica."""
+    """Shards of the dense neurons; one router row, threshold and route for each replica."""
     options = {"init": "granular", "granularity": granularity, "num_experts": num_experts, "router": "centroid"}
     found, source = both(make_dense(), tmp_path / "out", verify=verify, text=str(text), **options)
     width = WIDTH // granularity
@@ -210,10 +210,10 @@ def test_granular_replicas_stay_together(
         for expert in range(num_experts):
             first = expert % granularity * width
             shard = {part: matrix[first : first + width] for part, matrix in dense.items()}
-            shard["down_proj"] = shard["down_proj"] * granularity
             assert_equal(expert_neurons(found, layer, expert), shard)
     model = load(tmp_path / "out")
     assert model.config.capacity_factor == model.config.min_experts_per_token == granularity
+    assert model.config.num_expert_groups == model.config.routed_scaling_factor == granularity
     routes = routes_of(model, make_tokens(8, 64))
     for layer, block in enumerate(sparse_blocks(model).values()):
         replicas = block.gate.weight.unflatten(0, (-1, granularity))

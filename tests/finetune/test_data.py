@@ -309,6 +309,10 @@ COLUMNS = {
     ),
     "prompt_column=query completion_column=response": r"^prompt_column=query is not in .* did you mean question\?$",
     "messages_column=talks": r"^messages_column=talks is not in .* did you mean talk\?$",
+    "messages_column=messages": (
+        r"^messages_column=messages .*; set messages_column= \(empty\) prompt_column=question completion_\w+=response$"
+    ),
+    "dataset_text_field=": "text from text; all of it is learned",
     "completion_column=response": r"^prompt_column=prompt is not in .*",
     "dataset_text_field=words": r"^dataset_text_field=words is not in .*",
     "prompt_column=question completion_column=response": "prompt and completion from question, response; the comp",

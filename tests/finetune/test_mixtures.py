@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ecmoe.conversion import convert
 from ecmoe.finetune import load_recipe, run
+from ecmoe.finetune.recipe import make_recipe
+from ecmoe.finetune.train import describe
 from modeling_ecmoe import sparse_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,14 @@ def test_the_recipe_names_four_other_ways() -> None:
     assert (len(BY_EXPERTS), len(BY_TOKENS)) == (2, 2)
 
 
+def test_what_a_token_meets_of_a_plain_mixture(mixtures: Path) -> None:
+    """Two of four experts, before and after conversion."""
+    recipe = make_recipe({"model": "m", "output_dir": "out", "dataset": "rows.jsonl"})
+    models = [AutoModelForCausalLM.from_pretrained(mixtures / name) for name in ("source", "experts", "tokens")]
+    active = [describe(model, recipe)["active_parameters"] for model in models]
+    assert active == [models[0].num_parameters() - 2 * 2 * 3 * 32 * 48] * 3
+
+
 WAYS = [("experts", []), *(("experts", way) for way in BY_EXPERTS), *(("tokens", way) for way in BY_TOKENS)]
 
 
@@ -55,7 +65,7 @@ WAYS = [("experts", []), *(("experts", way) for way in BY_EXPERTS), *(("tokens",
 def test_every_way_trains(mixtures: Path, tmp_path: Path, model: str, way: list[str], quick_end: None) -> None:
     """The loss falls, the router moves, the load is logged, and what a way promises of it is so."""
     own = [f"model={mixtures / model}", f"output_dir={tmp_path / 'out'}", f"dataset={mixtures / 'chat.jsonl'}"]
-    small = ["use_cpu=true", "bf16=false", "learning_rate=3e-3", "router_learning_rate=3e-3", "warmup_steps=0"]
+    small = ["use_cpu=true", "learning_rate=3e-3", "router_learning_rate=3e-3", "warmup_steps=0"]
     small += ["max_steps=6", "save_strategy=no", "eval_strategy=no", "chat_template_path=chatml", "max_length=128"]
     results = run(load_recipe("moe", [*own, *small, *way]))
     assert results["loss_after"] < results["loss_before"] - 0.05

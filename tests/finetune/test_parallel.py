@@ -76,6 +76,8 @@ def on_two_ranks(recipe: Any, tmp_path: Path) -> list[str]:
     codes = finish(start_ranks([str(tmp_path / "recipe.yaml")], tmp_path / "logs"))
     logs = [(tmp_path / "logs" / f"rank{rank}.log").read_text() for rank in range(2)]
     assert codes == [0, 0], logs[0][-3000:] + logs[1][-3000:]
+    says = [any(line.startswith("weights ") for line in log.splitlines()) for log in logs]
+    assert says == [True, False]  # what is said first is said once
     return logs
 
 

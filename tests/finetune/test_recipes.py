@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -39,7 +40,7 @@ def test_the_command_of_a_recipe_is_one(path: Path, tmp_path: Path) -> None:
     assert words[0] == "ecmoe-finetune" or words[: words.index(named)][-2:] == ["-m", "ecmoe.finetune"]
     overrides = words[words.index(named) + 1 :]
     assert {"model", "output_dir"} <= {override.partition("=")[0] for override in overrides}
-    recipe = load_recipe(named, [*overrides, f"output_dir={tmp_path}", "use_cpu=true"])
+    recipe = load_recipe(named, [*overrides, f"output_dir={tmp_path}"])  # on a CPU too
     assert recipe.model == ("mixtral-ec" if named == "moe" else "qwen3-8x")
     arguments = training_arguments(recipe)
     assert arguments.logging_steps == 10 and arguments.learning_rate == recipe.training["learning_rate"] < 1e-3
@@ -109,3 +110,11 @@ def test_what_stands_for_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_shipped_template_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert _read_template("chatml") == (ROOT / "recipes" / "chatml.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has products in bfloat16")
+def test_products_in_bfloat16_without_a_gpu() -> None:
+    fields = {"model": "m", "output_dir": "out", "dataset": "rows.jsonl", "bf16": True}
+    with pytest.raises(RecipeError, match=r"^bf16=True needs a GPU .*; leave it out .*, or add use_cpu=true"):
+        training_arguments(recipe_of(fields))
+    assert training_arguments(recipe_of(fields, use_cpu=True)).bf16

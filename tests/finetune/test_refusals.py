@@ -11,7 +11,7 @@ import torch
 from checkpoints import write_dense
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, Gemma3Config, T5Config, TrainerState
 
 from ecmoe.conversion import convert
 from ecmoe.finetune import RecipeError, load_recipe, run
@@ -44,6 +44,8 @@ REFUSALS = {
     "too_long=cut": "too_long=cut is unknown; choose refuse, truncate or drop",
     "model=/no/such/model": "model=/no/such/model does not exist",
     "model={adapter}": "is a PEFT adapter of me/base, not a whole model; merge it first, PeftModel.from_pretrained(",
+    "model={merged_one}": "merged_one/merged",
+    "model={no_tokenizer}": "no_tokenizer has no tokenizer; save that of its source there, AutoTokenizer.from_pretr",
     "model={dense}": "",  # the control: nothing is refused
     "learning_rate=fast": "learning_rate='fast' must be float",
     "learning_rate=-1e-3": "learning_rate=-0.001 must be at least 0",
@@ -57,6 +59,11 @@ REFUSALS = {
     "max_steps": "must be written as field=value",
     "max_steps=[": "the value is not valid YAML; quote it",
     "lr_scheduler_type=wavy": "SFTConfig refuses",
+    "quantization=4": "quantization=4 must be str",
+    "lora=true": "lora=True must be dict",
+    "router_learning_rate=fast": "router_learning_rate='fast' must be float or int",
+    "too_long=3": "too_long=3 must be str",
+    "dataset=3": "dataset=3 must be list or str",
     "output_dir=": "output_dir is missing",
     "output_dir=/etc/passwd": "output_dir=/etc/passwd is a file",
     "resume_from_checkpoint=true": "finds no checkpoint",
@@ -115,6 +122,10 @@ REFUSALS = {
     "dataset={chat.jsonl} chat_template_path={broken.jinja}": "the chat template refuses",
     "dataset={numbers.jsonl}": "completion_column=completion holds Value",
     "model={small}": "the tokenizer makes token 2",
+    "model={gemma3}": "gemma3, which reads images too, and recipes train on text alone; convert it with --text-only",
+    "model={t5}": "is of model_type t5, which has no AutoModelForCausalLM; give a decoder",
+    "model={bert}": "is of model_type bert, an encoder, whose tokens see the ones they would predict; give a decoder",
+    "model={quantised}": "is quantised, and such weights cannot be trained themselves; lora={} trains adapters on them",
     "model={opt} packing=true": "packing=True puts several documents in one row, and ecmoe_opt models, the dense ones",
     "model={opt} packing=false padding_free=true": "padding_free=True puts several documents in one row",
 }
@@ -146,13 +157,23 @@ def files(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     (folder / "raises.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     (folder / "broken.jinja").write_text("{% for %}")
     (folder / "folder").mkdir()
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+    for name in ("adapter", "merged_one"):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+    (folder / "merged_one" / "merged").mkdir()
+    (folder / "merged_one" / "merged" / "config.json").write_text("{}")
     tokenizer = AutoTokenizer.from_pretrained(place / "dense")
     write_dense(folder / "small", "Llama", vocab_size=200)
     write_dense(folder / "opt_dense", "OPT")
     convert(str(folder / "opt_dense"), str(folder / "opt"), num_experts=4, verify=False)
-    AutoModelForCausalLM.from_pretrained(place / "dense").save_pretrained(folder / "bare")
+    for name in ("bare", "no_tokenizer", "quantised"):
+        AutoModelForCausalLM.from_pretrained(place / "dense").save_pretrained(folder / name)
+    fields = json.loads((folder / "quantised" / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "quantised" / "config.json").write_text(json.dumps(fields))
+    Gemma3Config().save_pretrained(folder / "gemma3")
+    BertConfig().save_pretrained(folder / "bert")
+    T5Config().save_pretrained(folder / "t5")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder / "bare")
     return {path.name: path for path in folder.iterdir()} | {"dense": place / "dense"}
@@ -298,5 +319,13 @@ def test_ranks_that_do_not_see_each_other(recipe_of: Callable, monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "2")
     recipe = recipe_of(max_steps=2, use_cpu=False, output_dir=tmp_path / "out")
     with pytest.raises(RecipeError, match=r"2 processes were started .* output_dir=\S+/out; set use_cpu=true to train"):
+        run(recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_that_sees_two_gpus(recipe_of: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    recipe = recipe_of(max_steps=2, output_dir=tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"one process sees 2 GPUs; start one for each .*per_node 2 .*DEVICES=0"):
         run(recipe)
     assert not (tmp_path / "out").exists()

@@ -109,6 +109,27 @@ def test_saved_and_loaded(
     assert plain.get_memory_footprint() - model.get_memory_footprint() > experts * (dtype.itemsize - 0.6)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_saved_again(folder: Path, make_tokens: Callable, tmp_path: Path, bits: int) -> None:
+    """What was read in few bits is saved as it is, whole or dequantised; Transformers would fail."""
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path / "first")
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "first"), make_tokens(2, 16)
+    with torch.no_grad():
+        sparse_blocks(model)["model.layers.0.mlp"].gate.threshold.add_(0.1)
+    model.save_pretrained(tmp_path / "second")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "second", output_loading_info=True)
+    assert not any(info.values())
+    expected = model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), atol=0, rtol=0)
+    if bits == 4:
+        again.dequantize().save_pretrained(tmp_path / "plain")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+        torch.testing.assert_close(logits_of(plain, ids), logits_of(again, ids), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
 def test_a_base_model_and_one_with_a_head_read_each_other_s(
     make_model: Callable, make_tokens: Callable, tmp_path: Path, family: str
@@ -154,6 +175,14 @@ def test_left_out_by_name(folder: Path, tmp_path: Path) -> None:
             assert type(block.shared_expert.up_proj) is bnb.nn.Linear4bit
     part = load(folder, llm_int8_skip_modules=["layers.0.mlp.experts", "lm_head"])
     assert {name.split(".")[2] for name in stacks(part)} == {"1"}
+
+
+@pytest.mark.parametrize(
+    "name", ["experts.down_proj", r".*\.experts\.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+)
+def test_one_stack_of_two_cannot_be_left_out(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r'llm_int8_skip_modules names .* together or not at all; name "experts"'):
+        load(folder, llm_int8_skip_modules=[name, "lm_head"])
 
 
 def test_refused_storage(folder: Path) -> None:
@@ -299,6 +328,26 @@ def test_adapters_learn_and_come_back(
     base = prepared(load(folder, dtype, **settings))
     again = peft.PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(logits_of(again, ids), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gated_shared_expert(make_routed_model: Callable, make_tokens: Callable, tmp_path: Path, bits: int) -> None:
+    """Its gate is not quantised: modules_to_save=["gate"] goes by the end of a name, and trains it with the router."""
+    fields = {"shared_expert_intermediate_size": 64, "shared_expert_weighting": "gate"}
+    make_routed_model("Llama", **SIZE, **fields).save_pretrained(tmp_path / "whole")
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=config)
+    model.save_pretrained(tmp_path / "bits")
+    for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "bits")):
+        gate = sparse_blocks(one)["model.layers.0.mlp"].shared_expert_gate
+        assert gate.weight.dtype == torch.float32
+        adapted, ids = peft.get_peft_model(one, expert_adapters() if bits == 4 else gates_alone()), make_tokens(2, 16)
+        trained = {name for name in gradients(adapted, ids) if "modules_to_save" in name}
+        assert {name.rsplit(".", 4)[1] for name in trained} == {"gate", "shared_expert_gate"}
+
+
+def gates_alone() -> peft.LoraConfig:
+    return peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
 
 
 def test_merged(folder: Path, make_tokens: Callable, tmp_path: Path) -> None:

@@ -103,10 +103,12 @@ def test_saved_and_loaded(stories: Path, rows: Tensor, tmp_path: Path) -> None:
     model = quantized(stories)
     model.save_pretrained(tmp_path / "int8")
     assert (tmp_path / "int8" / "model.safetensors").stat().st_size < size_of(model) * 1.1
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", output_loading_info=True)
-    assert not any(info.values())
-    assert quantized_names(loaded) == quantized_names(model)
-    assert torch.equal(logits_of(loaded, rows), logits_of(model, rows))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "int8").save_pretrained(tmp_path / "again")
+    for name in ("int8", "again"):
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info.values())
+        assert quantized_names(loaded) == quantized_names(model)
+        assert torch.equal(logits_of(loaded, rows), logits_of(model, rows))
 
 
 def test_in_place(stories: Path, rows: Tensor) -> None:
