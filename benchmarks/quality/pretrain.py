@@ -1,5 +1,6 @@
 """The parent "5M": a Llama of 5.5 million parameters with a vocabulary of its own, trained once on the training
-documents of three domains, so that mathematics and code are new to it. Its recipe is below, and what it came to is benchmarks/results/quality-parent.json."""
+documents of three domains, so that mathematics and code are new to it. Its recipe is below, and what it came to is
+benchmarks/results/quality-parent.json."""
 
 import itertools
 import json
