@@ -70,18 +70,17 @@ def _arms(short: str, title: str, routing: str, inits: tuple[str, ...] = ()) -> 
     return arms | {f"{short}-{init}": Arm(f"{title}, {init}", init, 2, 1, routing) for init in inits}
 
 
-def _granular(granularity: int, experts: int, routing: str, ffns: int = 1, groups: bool = True) -> Arm:
-    """So many FFNs per token of `granularity` smaller experts each, as many of each shard unless without groups."""
+def _granular(granularity: int, experts: int, routing: str, groups: bool = True) -> Arm:
+    """One FFN per token of `granularity` smaller experts, one of each shard unless without groups."""
     rule = {
         "quantiles": "token choice by quantiles",
-        "expert choice": "expert choice",
         "unbounded": "expert choice from 0",
         "threshold": "expert choice, then thresholds",
     }[routing]
     parts = {2: "halves", 4: "quarters"}[granularity]
     options = {"granularity": granularity, "num_experts": experts}
-    title = f"{rule}, {granularity * ffns} of {experts} {parts}" + ", of whatever kind" * (not groups)
-    return Arm(title, "granular", ffns, granularity * ffns, routing, options, groups=groups)
+    title = f"{rule}, {granularity} of {experts} {parts}" + ", of whatever kind" * (not groups)
+    return Arm(title, "granular", 1, granularity, routing, options, groups=groups)
 
 
 _BOTH = ("blend", "shared")
@@ -105,9 +104,6 @@ ARMS = {
     "th-halves": _granular(2, 16, "threshold"),
     "tcq-halves-free": _granular(2, 16, "quantiles", groups=False),
     "tcq-halves64-free": _granular(2, 64, "quantiles", groups=False),
-    "tcq-4halves": _granular(2, 16, "quantiles", 2),
-    "ec-4halves": _granular(2, 16, "expert choice", 2),
-    "ec-4halves32": _granular(2, 32, "expert choice", 2),
     "tcq-split": Arm("token choice by quantiles, split", "split", 1, 1, "quantiles"),
     "ec0-split": Arm("expert choice from 0, split", "split", 1, 1, "unbounded"),
     "tcq-copy1-through": Arm(
