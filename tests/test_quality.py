@@ -10,7 +10,20 @@ import torch
 from checkpoints import write_dense, write_text
 from safetensors.torch import load_file
 
-from benchmarks.quality import command, data, execute, grid, measure, pretrain, report, store, tables, timing, train
+from benchmarks.quality import (
+    command,
+    data,
+    execute,
+    grid,
+    measure,
+    plots,
+    pretrain,
+    report,
+    store,
+    tables,
+    timing,
+    train,
+)
 from benchmarks.quality.grid import ARMS, Run
 from modeling_ecmoe import sparse_blocks
 
@@ -197,9 +210,17 @@ def test_the_card_says_where_expert_choice_loses(tmp_path: Path) -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[4:7] == ["1.7500 ± 0.0000", "-0.7500 (-0.7500 to -0.7500)", "-0.2500 (-0.2500 to -0.2500)"]
     assert cells[7:] == ["1.25", "1000", "0.62"]  # 1.25 times fewer tokens, at twice the time
-    (plot,) = report.draw(groups, tmp_path / "plot.png", seconds)
+    (plot,) = plots.draw(groups, tmp_path / "plot.png", seconds)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert report.draw({key: found for key, found in groups.items() if key[2] != "dense"}, plot, seconds) == []
+    assert plots.draw({key: found for key, found in groups.items() if key[2] != "dense"}, plot, seconds) == []
+
+
+def test_arms_of_equal_flops_are_drawn_beside_each_other(tmp_path: Path) -> None:
+    arms = ("dense", "tcq-copy1", "tcq-halves", "tcq-copy2", "ec-copy2", "ec-shared")
+    runs = [Run(arm, 0, part) for arm in arms for part in ("main", "gentle")]
+    (plot,) = plots.draw_equal_flops(tables.grouped([result(run, [2.0, 1.5]) for run in runs]), tmp_path / "plot.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert plots.draw_equal_flops(tables.grouped([result(run, [2.0]) for run in runs[1:]]), plot) == []
 
 
 def test_the_card_shows_domains_and_shorter_runs(tmp_path: Path) -> None:
@@ -214,9 +235,9 @@ def test_the_card_shows_domains_and_shorter_runs(tmp_path: Path) -> None:
     assert "| expert choice, copy (2) | 125-steps | 1.60 | 1.9000 | -0.1000 |" in tables.shorter_table(groups)
     card = report.render(groups, "quality.png", "command", {}, [])
     assert "BLiMP of the parent: 0.500 of 60 pairs; half is chance, and the standard error is 0.065." in card
-    (plot,) = report.draw_domains(groups, tmp_path / "domains.png")
+    (plot,) = plots.draw_domains(groups, tmp_path / "domains.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert report.draw_domains(tables.grouped(results[1:]), plot) == []
+    assert plots.draw_domains(tables.grouped(results[1:]), plot) == []
 
 
 def test_an_unchanged_arm_of_another_recipe_is_no_comparison() -> None:
@@ -371,7 +392,7 @@ def test_the_parent_is_trained_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(data, "CALIBRATION_WINDOWS", 2)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     monkeypatch.setattr(pretrain, "SIZES", {**sizes, "num_key_value_heads": 1, "tie_word_embeddings": True})
-    for name, value in {"VOCABULARY": 300, "ROWS": 5, "SAVE_EVERY": 2}.items():
+    for name, value in {"VOCABULARY": 300, "ROWS": 6, "SAVE_EVERY": 2}.items():
         monkeypatch.setattr(pretrain, name, value)
     monkeypatch.setattr(pretrain, "save", lambda name, found: store.save(tmp_path, Run("dense"), found))
     monkeypatch.setattr(store, "rounded", lambda value: value)

@@ -26,7 +26,7 @@ class Arm:
     routing: who chooses, a key of `ROUTINGS`; "expert choice" keeps the bounds of the initialisation. conversion: more
     options of the converter. weights: "normalised" as the initialisation has it, or how else the weight of a token's
     only expert comes from its score, so that its router has a gradient: "straight-through" or "raw" (execute.py).
-    matched: more steps instead of a second FFN.
+    matched: more steps instead of a second FFN. groups: whether a token of a granular arm has as many of each shard.
     """
 
     title: str
@@ -37,6 +37,7 @@ class Arm:
     conversion: dict[str, Any] = field(default_factory=dict)
     weights: str = "normalised"
     matched: bool = False
+    groups: bool = True
 
     def fields(self, steps: int) -> dict[str, Any]:
         """Config fields beside those that the initialisation sets."""
@@ -47,6 +48,8 @@ class Arm:
             fields |= {"min_experts_per_token": self.routed, "max_experts_per_token": self.routed}
         if self.routing == "threshold":  # which knows no bounds
             fields["threshold_after_steps"] = round(WARM_UP * steps)
+        if not self.groups:
+            fields["num_expert_groups"] = 1
         return fields
 
 
@@ -67,8 +70,8 @@ def _arms(short: str, title: str, routing: str, inits: tuple[str, ...] = ()) -> 
     return arms | {f"{short}-{init}": Arm(f"{title}, {init}", init, 2, 1, routing) for init in inits}
 
 
-def _granular(granularity: int, experts: int, routing: str) -> Arm:
-    """One FFN per token of `granularity` smaller experts."""
+def _granular(granularity: int, experts: int, routing: str, groups: bool = True) -> Arm:
+    """One FFN per token of `granularity` smaller experts, one of each shard unless without groups."""
     rule = {
         "quantiles": "token choice by quantiles",
         "unbounded": "expert choice from 0",
@@ -76,7 +79,8 @@ def _granular(granularity: int, experts: int, routing: str) -> Arm:
     }[routing]
     parts = {2: "halves", 4: "quarters"}[granularity]
     options = {"granularity": granularity, "num_experts": experts}
-    return Arm(f"{rule}, {granularity} of {experts} {parts}", "granular", 1, granularity, routing, options)
+    title = f"{rule}, {granularity} of {experts} {parts}" + ", of whatever kind" * (not groups)
+    return Arm(title, "granular", 1, granularity, routing, options, groups=groups)
 
 
 _BOTH = ("blend", "shared")
@@ -98,6 +102,8 @@ ARMS = {
     "ec0-halves": _granular(2, 16, "unbounded"),
     "ec0-quarters32": _granular(4, 32, "unbounded"),
     "th-halves": _granular(2, 16, "threshold"),
+    "tcq-halves-free": _granular(2, 16, "quantiles", groups=False),
+    "tcq-halves64-free": _granular(2, 64, "quantiles", groups=False),
     "tcq-split": Arm("token choice by quantiles, split", "split", 1, 1, "quantiles"),
     "ec0-split": Arm("expert choice from 0, split", "split", 1, 1, "unbounded"),
     "tcq-copy1-through": Arm(

@@ -18,6 +18,7 @@ class Parent:
 
     about: for the card. folder: below the data folder where it comes with the data, None where it is given. runs: makes
     what is run of it. card: the page of its tables. frozen: parts of the names of parameters that no arm trains.
+    bfloat16: whether training multiplies in it (torch.autocast; weights, moments and what is measured stay float32).
     """
 
     about: str
@@ -25,6 +26,7 @@ class Parent:
     runs: Callable[[], list[Run]]
     card: str
     frozen: tuple[str, ...] = ()
+    bfloat16: bool = False
 
     def place(self, data: Path, given: Path | None) -> Path | None:
         return data / self.folder if self.folder else given
@@ -52,11 +54,12 @@ PARENTS = {
         "stories260K.md",
     ),
     "5M": Parent(
-        "a Llama of 5.5 million parameters and 4,096 tokens, trained on the training documents of all five domains "
-        "(`--train-parent`; benchmarks/results/quality-parent.json)",
+        "a Llama of 5.5 million parameters and 4,096 tokens, trained on prose, documentation and stories "
+        "(`--train-parent`; benchmarks/results/quality-parent.json): mathematics and code are new to it",
         None,
         _five_runs,
         "5M.md",
+        bfloat16=True,
     ),
     "SmolLM2-135M": Parent(
         "SmolLM2-135M-Instruct (Apache-2.0), as `make real` makes it; embeddings and attention are frozen",
@@ -64,5 +67,6 @@ PARENTS = {
         _real_runs,
         "SmolLM2-135M.md",
         ("embed_tokens", "lm_head", "self_attn"),
+        bfloat16=True,
     ),
 }

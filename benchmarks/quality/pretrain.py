@@ -1,5 +1,6 @@
 """The parent "5M": a Llama of 5.5 million parameters with a vocabulary of its own, trained once on the training
-documents of all domains. Its recipe is below, and what it came to is benchmarks/results/quality-parent.json."""
+documents of three domains, so that mathematics and code are new to it. Its recipe is below, and what it came to is
+benchmarks/results/quality-parent.json."""
 
 import itertools
 import json
@@ -28,8 +29,9 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-# Five domains divide the rows: 65 windows of 128 tokens.
-STEPS, ROWS, LEARNING_RATE, WEIGHT_DECAY, SEED = 1500, 65, 3e-3, 0.1, 0
+KNOWN = ("prose", "documentation", "stories")
+# They divide the rows, windows of 128 tokens.
+STEPS, ROWS, LEARNING_RATE, WEIGHT_DECAY, SEED = 900, 66, 3e-3, 0.1, 0
 SAVE_EVERY = 100
 _STATE = "unfinished.safetensors"
 
@@ -49,7 +51,7 @@ def train_parent(data: Path, folder: Path, steps: int = STEPS) -> Path:
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
     done = _resume(model, optimizer, folder / _STATE)
-    batches = training_batches({name: each.train for name, each in windows.items()}, ROWS, steps, SEED)
+    batches = training_batches({name: windows[name].train for name in KNOWN}, ROWS, steps, SEED)
     begin, log = time.perf_counter(), []
     for step, rows in enumerate(itertools.islice(batches, done, None), start=done):
         loss = _step(model, optimizer, rows, LEARNING_RATE * max(learning_rate_factor(step, steps), 0.1 / steps))
@@ -64,7 +66,7 @@ def train_parent(data: Path, folder: Path, steps: int = STEPS) -> Path:
     (folder / _STATE).unlink(missing_ok=True)
     recipe = {"steps": steps, "rows": ROWS, "learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "seed": SEED}
     figures = {"recipe": recipe, "sizes": SIZES, "vocabulary": VOCABULARY, "parameters": model.num_parameters()}
-    tokens = {name: each.train.numel() for name, each in windows.items()}
+    tokens = {name: windows[name].train.numel() for name in KNOWN}
     return save("quality-parent", figures | {"tokens_of_domain": tokens, "losses": losses})
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .grid import Run
+from .parents import PARENTS
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.0
@@ -59,7 +60,9 @@ def one_step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor, run: Ru
         group["lr"] = group["base"] * factor
     for part in rows.split(run.pool_rows):
         part = part.to(model.device)
-        (model(input_ids=part, labels=part, use_cache=False).loss * len(part) / len(rows)).backward()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=PARENTS[run.parent].bfloat16):
+            loss = model(input_ids=part, labels=part, use_cache=False).loss
+        (loss * len(part) / len(rows)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), MOST_NORM)
     optimizer.step()
     optimizer.zero_grad()
