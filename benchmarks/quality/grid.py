@@ -123,14 +123,14 @@ MAIN = (
     *("tcq-copy2", "ec-copy2", "dense", "ec-shared"),
     *("tc-copy2", "tcb-copy2", "ec0-copy2", "tc-shared", "ec-blend", "dense-matched", "th-shared"),
     *("tc-blend", "th-blend", "th-copy2"),
-    *("tcq-copy1", "tc-copy1", "tcb-copy1", "ec0-copy1", "th-copy1", "tcq-halves", "ec0-halves"),
+    *("tcq-copy1", "tc-copy1", "tcb-copy1", "ec0-copy1", "th-copy1", "tcq-halves", "tcq-quarters32", "ec0-halves"),
 )
 NUM_CORE = 4
 DECISIVE = ("normalised", "normalised-gentle", "E1")
 GENTLE = (
     *MAIN[:NUM_CORE],
     *("tc-copy2", "tcb-copy2", "ec0-copy2", "ec-blend", "dense-matched", "th-shared"),
-    *("tcq-copy1", "tc-copy1", "tcb-copy1", "ec0-copy1", "tcq-halves", "ec0-halves"),
+    *("tcq-copy1", "tc-copy1", "tcb-copy1", "ec0-copy1", "tcq-halves", "tcq-quarters32", "ec0-halves"),
 )
 # One FFN per token: what else was tried, of one seed at both rates.
 ROUTED = ("ec-copy2", "tcq-copy2", "tcb-copy2", "tc-copy2")  # two copies for each token: the best rule, and its rivals
