@@ -184,19 +184,60 @@ def _quantization(labels: list[str]) -> Rows:
     yield from _labelled(([show(column) for column in columns] for show in shown), labels)
 
 
+def _losses(part: str, arm: str) -> dict[int, dict[str, Any]]:
+    """The runs of an arm by seed."""
+    paths = sorted(RESULTS.glob(f"quality/{part}.mixture.{arm}.seed*.json"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return {run["recipe"]["seed"]: run for run in runs}
+
+
 def _which(labels: list[str]) -> Rows:
-    arms = ("dense", "tcq-halves", "tcq-copy1", "ec-shared", "ec-copy2", "dense-matched")
+    """FFNs per token, parameters, loss at both rates."""
+    arms = ("dense", "tcq-copy1", "tcq-halves", "tcq-quarters32", "ec-shared", "ec-copy2", "dense-matched")
 
     def row(arm: str) -> list[str]:
-        cells, some = [], {}
-        for part in ("gentle", "main"):
-            found = [json.loads(path.read_text()) for path in RESULTS.glob(f"quality/{part}.mixture.{arm}.seed*.json")]
-            losses, some = [run["final"]["loss"] for run in found], found[0]
-            cells.append(f"{statistics.fmean(losses):.4f}" + ONE_SEED * (len(found) == 1))
-        ffns = 2 if arm in ("ec-shared", "ec-copy2", "dense-matched") else 1
-        return [str(ffns), f"{some['parameters']['total']:,}", *cells]
+        runs = [_losses(part, arm) for part in ("gentle", "main")]
+        losses = (f"{_mean_loss(found):.4f}{_seeds(found)}" for found in runs)
+        return [str(_ARMS[arm]), f"{_any(runs[0])['parameters']['total']:,}", *losses]
 
     yield from _labelled(map(row, arms), labels)
+
+
+def _quality(labels: list[str]) -> Rows:
+    """At both rates: loss, and the mean difference to dense and to token choice by quantiles over the seeds of both."""
+
+    def row(arm: str) -> list[str]:
+        cells = [str(_ARMS[arm])]
+        for part in ("gentle", "main"):
+            found, dense = _losses(part, arm), _losses(part, "dense")
+            cells += [f"{_mean_loss(found):.4f}{_seeds(found)}", _against(found, dense) if arm != "dense" else ""]
+            peer = f"tcq-copy{_ARMS[arm]}"
+            cells.append(_against(found, _losses(part, peer)) if arm != peer else "")
+        return cells
+
+    yield from _labelled(map(row, _ARMS), labels)
+
+
+# FFNs per token of the arms that docs/quality.md shows.
+_ARMS = {"dense": 1, "tc-copy1": 1, "tcb-copy1": 1, "tcq-copy1": 1, "tcq-halves": 1, "tcq-quarters32": 1}
+_ARMS |= {"tc-copy2": 2, "tcb-copy2": 2, "tcq-copy2": 2, "ec-copy2": 2, "ec-shared": 2, "dense-matched": 2}
+
+
+def _any(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return next(iter(found.values()))
+
+
+def _mean_loss(found: dict[int, dict[str, Any]]) -> float:
+    return statistics.fmean(run["final"]["loss"] for run in found.values())
+
+
+def _seeds(found: dict[int, dict[str, Any]]) -> str:
+    return " (one seed)" if len(found) == 1 else ""
+
+
+def _against(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> str:
+    seeds = ours.keys() & theirs.keys()
+    return f"{statistics.fmean(ours[seed]['final']['loss'] - theirs[seed]['final']['loss'] for seed in seeds):+.4f}"
 
 
 def _packing(_: list[str]) -> Rows:
@@ -204,7 +245,6 @@ def _packing(_: list[str]) -> Rows:
         yield [name, row["batch"], f"{row['rows']:,.0f}", f"{row['one row']:,.0f}", f"{row['ratio']:.2f}"]
 
 
-ONE_SEED = " (one seed)"
 TABLES: dict[str, Callable[[list[str]], Rows]] = {
     "block": _block,
     "parallel": _parallel,
@@ -218,6 +258,7 @@ TABLES: dict[str, Callable[[list[str]], Rows]] = {
     "quantization": _quantization,
     "packing": _packing,
     "which": _which,
+    "quality": _quality,
 }
 
 if __name__ == "__main__":
