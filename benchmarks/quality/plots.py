@@ -22,15 +22,16 @@ DASHES = {
     "": "-",
     "matched": ":",
     "halves": (0, (3, 1, 1, 1)),
+    "quarters32": (0, (1, 1)),
 }
 # Arms of one panel: with as many FFNs per token each, and the dense model, which has one.
 _PANELS = {
-    1: {"tcq-copy1": "token choice (top-1)", "tcq-halves": "granular: two halves"},
+    1: {"tcq-copy1": "token choice (top-1)", "tcq-halves": "granular, halves", "tcq-quarters32": "granular, quarters"},
     2: {"tcq-copy2": "token choice (top-2)", "ec-copy2": "expert choice, copy", "ec-shared": "expert choice, shared"},
 }
 _RATES = {"gentle": 1e-3, "main": 1e-2}
 _COLORS = {"tcq-copy1": "#d97706", "tcq-copy2": "#d97706", "tcq-halves": "#2563eb", "ec-copy2": "#2563eb"}
-_COLORS |= {"ec-shared": "#059669", "dense": "#6b7280"}
+_COLORS |= {"tcq-quarters32": "#059669", "ec-shared": "#059669", "dense": "#6b7280"}
 
 
 def draw_equal_flops(groups: Groups, path: Path) -> list[Path]:
