@@ -32,7 +32,7 @@ from .quantized_ecmoe import Stacked4bit
 from .quantizer_ecmoe import Bnb4BitHfQuantizer, allow_saving, close, make_room, prepare
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
-from .versions_ecmoe import slice_logits_to_keep
+from .versions_ecmoe import CACHE, slice_logits_to_keep
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,7 @@ class EcMoeDecoderLayerMixin:
         """token_mask: [B, S] bool, True for real tokens. document_lengths: of all rows, where documents are packed and
         a layer carries a state. Keywords, so that a recomputed layer gets them again."""
         if document_lengths is not None:
-            with tell_documents(self, document_lengths, kwargs.get("past_key_values")):
+            with tell_documents(self, document_lengths, kwargs.get(CACHE)):
                 return self._forward(hidden_states, token_mask, *args, **kwargs)
         return self._forward(hidden_states, token_mask, *args, **kwargs)
 
@@ -237,7 +237,7 @@ class EcMoeModelMixin:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         token_mask: Tensor | None = None,
@@ -251,7 +251,8 @@ class EcMoeModelMixin:
             if token_mask is None and not self.config.dense_ffn.place:
                 token_mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         if self.carries_state and inputs is not None:
-            kwargs["document_lengths"] = lengths_of_documents(inputs, position_ids, attention_mask, past_key_values)
+            cache = kwargs.get(CACHE, kwargs.get("past_key_values"))  # deprecated, a name that still works
+            kwargs["document_lengths"] = lengths_of_documents(inputs, position_ids, attention_mask, cache)
         if getattr(self.config, "num_kv_shared_layers", 0):
             refuse_reentrant_checkpointing(self)
         with announce_tokens(self, token_mask):
@@ -259,7 +260,6 @@ class EcMoeModelMixin:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 token_mask=token_mask,
@@ -354,7 +354,7 @@ class EcMoeForCausalLMMixin(EcMoeLanguageModelMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -373,7 +373,6 @@ class EcMoeForCausalLMMixin(EcMoeLanguageModelMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=asked or adds_loss,
@@ -393,7 +392,7 @@ class EcMoeForCausalLMMixin(EcMoeLanguageModelMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if asked else None,

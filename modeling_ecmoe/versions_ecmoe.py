@@ -5,6 +5,10 @@ from typing import Any
 
 import transformers
 from torch import Tensor
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+# What a model calls the keys and values of past tokens, among the arguments of its forward and among its outputs.
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -48,4 +52,4 @@ def _release(version: str) -> tuple[int, ...]:
 
 require_transformers()
 
-__all__ = ["AutoEP", "EPImplementationInterface", "slice_logits_to_keep"]
+__all__ = ["CACHE", "AutoEP", "EPImplementationInterface", "slice_logits_to_keep"]

@@ -5,6 +5,10 @@ from collections.abc import Callable
 
 import deprecations
 import pytest
+import torch
+from transformers import DynamicCache
+
+from modeling_ecmoe.versions_ecmoe import CACHE
 
 
 def test_a_deprecated_method_is_an_error(make_model: Callable) -> None:
@@ -13,6 +17,15 @@ def test_a_deprecated_method_is_an_error(make_model: Callable) -> None:
         pytest.skip("this Transformers has no new name for it yet")
     with pytest.raises(FutureWarning, match="gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_deprecated_argument_is_an_error_whoever_called_the_module(make_model: Callable, both: bool) -> None:
+    if CACHE == "past_key_values":
+        pytest.skip("this Transformers has no new name for it yet")
+    caches = {"past_key_values": DynamicCache()} | ({"cache": DynamicCache()} if both else {})
+    with pytest.raises(FutureWarning, match="past_key_values"):
+        make_model("Llama")(torch.ones(1, 4, dtype=torch.long), **caches)
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
