@@ -15,7 +15,6 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.harness import interleaved, interleaved_laps, summarize
 from benchmarks.peers import Sizes
 from modeling_ecmoe import bounded_ecmoe, experts_ecmoe
-from modeling_ecmoe.versions_ecmoe import CACHE
 
 TINY = Sizes(32, 48, 4, 2, layers=1, heads=4, vocabulary=64)
 ATTEMPTS = 3
@@ -87,7 +86,7 @@ def test_compiled_decoding_is_plain_decoding() -> None:
     cache = decode.StaticCache(config=ours.config, max_cache_len=7)
     with torch.no_grad():
         plain = ours(tokens).logits.argmax(-1)[:, 4:]
-        ours(tokens[:, :4], **{CACHE: cache})
+        ours(tokens[:, :4], cache=cache)
         step = decode.compiled_step(ours, cache, backend="aot_eager")
         torch._dynamo.utils.counters.clear()
         found = torch.stack([step(token.clone()) for token in tokens[:, 4:].split(1, dim=1)], dim=1)
