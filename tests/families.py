@@ -207,7 +207,7 @@ NO_TENSOR_PLAN = {
     ("GPT2", "OPT", "StableLm", "Falcon", "GPTBigCode", "GPTNeo", "Persimmon"), "the dense family has no plan"
 )
 if not is_at_least("5.24.0"):
-    NO_TENSOR_PLAN |= dict.fromkeys(("GPTJ", "CodeGen"), "the dense family has no plan yet")
+    NO_TENSOR_PLAN |= dict.fromkeys(("GPTJ", "CodeGen"), "the dense family has no plan")
 # Those that the server of the tests cannot run, and why.
 NO_SERVER = {
     "Ernie4_5": "vLLM's experts have no biases",
