@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from modeling_ecmoe import calibrate_thresholds, record_routing
+from modeling_ecmoe.versions_ecmoe import CACHE
 
 from .harness import device, interleaved
 from .machine import save
@@ -111,14 +112,14 @@ def decoder(
     """tokens [B, prompt + N]: the prompt is read here, and each call decodes N tokens from it."""
     cache = DynamicCache(config=model.config)
     with _implementation(model, "eager"), torch.inference_mode():
-        model(tokens[:, :prompt], past_key_values=cache, use_cache=True)
+        model(tokens[:, :prompt], **{CACHE: cache}, use_cache=True)
 
     @torch.inference_mode()
     def decode() -> None:
         cache.crop(prompt - cache.get_seq_length())
         with _implementation(model, implementation):
             for token in tokens[:, prompt:].split(1, dim=1):
-                model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)
+                model(token, **{CACHE: cache}, use_cache=True).logits[:, -1].argmax(-1)
 
     return decode
 
@@ -127,7 +128,7 @@ def compiled_decoder(model: PreTrainedModel, tokens: Tensor, prompt: int) -> Cal
     """As `decoder`, with one compiled step of static shapes and a static cache; in a CUDA graph on a GPU."""
     cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1])
     with _implementation(model, "eager"), torch.no_grad():
-        model(tokens[:, :prompt], past_key_values=cache, use_cache=True)
+        model(tokens[:, :prompt], **{CACHE: cache}, use_cache=True)
     step = compiled_step(model, cache, mode="reduce-overhead" if device() == "cuda" else None)
     token = tokens[:, :1].clone()  # always at the same address
 
@@ -147,7 +148,7 @@ def compiled_step(model: PreTrainedModel, cache: StaticCache, **compiler: Any) -
     """A compiled step: the last tokens [B, 1] -> the next ones [B]; the static cache moves on by itself."""
 
     def step(token: Tensor) -> Tensor:
-        return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)
+        return model(token, **{CACHE: cache}, use_cache=True).logits[:, -1].argmax(-1)
 
     return torch.compile(step, fullgraph=True, **compiler)
 

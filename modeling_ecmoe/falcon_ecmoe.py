@@ -12,19 +12,19 @@ from transformers.models.falcon import modeling_falcon as dense
 from .auto_ecmoe import register_family
 from .configuration_ecmoe import DenseFFN, EcMoeConfigMixin
 from .mixins_ecmoe import (
-    ROUTER_LOGITS,
     EcMoeForCausalLMMixin,
     EcMoeHeadMixin,
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
-from .variants_ecmoe import EcMoeAloofDecoderLayerMixin, RecordedForward
+from .variants_ecmoe import EcMoeAloofDecoderLayerMixin, RecordedForward, recorded_of
+from .versions_ecmoe import is_at_least
 
 
 @strict
 class EcMoeFalconConfig(EcMoeConfigMixin, FalconConfig):
     model_type = "ecmoe_falcon"
-    supports_packing = False
+    supports_packing = is_at_least("5.24.0")  # before, its mask knew no positions
     attribute_map = {"intermediate_size": "ffn_hidden_size", "hidden_act": "activation"}
 
     @property
@@ -46,7 +46,7 @@ class EcMoeFalconPreTrainedModel(EcMoePreTrainedMixin, dense.FalconPreTrainedMod
     _no_split_modules = ["EcMoeFalconDecoderLayer"]
     base_model_prefix = "transformer"
     supports_pipeline = False  # the pipeline looks for embed_tokens, layers and norm, which have other names here
-    _can_record_outputs = ROUTER_LOGITS
+    _can_record_outputs = recorded_of(dense.FalconPreTrainedModel)
 
 
 class EcMoeFalconModel(EcMoeModelMixin, RecordedForward, EcMoeFalconPreTrainedModel, dense.FalconModel):

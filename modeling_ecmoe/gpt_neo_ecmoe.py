@@ -12,13 +12,12 @@ from transformers.models.gpt_neo import modeling_gpt_neo as dense
 from .auto_ecmoe import register_family
 from .configuration_ecmoe import DenseFFN, EcMoeConfigMixin
 from .mixins_ecmoe import (
-    ROUTER_LOGITS,
     EcMoeForCausalLMMixin,
     EcMoeHeadMixin,
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
-from .variants_ecmoe import EcMoeAloofDecoderLayerMixin, RecordedForward
+from .variants_ecmoe import EcMoeAloofDecoderLayerMixin, RecordedForward, recorded_of
 
 
 @strict
@@ -45,7 +44,7 @@ class EcMoeGPTNeoPreTrainedModel(EcMoePreTrainedMixin, dense.GPTNeoPreTrainedMod
     _no_split_modules = ["EcMoeGPTNeoDecoderLayer"]
     base_model_prefix = "transformer"
     supports_pipeline = False  # the pipeline looks for embed_tokens, layers and norm, which have other names here
-    _can_record_outputs = ROUTER_LOGITS
+    _can_record_outputs = recorded_of(dense.GPTNeoPreTrainedModel)
 
 
 class EcMoeGPTNeoModel(EcMoeModelMixin, RecordedForward, EcMoeGPTNeoPreTrainedModel, dense.GPTNeoModel):

@@ -15,13 +15,12 @@ from transformers.models.gptj import modeling_gptj as dense
 from .auto_ecmoe import register_family
 from .configuration_ecmoe import DenseFFN, EcMoeConfigMixin
 from .mixins_ecmoe import (
-    ROUTER_LOGITS,
     EcMoeForCausalLMMixin,
     EcMoeHeadMixin,
     EcMoeModelMixin,
     EcMoePreTrainedMixin,
 )
-from .variants_ecmoe import EcMoeAloofDecoderLayerMixin, RecordedForward
+from .variants_ecmoe import EcMoeAloofDecoderLayerMixin, RecordedForward, recorded_of
 
 
 @strict
@@ -48,7 +47,7 @@ class EcMoeGPTJPreTrainedModel(EcMoePreTrainedMixin, dense.GPTJPreTrainedModel):
     _no_split_modules = ["EcMoeGPTJDecoderLayer"]
     base_model_prefix = "transformer"
     supports_pipeline = False  # the pipeline looks for embed_tokens, layers and norm, which have other names here
-    _can_record_outputs = ROUTER_LOGITS
+    _can_record_outputs = recorded_of(dense.GPTJPreTrainedModel)
 
 
 class EcMoeGPTJModel(EcMoeModelMixin, RecordedForward, EcMoeGPTJPreTrainedModel, dense.GPTJModel):

@@ -32,7 +32,7 @@ from .quantized_ecmoe import Stacked4bit
 from .quantizer_ecmoe import Bnb4BitHfQuantizer, allow_saving, close, make_room, prepare
 from .router_ecmoe import EcMoeRouter
 from .routing_ecmoe import router_z_loss
-from .versions_ecmoe import slice_logits_to_keep
+from .versions_ecmoe import CACHE, slice_logits_to_keep
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,7 @@ class EcMoeDecoderLayerMixin:
         """token_mask: [B, S] bool, True for real tokens. document_lengths: of all rows, where documents are packed and
         a layer carries a state. Keywords, so that a recomputed layer gets them again."""
         if document_lengths is not None:
-            with tell_documents(self, document_lengths, kwargs.get("past_key_values")):
+            with tell_documents(self, document_lengths, kwargs.get(CACHE)):
                 return self._forward(hidden_states, token_mask, *args, **kwargs)
         return self._forward(hidden_states, token_mask, *args, **kwargs)
 
@@ -237,13 +237,16 @@ class EcMoeModelMixin:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         token_mask: Tensor | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple:
-        """As the dense model's. token_mask [B, S] bool, True for real tokens; read off a 2-D attention_mask."""
+        """As the dense model's. token_mask [B, S] bool, True for real tokens; read off a 2-D attention_mask.
+        past_key_values: the cache, as Transformers before 5.24 calls it; either name will do."""
+        cache = past_key_values if cache is None else cache
         inputs = input_ids if input_ids is not None else inputs_embeds
         if token_mask is None and inputs is not None:
             token_mask = token_mask_of(attention_mask, inputs)
@@ -251,7 +254,7 @@ class EcMoeModelMixin:
             if token_mask is None and not self.config.dense_ffn.place:
                 token_mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         if self.carries_state and inputs is not None:
-            kwargs["document_lengths"] = lengths_of_documents(inputs, position_ids, attention_mask, past_key_values)
+            kwargs["document_lengths"] = lengths_of_documents(inputs, position_ids, attention_mask, cache)
         if getattr(self.config, "num_kv_shared_layers", 0):
             refuse_reentrant_checkpointing(self)
         with announce_tokens(self, token_mask):
@@ -259,7 +262,7 @@ class EcMoeModelMixin:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 token_mask=token_mask,
@@ -354,11 +357,12 @@ class EcMoeForCausalLMMixin(EcMoeLanguageModelMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """As the dense model's, with `router_logits` (one [B * S, E] per sparse layer) when they are asked for.
@@ -373,6 +377,7 @@ class EcMoeForCausalLMMixin(EcMoeLanguageModelMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -393,7 +398,7 @@ class EcMoeForCausalLMMixin(EcMoeLanguageModelMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if asked else None,

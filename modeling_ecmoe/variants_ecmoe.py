@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import capture_outputs
 
 from .block_ecmoe import EcMoeBlock
-from .mixins_ecmoe import EcMoeDecoderLayerMixin
+from .mixins_ecmoe import ROUTER_LOGITS, EcMoeDecoderLayerMixin
 
 
 class EcMoeAloofDecoderLayerMixin(EcMoeDecoderLayerMixin):
@@ -50,11 +50,22 @@ class EcMoeFeedForwardDecoderLayerMixin(EcMoeDecoderLayerMixin):
         return self._modules.get("mlp") or self._modules["feed_forward"]
 
 
+def recorded_of(dense_class: Any) -> dict[str, Any]:
+    """What is recorded of a pass: the router logits, and what the dense class has recorded. A newer Transformers may
+    rewrite a class that collects its outputs by itself into one that records them."""
+    return (dense_class._can_record_outputs or {}) | ROUTER_LOGITS
+
+
 class RecordedForward:
     """Before a dense base model that collects its outputs by itself: those that it does not know are recorded."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "hidden_states" in self._can_record_outputs:  # by the dense class, which hands on all that it is given
+            return super().forward(*args, **kwargs)
+        return self._recorded_forward(*args, **kwargs)
+
     @capture_outputs
-    def forward(self, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def _recorded_forward(self, *args: Any, token_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """token_mask: read by the layers off their blocks."""
         kwargs.pop("output_router_logits", None)
         return super().forward(*args, return_dict=True, **kwargs)

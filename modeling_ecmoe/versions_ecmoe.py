@@ -5,6 +5,10 @@ from typing import Any
 
 import transformers
 from torch import Tensor
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+# What a model calls the keys and values of past tokens, among the arguments of its forward and among its outputs.
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"  # before 5.24
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -33,12 +37,17 @@ def require_transformers() -> None:
     Raises:
         ImportError: where the installed Transformers is older than the oldest supported one.
     """
-    found = transformers.__version__
-    if _release(found) < _release(OLDEST_TRANSFORMERS):
+    if not is_at_least(OLDEST_TRANSFORMERS):
+        found = transformers.__version__
         raise ImportError(
             f"expert-choice models need transformers>={OLDEST_TRANSFORMERS}, and {found} is installed: "
             f'pip install --upgrade "transformers>={OLDEST_TRANSFORMERS}"'
         )
+
+
+def is_at_least(version: str) -> bool:
+    """Whether the installed Transformers is of that release or a newer one."""
+    return _release(transformers.__version__) >= _release(version)
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -48,4 +57,4 @@ def _release(version: str) -> tuple[int, ...]:
 
 require_transformers()
 
-__all__ = ["AutoEP", "EPImplementationInterface", "slice_logits_to_keep"]
+__all__ = ["CACHE", "AutoEP", "EPImplementationInterface", "is_at_least", "slice_logits_to_keep"]

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from modeling_ecmoe.versions_ecmoe import is_at_least
+
 LATENT = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
@@ -202,9 +204,10 @@ NO_TENSOR_PLAN = {
     "Cohere": "its norms of queries and keys, one a head, stay whole where the heads are cut",
     "Olmo": "clip_qkv clamps in place what is cut",
 } | dict.fromkeys(
-    ("GPT2", "OPT", "StableLm", "Falcon", "GPTBigCode", "GPTNeo", "GPTJ", "CodeGen", "Persimmon"),
-    "the dense family has no plan",
+    ("GPT2", "OPT", "StableLm", "Falcon", "GPTBigCode", "GPTNeo", "Persimmon"), "the dense family has no plan"
 )
+if not is_at_least("5.24.0"):
+    NO_TENSOR_PLAN |= dict.fromkeys(("GPTJ", "CodeGen"), "the dense family has no plan")
 # Those that the server of the tests cannot run, and why.
 NO_SERVER = {
     "Ernie4_5": "vLLM's experts have no biases",
@@ -225,7 +228,9 @@ TRANSPOSED = ("GPT2",)
 # Those that initialise what is added to the residual by 1 / sqrt(2 * layers) of the rest.
 SCALED_RESIDUALS = ("GPT2", "GPTBigCode", "NanoChat")
 # What a dense class cannot, and so neither can ours.
-NO_PACKING = ("Falcon", "OPT")  # they read no documents off the positions: packed ones see each other
+NO_PACKING = ("OPT",)  # it reads no documents off the positions: packed ones see each other
+if not is_at_least("5.24.0"):
+    NO_PACKING += ("Falcon",)
 NO_STATIC_CACHE = ("GPTNeo",)  # its local attention reads the empty places of one
 NO_EXPORT = {
     "DeepseekV3": "Transformers sizes an exported cache by head_dim, which is not that of latent attention's keys",

@@ -86,7 +86,7 @@ def test_compiled_decoding_is_plain_decoding() -> None:
     cache = decode.StaticCache(config=ours.config, max_cache_len=7)
     with torch.no_grad():
         plain = ours(tokens).logits.argmax(-1)[:, 4:]
-        ours(tokens[:, :4], past_key_values=cache)
+        ours(tokens[:, :4], cache=cache)
         step = decode.compiled_step(ours, cache, backend="aot_eager")
         torch._dynamo.utils.counters.clear()
         found = torch.stack([step(token.clone()) for token in tokens[:, 4:].split(1, dim=1)], dim=1)

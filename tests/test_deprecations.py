@@ -5,6 +5,10 @@ from collections.abc import Callable
 
 import deprecations
 import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from modeling_ecmoe.versions_ecmoe import CACHE
 
 
 def test_a_deprecated_method_is_an_error(make_model: Callable) -> None:
@@ -13,6 +17,17 @@ def test_a_deprecated_method_is_an_error(make_model: Callable) -> None:
         pytest.skip("this Transformers has no new name for it yet")
     with pytest.raises(FutureWarning, match="gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_deprecated_argument_is_an_error_whoever_called_the_module(both: bool) -> None:
+    if CACHE == "past_key_values":
+        pytest.skip("this Transformers has no new name for it yet")
+    caches = {"past_key_values": DynamicCache()} | ({"cache": DynamicCache()} if both else {})
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    dense = LlamaForCausalLM(config)
+    with pytest.raises(FutureWarning, match="past_key_values"):
+        dense(torch.ones(1, 4, dtype=torch.long), **caches)
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from modeling_ecmoe import use_inference_routing
 from modeling_ecmoe.calibration_ecmoe import sparse_blocks
 from modeling_ecmoe.routing_ecmoe import router_scores
+from modeling_ecmoe.versions_ecmoe import CACHE
 
 LENGTH = 24
 BOUNDS = [{}, {"max_experts_per_token": 2}, {"min_experts_per_token": 1, "max_experts_per_token": 2}]
@@ -110,10 +111,29 @@ def test_cached_steps_give_the_logits_of_the_full_forward(
     cache, steps = None, []
     with torch.no_grad():
         for start, stop in [(0, 5), *((position, position + 1) for position in range(5, LENGTH))]:
-            output = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(ids[:, start:stop], cache=cache, use_cache=True)
+            cache = getattr(output, CACHE)
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3_5Text"])
+def test_a_cache_has_two_names(family: str, make_routed_model: Callable, make_tokens: Callable) -> None:
+    """Transformers' own, which 5.24 changes, and the other; also with positions that begin again, which without a cache
+    would be packed documents."""
+    model = make_routed_model(family)
+    ids = make_tokens(2, LENGTH)
+    positions = torch.tensor([[5, 6, 5, 6]])
+
+    def continued(name: str, **options: Tensor) -> Tensor:
+        cache = getattr(model(ids[:, :5], use_cache=True), CACHE)
+        return model(ids[:, 5:9], **{name: cache}, **options).logits
+
+    with torch.no_grad():
+        torch.testing.assert_close(continued("cache"), model(ids[:, :9]).logits[:, 5:], atol=1e-4, rtol=0)
+        assert torch.equal(continued("past_key_values"), continued("cache"))
+        found, expected = (continued(name, position_ids=positions) for name in ("past_key_values", "cache"))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

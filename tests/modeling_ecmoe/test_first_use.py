@@ -60,7 +60,7 @@ def test_a_process_without_the_package(make_model: Callable, tmp_path: Path) -> 
     [("4.57.3", True), ("5.12.0", True), ("5.16.0", True), ("5.16.1", False), ("5.16.1.dev0", False), ("6.0", False)],
 )
 def test_versions(version: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(versions_ecmoe.transformers, "__version__", version)
     message = f"need transformers>=5.16.1, and {re.escape(version)} is installed: pip install"
     with pytest.raises(ImportError, match=message) if is_refused else nullcontext():
         versions_ecmoe.require_transformers()
