@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = _parser().parse_intermixed_args(argv)  # overrides before and after --dry-run
-
+    recipe: Any = None
     try:
         check_arguments(options.recipe, options.overrides)
         import datasets
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"ecmoe-finetune: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ecmoe-finetune: interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
+        print(f"ecmoe-finetune: interrupted; {_after_a_stop(recipe, options.dry_run)}", file=sys.stderr)
         sys.exit(130)
     if PartialState().is_main_process:
         if options.dry_run:
@@ -66,6 +66,14 @@ def main(argv: list[str] | None = None) -> None:
             _report(results, recipe)
     # Or threads of gloo may still hold tensors when the interpreter ends, and abort it (pytorch/pytorch#190489).
     PartialState().destroy_process_group()
+
+
+def _after_a_stop(recipe: Any, is_dry_run: bool) -> str:
+    if recipe is None or is_dry_run:
+        return "nothing was written"
+    from .folder import after_a_stop
+
+    return after_a_stop(recipe)
 
 
 def _report_dry_run(results: dict[str, Any]) -> None:
