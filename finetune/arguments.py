@@ -125,7 +125,10 @@ def unknown_field(name: str, value: Any, known: Iterable[str]) -> RecipeError:
             f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "
             "it out, or convert again with another one"
         )
-    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    known = list(known)
+    if name in ("training", "routing_fields") or (isinstance(value, Mapping) and set(known) & value.keys()):
+        return RecipeError(f"{name}={value!r} is no field of a recipe; write its fields at the top level")
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     nearest = [ALIASES[name]] if name in ALIASES else nearest
     hint = f"did you mean {nearest[0]}?" if nearest else "see ecmoe.finetune.Recipe and trl.SFTConfig"
     return RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
@@ -142,6 +145,16 @@ def refuse_missing(content: Mapping[str, Any]) -> None:
         raise RecipeError(f"{missing[0]} is missing from the recipe; add it there, or as {missing[0]}=...")
 
 
+def replaced(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe with some replaced; a column that is named must be there (`Recipe.other_columns`)."""
+    strict = {"other_columns": False} if _names_columns(changes) and content.get("other_columns") else {}
+    return {**content, **strict, **changes}
+
+
+def _names_columns(fields: Mapping[str, Any]) -> bool:
+    return any(name.endswith("_column") or name == "dataset_text_field" for name in fields)
+
+
 def shipped(ending: str) -> dict[str, Path]:
     """The files with that ending that come with the package, by their name without it."""
     folder = Path(str(resources.files("ecmoe.recipes")))
@@ -155,7 +168,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         RecipeError: for a file that is no recipe, and an override that cannot be read.
     """
     place, known = Path(path).expanduser(), shipped(".yaml")
-    if not place.is_file() and str(path) in known:
+    is_shipped = not place.is_file() and str(path) in known
+    if is_shipped:
         place = known[str(path)]
     try:
         content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
@@ -169,12 +183,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise RecipeError(f"recipe={path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe={path} must hold `field: value` lines")
+    changes: dict[str, Any] = {}
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"override {override!r} must be written as field=value")
         try:
-            content[name.strip()] = yaml.safe_load(value) if value.strip() else None
+            changes[name.strip()] = yaml.safe_load(value) if value.strip() else None
         except yaml.YAMLError as error:
             raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from error
-    return content
+    return replaced(content | ({"other_columns": True} if is_shipped and _names_columns(content) else {}), changes)

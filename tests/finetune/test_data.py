@@ -302,42 +302,6 @@ def test_text_columns(place: Path, tmp_path: Path) -> None:
     assert len(train) + len(held_out) == 20
 
 
-WORDS = {"text": "a word", "question": "1 + 1?", "response": "2", "talk": [{"role": "assistant", "content": "Hi"}]}
-COLUMNS = {
-    "prompt_column=question completion_column=answer": (
-        r"^completion_column=answer is not in dataset=\S*, which has text, question, response, talk; did you mean \w+\?"
-    ),
-    "prompt_column=query completion_column=response": r"^prompt_column=query is not in .* did you mean question\?$",
-    "messages_column=talks": r"^messages_column=talks is not in .* did you mean talk\?$",
-    "messages_column=messages": (
-        r"^messages_column=messages .*; set messages_column= \(empty\) prompt_column=question completion_\w+=response$"
-    ),
-    "dataset_text_field=": "text from text; all of it is learned",
-    "completion_column=response": r"^prompt_column=prompt is not in .*",
-    "dataset_text_field=words": r"^dataset_text_field=words is not in .*",
-    "prompt_column=question completion_column=response": "prompt and completion from question, response; the comp",
-    "prompt_column=query messages_column=talk": "conversations from talk; what the assistant says is learned",
-    "prompt_column=query dataset_text_field=question": "text from question; all of it is learned",
-    "": "text from text; all of it is learned",
-}
-
-
-@pytest.mark.parametrize("fields", COLUMNS)
-def test_named_columns_must_be_there(
-    recipe_of: Callable, tmp_path: Path, fields: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """However much the other columns look like plain text; what was recognised is said."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(WORDS) + "\n" for _ in range(4)))
-    recipe = recipe_of(dataset=path, validation_fraction=0.5, **dict(field.split("=") for field in fields.split()))
-    if COLUMNS[fields].startswith("^"):
-        with pytest.raises(RecipeError, match=COLUMNS[fields]):
-            load_rows(recipe)
-        return
-    load_rows(recipe)
-    assert f"dataset={path}: {COLUMNS[fields]}" in capsys.readouterr().out
-
-
 def test_rows_whose_answer_was_cut_away_are_said_and_no_batch_is_empty(
     recipe_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_end: None
 ) -> None:
