@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import modeling_ecmoe
 from ecmoe.hub import why_no_tokenizer, why_not_causal, why_not_from_hub
-from ecmoe.progress import announce
+from ecmoe.progress import announce, gigabytes
 from modeling_ecmoe.registry_ecmoe import is_own
 
 from .arguments import check_checkpoint
@@ -34,7 +34,7 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
     place = _device(device)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
     if size > _SILENT_BYTES:
-        announce(f"Loading {checkpoint}, {size / 1e9:.1f} GB.")
+        announce(f"Loading {checkpoint}, {gigabytes(size)}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint)

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -56,6 +57,8 @@ OF_NO_RECIPE |= {
     "dataset_kwargs",
     "pad_token",
 }
+_TAKES_MAPPING = re.compile(r"lora|distributed|\w+_(kwargs|config)")
+_IN_BRACES = re.compile(r"\w+:\S.*")  # what bash makes of each part of {a:1,b:2}
 _FILES = (".txt", ".jsonl", ".parquet")  # datasets that are files
 
 
@@ -183,13 +186,45 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise RecipeError(f"recipe={path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe={path} must hold `field: value` lines")
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals:
-            raise RecipeError(f"override {override!r} must be written as field=value")
-        try:
-            changes[name.strip()] = yaml.safe_load(value) if value.strip() else None
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from error
+    changes = _read_overrides(overrides)
+    for name, value in (content | changes).items():
+        fields = value if isinstance(value, Mapping) else {}
+        lacking = [
+            str(key) for key, held in fields.items() if held is None and ":" in str(key)
+        ]  # {r:8} is {"r:8": None}
+        if lacking:
+            parts = (str(key) if str(key) in lacking else f"{key}: {held}" for key, held in fields.items())
+            raise RecipeError(f"{name} has no field {lacking[0]!r}; {_quoted(name, ', '.join(parts))}")
     return replaced(content | ({"other_columns": True} if is_shipped and _names_columns(content) else {}), changes)
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields of `field=value` words.
+
+    Raises:
+        RecipeError: of what a shell has made of a mapping without quotes, and of other words that cannot be read.
+    """
+    pairs = [tuple(part.strip() for part in word.partition("=")) for word in overrides]
+    changes: dict[str, Any] = {}
+    for number, (name, equals, value) in enumerate(pairs):
+        if not equals:
+            raise RecipeError(f"override {overrides[number]!r} must be written as field=value")
+        same = [other for known, _, other in pairs if known == name]
+        if _TAKES_MAPPING.fullmatch(name) and all(map(_IN_BRACES.fullmatch, same)):  # bash has made {a,b} two words
+            words = " ".join(f"{name}={other}" for other in same)
+            raise RecipeError(f"{words} is no mapping; {_quoted(name, ', '.join(same))}")
+        try:
+            changes[name] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError as error:
+            remedy = "quote it"
+            if value.startswith("{"):  # and spaces have parted it
+                end = next((n for n in range(number, len(pairs)) if overrides[n].endswith("}")), number)
+                remedy = _quoted(name, " ".join([value, *overrides[number + 1 : end + 1]]).strip("{} "))
+            raise RecipeError(f"override {overrides[number]!r}: the value is not valid YAML; {remedy}") from error
+    return changes
+
+
+def _quoted(name: str, content: str) -> str:
+    """How a shell is given a mapping."""
+    content = re.sub(r":(?! )", ": ", content)
+    return f"quote it, with a space after each colon: '{name}={{{content}}}'"

@@ -78,23 +78,23 @@ def _after_a_stop(recipe: Any, is_dry_run: bool) -> str:
 
 def _report_dry_run(results: dict[str, Any]) -> None:
     """What the run would take of memory and time, in sentences."""
-    from ecmoe.progress import duration
-
-    from .memory import gigabytes
+    from ecmoe.progress import duration, gigabytes, number_of
 
     precision, about = results["precision"], results["estimate"]
     lines, needed = [], precision["needed"]
     if needed:
         ways = {"adapters": "for adapters alone", "float32": "in float32", "bfloat16": "in bfloat16, moments of 8 bits"}
         costs = "; ".join(f"{gigabytes(size)} {ways[way]}" for way, size in needed.items())
-        lines.append(f"Weights, gradients and moments take on each device: {costs}. This run: {precision['dtype']}.")
+        which = f" This run: {precision['dtype']}." if "adapters" not in needed else ""
+        lines.append(f"Weights, gradients and moments take on each device: {costs}.{which}")
     lines.append(
         f"One step of {results['tokens']:,} tokens, loss {results['loss']:.4f}: {results['seconds']:.2f} s and "
         f"{gigabytes(results['peak_bytes'])} in use on each device; {gigabytes(results['free_bytes'])} were free."
     )
     total = about["steps"] * about["seconds_per_step"] + about["evaluations"] * about["seconds_per_evaluation"]
     lines.append(
-        f"The whole run is about {about['steps']:,} steps of {about['tokens_per_step']:,.0f} tokens with padding, "
+        f"The whole run is about {number_of(about['steps'], 'step')} of {about['tokens_per_step']:,.0f} tokens"
+        f"{' with padding' if about['has_padding'] else ''}, "
         f"{about['seconds_per_step']:.2f} s each, and {about['evaluations']} evaluations of "
         f"{duration(about['seconds_per_evaluation'])}: {duration(total)}. Nothing was written."
     )

@@ -59,9 +59,10 @@ class Recipe:
     quantization: "4bit" loads linear layers and routed experts in 4 bits (bitsandbytes, NF4), for lora alone.
     merge: at the end writes the whole model with its adapters added to the weights too, into `output_dir`/merged.
     distributed: fields of Transformers' DistributedConfig, such as {fsdp_size: 8, ep_size: 8}.
-    training, routing_fields: what a recipe says beside these, sorted by `make_recipe`: arguments of SFTConfig, and fields
-        of the expert-choice config that do not change its weights, such as routing. packing_strategy is "wrapped" for
-        text, documents end to end in rows of one size that do not see each other, and TRL's "bfd" elsewhere.
+    training, routing_fields: what a recipe says beside these, as `make_recipe` sorts it: arguments of SFTConfig, and
+        fields of the expert-choice config that do not change its weights, such as routing. packing_strategy is
+        "wrapped" for text, documents end to end in rows of one size that do not see each other, and TRL's "bfd"
+        elsewhere.
     """
 
     model: str

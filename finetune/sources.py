@@ -10,6 +10,8 @@ import datasets
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
+from ecmoe.progress import number_of
+
 from .errors import RecipeError
 from .recipe import Recipe, refuse_unknown
 
@@ -231,13 +233,15 @@ def _split(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, Rows]:
         share = recipe.validation_fraction
         return rows.filter(lambda row: _draw(row) >= share), rows.filter(lambda row: _draw(row) < share)
     if len(rows) < 2:
-        raise RecipeError(f"dataset={name} holds {len(rows)} rows; at least two are needed, one of them held out")
+        raise RecipeError(
+            f"dataset={name} holds {number_of(len(rows), 'row')}; at least two are needed, one of them held out"
+        )
     try:
         split = rows.train_test_split(test_size=recipe.validation_fraction, seed=SPLIT_SEED)
     except ValueError as error:
         raise RecipeError(
             f"validation_fraction={recipe.validation_fraction} leaves nothing to learn from or nothing to hold out of "
-            f"{len(rows)} rows"
+            f"{number_of(len(rows), 'row')}"
         ) from error
     return split["train"], split["test"]
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig
 
+from ecmoe.progress import number_of
 from modeling_ecmoe import sparse_blocks
 
 from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_parameters
@@ -287,7 +288,8 @@ def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | 
         )
     evaluated = min(len(trainer.eval_dataset), recipe.max_eval_sequences)
     trainer.eval_dataset = trainer.eval_dataset.select(range(evaluated))
-    say(f"held out: {evaluated:,} rows of {int(lengths_of(trainer.eval_dataset).sum()):,} tokens")
+    tokens = int(lengths_of(trainer.eval_dataset).sum())
+    say(f"held out: {number_of(evaluated, 'row')} of {number_of(tokens, 'token')}")
     if isinstance(trainer.train_dataset, IterableDataset):
         trainer.train_dataset = Endless(trainer.train_dataset)
     trainer.precision = precision

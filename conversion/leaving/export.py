@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from ecmoe.progress import gigabytes
 from modeling_ecmoe import use_inference_routing
 
 from ..arguments import check_arguments
@@ -109,7 +110,7 @@ def export(
     if texts is not None:
         plan.fitted.extend(layers_to_fit(plan))
         record["calibration_tokens"] = texts.calibration.numel() * bool(plan.fitted)
-    what = f"writes {plan.nbytes / 1e9:,.2f} GB"
+    what = f"writes {gigabytes(plan.nbytes)}"
     if plan.fitted:
         what += f", measures on {record['calibration_tokens']:,} tokens"
     what += f" and runs both models on {machine.name}" * verify
