@@ -402,7 +402,7 @@ def test_full_disk(tmp_path: Path, dense: Path, refuse, monkeypatch: pytest.Monk
     command = [str(dense), str(tmp_path / "out"), "--no-verify"]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-        refuse(command, " kB and 10 kB are free there; free some, or choose another disk", left=[])
+        refuse(command, " MB and 10 kB are free there; free some, or choose another disk", left=[])
     real, synced = conversion.checkpoints.writer._to_disk, []
     for full_at in ("purpose", "thresholds", "ecmoe_conversion", "README", "config"):
 
