@@ -89,6 +89,7 @@ _ROWS: list[tuple[str, Callable[[Result], str]]] = [
     ("tokens predicted", _units),
     ("tokens/s", _figure("tokens_per_second", "{:,.0f}")),
     ("thresholds from", _figure("thresholds_from", "{}")),
+    ("chat template of", _figure("chat_template_from", "{}")),
 ]
 
 
