@@ -155,7 +155,8 @@ def print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
     memory = max(conversion["writing_bytes"], conversion["running_bytes"])
     _add_cost(table, plan | conversion, memory)
     table.add_section()
-    for name, title in (("float32", "in float32"), ("bfloat16", "in bfloat16"), ("lora", "by LoRA (lora={})")):
+    ways = {"float32": "in float32", "bfloat16": "in bfloat16", "lora": "by LoRA (lora={})", "qlora": "by QLoRA (4bit)"}
+    for name, title in ways.items():
         needed = plan["training_bytes"][name]
         table.add_row(f"to fine-tune {title}", gigabytes(needed["dense"]), gigabytes(needed["converted"]))
     gpus, each = plan["num_gpus"], plan["training_bytes_per_gpu"]

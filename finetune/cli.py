@@ -6,6 +6,7 @@ ecmoe-finetune full model=qwen3-8x dataset=roneneldan/TinyStories max_steps=300
 import argparse
 import sys
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -103,7 +104,9 @@ def _report_dry_run(results: dict[str, Any]) -> None:
 
 
 def _report(results: dict[str, Any], recipe: Any) -> None:
-    from .card import doubt, figure
+    from ecmoe.hub import merging_line
+
+    from .card import doubt, fields_of_base, figure
     from .folder import RESULTS_NAME
     from .train import MERGED_NAME
 
@@ -135,10 +138,8 @@ def _report(results: dict[str, Any], recipe: Any) -> None:
     if recipe.merge:
         lines.append(f"The whole model, adapters merged, in {output_dir}/{MERGED_NAME}.")
     elif recipe.lora is not None:
-        lines.append(
-            f"merge=true writes the whole model too; or in Python, with import ecmoe: peft.AutoPeftModelForCausalLM."
-            f"from_pretrained('{output_dir}').merge_and_unload().save_pretrained('{output_dir}-{MERGED_NAME}')"
-        )
+        line = merging_line(output_dir, Path(output_dir).expanduser(), recipe.model, fields_of_base(recipe))
+        lines.append(f"merge=true writes the whole model too; so does {line}")
     for line in filter(None, lines):
         console.print(line, highlight=False, soft_wrap=True)
 

@@ -46,7 +46,7 @@ REFUSALS = {
     "dtype=float8": "dtype=float8 is unknown",
     "too_long=cut": "too_long=cut is unknown; choose refuse, truncate or drop",
     "model=/no/such/model": "model=/no/such/model does not exist",
-    "model={adapter}": "is a PEFT adapter of me/base, not a whole model; merge it first, PeftModel.from_pretrained(",
+    "model={adapter}": 'is a PEFT adapter of me/base, not a whole model; merge it first, python -c "import ecmoe',
     "model={merged_one}": "merged_one/merged",
     "model={no_tokenizer}": "no_tokenizer has no tokenizer; save that of its source there, AutoTokenizer.from_pretr",
     "model={dense}": "",  # the control: nothing is refused
