@@ -20,7 +20,7 @@ from .router import INPUT_TOKENS
 # Bytes for each parameter that is trained, as the fine-tuner does it: weights, gradients and the moments of AdamW in
 # float32; weights and gradients in bfloat16 with moments of 8 bits.
 TRAINING_BYTES = {"float32": 16, "bfloat16": 6}
-# A number that QLoRA holds in 4 bits (NF4), its share of a block's scale and of that one's, as the fine-tuner counts it.
+# A number that QLoRA holds in 4 bits (NF4), its share of a block's scale and of that one's, as the fine-tuner has it.
 BYTES_IN_4BIT = 0.5 + (1 + 4 / 256) / 64
 _DRAWN = 4  # so much longer experts take whose numbers are drawn
 LORA_RANK = 16  # the fine-tuner's default
