@@ -14,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ecmoe.progress import number_of
+
 from .arguments import check_arguments
 from .errors import AnalysisError
 from .limits import CALIBRATION_TOKENS, COMPARED_TOKENS, COMPARISON_SECONDS, EVALUATED_TOKENS, EVALUATION_SECONDS
@@ -167,7 +169,7 @@ def _report(options: dict[str, Any]) -> None:
     from .page import report
 
     result = report(**options)
-    print(f"{options['output']}: {len(result['ids']):,} tokens, {len(result['layers'])} layers")
+    print(f"{options['output']}: {number_of(len(result['ids']), 'token')}, {number_of(len(result['layers']), 'layer')}")
 
 
 def _calibrate(options: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Losses, speed and routes of checkpoints on text and conversations, and their choices between minimal pairs."""
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from modeling_ecmoe import RoutingRecord, record_routing, use_inference_routing
 
 from .errors import AnalysisError
 from .limits import EVALUATED_TOKENS, EVALUATION_SECONDS, QUICK_SECONDS, SILENT_SECONDS
-from .loading import is_of_family, name_of, opened, padding_id
+from .loading import is_of_family, lent_template, name_of, opened, padding_id, template_remedy
 from .losses import log_likelihoods, row_sums, token_losses
 from .planning import MEASURED_TOKENS, halved_until, seconds_per_token
 from .rows import Batch, Columns, as_batch, at_most, batches, first_tokens, read_rows, tokens_of
@@ -78,7 +79,8 @@ def evaluate(
         quick: the rate allows QUICK_SECONDS.
 
     Returns:
-        thresholds_from: the text they were measured on, where that is known. Of data: loss (causal, nats per
+        thresholds_from: the text they were measured on, where that is known. chat_template_from: the model whose chat
+        template was used for one of the same vocabulary that has none. Of data: loss (causal, nats per
         token), standard_error of it over `units` ("documents", or "rows" where there is one document;
         `num_units` of them), perplexity, loss_gap, the causal loss minus the one where experts choose among the
         batch, which looks at the future, on top_k_tokens of every TOP_K_EVERY-th batch; loss_top_k, loss minus
@@ -107,6 +109,7 @@ def evaluate(
     result: dict[str, Any] = {}
     first: _Losses | None = None
     models = [checkpoint, *(against or ())]
+    lent = _lent(models, tokenizer, data, columns) if data is not None and against else None
     on_disk = [isinstance(other, str | os.PathLike) for other in models]
     for other, is_on_disk in zip(models, on_disk, strict=True):
         own = None if is_on_disk and not all(on_disk) else tokenizer
@@ -114,8 +117,11 @@ def evaluate(
             entry: dict[str, Any] = {"checkpoint": name_of(other), "model_type": model.config.model_type}
             if measured_on := getattr(model.config.get_text_config(), "thresholds_from", None):
                 entry["thresholds_from"] = measured_on
+            if lent and not its_tokenizer.chat_template:
+                its_tokenizer = copy.copy(its_tokenizer)
+                its_tokenizer.chat_template, entry["chat_template_from"] = lent
             if data is not None:
-                found, max_tokens = _on_data(model, its_tokenizer, data, columns, max_tokens, seconds, name_of(other))
+                found, max_tokens = _on_data(model, its_tokenizer, data, columns, max_tokens, seconds, other)
                 entry |= found.figures
                 if first is not None:
                     entry |= _difference(first, found, name_of(other))
@@ -134,13 +140,25 @@ def _context(model: Any) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
 
 
+def _lent(models: list[Any], tokenizer: Any, data: str, columns: Columns) -> tuple[Any, str] | None:
+    """As `lent_template`, said aloud; None for plain text, which needs no template."""
+    if not isinstance(next(read_rows(data, columns), ""), dict):
+        return None
+    lent = lent_template(models, tokenizer)
+    if lent is not None:
+        announce(f"The chat template of {lent[1]} is used for all: with the same vocabulary others have none.")
+    return lent
+
+
 def _on_data(
-    model: Any, tokenizer: Any, data: str, columns: Columns, max_tokens: int | None, seconds: float, name: str
+    model: Any, tokenizer: Any, data: str, columns: Columns, max_tokens: int | None, seconds: float, checkpoint: Any
 ) -> tuple[_Losses, int]:
     """The figures, and how many tokens were allowed, 0 for all: the next model reads as many."""
+    name = name_of(checkpoint)
     window, longest = min(WINDOW, _context(model)), min(CONVERSATION, _context(model))
     padding = padding_id(tokenizer)
-    head, rows = first_tokens(tokens_of(tokenizer, read_rows(data, columns), window, longest), MEASURED_TOKENS)
+    every = tokens_of(tokenizer, read_rows(data, columns), window, longest, template_remedy(checkpoint))
+    head, rows = first_tokens(every, MEASURED_TOKENS)
     if not head:
         raise AnalysisError(f"data={data} holds no text; every document is empty or a single token")
     sample = as_batch([row.cut(MEASURED_TOKENS) for row in head], padding)

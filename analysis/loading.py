@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import modeling_ecmoe
 from ecmoe.hub import why_no_tokenizer, why_not_causal, why_not_from_hub
-from ecmoe.progress import announce
+from ecmoe.progress import announce, gigabytes
 from modeling_ecmoe.registry_ecmoe import is_own
 
 from .arguments import check_checkpoint
@@ -34,7 +34,7 @@ def load(checkpoint: str, device: str | None = None, dtype: str = "auto") -> tup
     place = _device(device)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
     if size > _SILENT_BYTES:
-        announce(f"Loading {checkpoint}, {size / 1e9:.1f} GB.")
+        announce(f"Loading {checkpoint}, {gigabytes(size)}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint)
@@ -142,3 +142,31 @@ def is_of_family(model: Any) -> bool:
 def padding_id(tokenizer: Any) -> int:
     """A token to fill batches with; it is masked, so any will do."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def template_remedy(checkpoint: Any) -> str:
+    """What to do where the chat template of a checkpoint's tokenizer, or of that of a model in memory, does not do."""
+    if isinstance(checkpoint, str | os.PathLike):
+        return f"put one that takes them into {name_of(checkpoint)} as chat_template.jinja"
+    return "set the tokenizer's chat_template to one that takes them"
+
+
+def lent_template(models: list[Any], tokenizer: Any) -> tuple[Any, str] | None:
+    """The chat template of one of several models for those without any, and the model's name.
+
+    A base model and the chat model that was made of it often have one vocabulary, and the former has no template. None
+    where all have one or none has, where there are two different ones, and where the vocabularies are not the same.
+
+    tokenizer: of models in memory.
+    """
+    held = []
+    for model in models:
+        on_disk = isinstance(model, str | os.PathLike)
+        try:
+            held.append((name_of(model), AutoTokenizer.from_pretrained(model) if on_disk else tokenizer))
+        except (OSError, ValueError, KeyError):  # said when the model is loaded
+            return None
+    lenders = [(its.chat_template, name) for name, its in held if getattr(its, "chat_template", None)]
+    is_one = bool(lenders) and all(template == lenders[0][0] for template, _ in lenders)
+    is_same = all(its.get_vocab() == held[0][1].get_vocab() for _, its in held[1:])
+    return lenders[0] if is_one and is_same and len(lenders) < len(held) else None

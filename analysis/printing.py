@@ -7,6 +7,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ecmoe.progress import number_of
+
 Result = dict[str, Any]
 # Of more experts than these, or beside another checkpoint, a layer's row says how far the loads lie apart.
 _LOADS = 8
@@ -72,7 +74,9 @@ def _gap(entry: Result) -> str:
 
 
 def _units(entry: Result) -> str:
-    return f"{entry['predicted_tokens']:,} in {entry['num_units']:,} {entry['units']}" if "units" in entry else ""
+    if "units" not in entry:
+        return ""
+    return f"{entry['predicted_tokens']:,} in {number_of(entry['num_units'], entry['units'].removesuffix('s'))}"
 
 
 _ROWS: list[tuple[str, Callable[[Result], str]]] = [
@@ -85,6 +89,7 @@ _ROWS: list[tuple[str, Callable[[Result], str]]] = [
     ("tokens predicted", _units),
     ("tokens/s", _figure("tokens_per_second", "{:,.0f}")),
     ("thresholds from", _figure("thresholds_from", "{}")),
+    ("chat template of", _figure("chat_template_from", "{}")),
 ]
 
 

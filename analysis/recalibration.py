@@ -21,7 +21,7 @@ from modeling_ecmoe.report_ecmoe import is_near_share
 
 from .errors import AnalysisError
 from .limits import CALIBRATION_TOKENS
-from .loading import load_expert_choice, padding_id
+from .loading import load_expert_choice, padding_id, template_remedy
 from .rows import Columns, read_rows
 from .shards import Calibrated, threshold_shards
 from .text import pad
@@ -79,7 +79,8 @@ def calibrate(
         model, tokenizer = load_expert_choice(os.fspath(folder), device)
         _refuse_token_choice(model, checkpoint)
         length = min(WINDOW, getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
-        held_out, rest = _rows(tokenizer, itertools.chain([first], documents), text, length, tokens)
+        documents = _as_read(itertools.chain([first], documents), tokenizer, checkpoint)
+        held_out, rest = _rows(tokenizer, documents, text, length, tokens)
         padding = padding_id(tokenizer)
         looked_at, calibrated_on = list(_batches(held_out, LOGITS, padding)), list(_batches(rest, POOL, padding))
         found: dict[str, Any] = {
@@ -122,13 +123,29 @@ def _refuse_token_choice(model: Any, checkpoint: Any) -> None:
 
 
 def _documents(text: str, text_column: str) -> Iterator[Any]:
-    """Texts, and of rows with messages, or a prompt and its completion, conversations."""
+    """Texts, and rows with messages, or a prompt and its completion."""
     columns = Columns(text=None if text_column == "text" else text_column)
     try:
-        for document in read_rows(text, columns):
-            yield document if isinstance(document, str) else _conversation(document)
+        yield from read_rows(text, columns)
     except AnalysisError as error:
         raise AnalysisError(str(error).replace("data=", "text=", 1)) from error
+
+
+def _as_read(documents: Iterator[Any], tokenizer: Any, checkpoint: Any) -> Iterator[Any]:
+    """Texts and conversations, as `evaluate` reads them; without a chat template a prompt and its completion are one
+    text, and conversations are refused."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    for document in documents:
+        if isinstance(document, str):
+            yield document
+        elif has_template:
+            yield _conversation(document)
+        elif isinstance(document.get("completion"), str) and isinstance(document["prompt"], str | None):
+            yield (document["prompt"] or "") + document["completion"]
+        else:
+            from ecmoe.encoding import NO_TEMPLATE  # which takes seconds to import
+
+            raise AnalysisError(f"{NO_TEMPLATE}; {template_remedy(checkpoint)}")
 
 
 def _conversation(row: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecmoe.progress import announce, duration
+from ecmoe.progress import announce, duration, number_of
 from modeling_ecmoe import record_routing, use_inference_routing
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 from modeling_ecmoe.names_ecmoe import layer_number
@@ -82,6 +82,8 @@ def read_text(text: str | None, text_file: str | None) -> str:
     source = "text"
     if text_file is not None:
         source = f"text_file={text_file}"
+        if Path(text_file).suffix in (".jsonl", ".parquet"):
+            raise AnalysisError(f"{source} holds rows, and a page shows one text; give a row's as text, or a .txt file")
         try:
             with Path(text_file).expanduser().open("rb") as file:
                 content = file.read(_MOST_BYTES + 1)
@@ -116,9 +118,12 @@ def routes_of_text(model: Any, tokenizer: Any, text: str, source: str = "text") 
     if not ids:
         raise AnalysisError(f"{source} has no tokens; give some text")
     if context and len(ids) > context:
+        part = _first_part(tokenizer, texts, context)
+        remedy = f"its first {number_of(len(part), 'character')} fit" if part else "shorten it"
+        if part and source.startswith("text_file="):
+            remedy += f": head -c {len(part.encode())} {source.removeprefix('text_file=')} > part.txt"
         raise AnalysisError(
-            f"{source} has {len(ids):,} tokens and the model's context is max_position_embeddings={context:,}; "
-            "shorten it"
+            f"{source} has {len(ids):,} tokens and the model's context is max_position_embeddings={context:,}; {remedy}"
         )
     try:
         blocks = sparse_blocks(model)
@@ -160,6 +165,20 @@ def _announce(model: Any, input_ids: Tensor) -> None:
     seconds = number * seconds_per_token(model, {"input_ids": piece}, torch.ones_like(piece[:, 1:], dtype=torch.bool))
     if seconds > SILENT_SECONDS:
         announce(f"Routing {number:,} tokens: about {duration(seconds)}.")
+
+
+def _first_part(tokenizer: Any, texts: list[str], context: int) -> str:
+    """The beginning of a text, in whole words where it has some, that is at most so many tokens by itself; empty of a
+    tokenizer that does not say where in the text its tokens lie."""
+    for number in range(
+        context if tokenizer.is_fast else 0, 0, -1
+    ):  # a part may have more tokens than it had in the whole, by one or two
+        part = "".join(texts[:number])
+        end = max(part.rfind(" "), part.rfind("\n"))
+        part = part[:end] if end > 0 else part
+        if len(_tokens(tokenizer, part)[0]) <= context:
+            return part
+    return ""
 
 
 def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[str]]:

@@ -145,12 +145,15 @@ class Row:
         return any(self.is_learned[1:])
 
 
-def tokens_of(tokenizer: Any, documents: Iterator[Document], window: int, longest: int) -> Iterator[Row]:
+def tokens_of(
+    tokenizer: Any, documents: Iterator[Document], window: int, longest: int, remedy: str | None = None
+) -> Iterator[Row]:
     """Documents in windows, conversations whole.
 
     Args:
         window: tokens of a window.
         longest: tokens of a conversation; a longer one is cut.
+        remedy: what to do about the chat template, `loading.template_remedy`.
     """
     encoders: dict[str, Any] = {}
     for number, document in enumerate(documents):
@@ -158,20 +161,22 @@ def tokens_of(tokenizer: Any, documents: Iterator[Document], window: int, longes
             for ids in windows(tokenizer, iter([document]), window):
                 yield Row(ids, [True] * len(ids), number)
             continue
-        row = _encoded(document, tokenizer, encoders, number)
+        row = _encoded(document, tokenizer, encoders, number, remedy)
         row = replace(row.cut(longest), is_cut=len(row.ids) > longest)
         if row.predicts:
             yield row
 
 
-def _encoded(document: dict[str, Any], tokenizer: Any, encoders: dict[str, Any], number: int) -> Row:
+def _encoded(
+    document: dict[str, Any], tokenizer: Any, encoders: dict[str, Any], number: int, remedy: str | None
+) -> Row:
     """A conversation, or a prompt with its completion, by the rule of fine-tuning; encoders: by kind, made once."""
     from ecmoe.encoding import IGNORE, Encoder, EncodingError  # it takes TRL's templates, seconds to import
 
     kind = "messages" if "messages" in document else "prompt"
     try:
         if kind not in encoders:
-            encoders[kind] = Encoder(tokenizer, kind)
+            encoders[kind] = Encoder(tokenizer, kind, remedy=remedy)
         found = encoders[kind](document)
     except EncodingError as error:
         raise AnalysisError(str(error)) from error

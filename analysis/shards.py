@@ -18,6 +18,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ecmoe.progress import gigabytes
+
 from .errors import AnalysisError
 
 RECORD_NAME = "ecmoe_calibration.json"
@@ -77,8 +79,8 @@ class Shards:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise AnalysisError(
-                f"checkpoint={self.folder}: {needed / 1e9:.1f} GB are written beside the old files before these go, "
-                f"and {free / 1e9:.1f} GB are free; free some"
+                f"checkpoint={self.folder}: {gigabytes(needed)} are written beside the old files before these go, "
+                f"and {gigabytes(free)} are free; free some"
             )
         try:
             written = [_write(self.folder / RECORD_NAME, _record(self.folder, calibrated))]

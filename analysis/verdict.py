@@ -6,6 +6,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ecmoe.progress import number_of
+
 from .variants import DROPLESS
 
 # Standard errors that a difference of losses must exceed, two-sided 5 % for a single comparison.
@@ -242,7 +244,7 @@ def settings(result: dict[str, Any]) -> str:
     """One paragraph that says what was done to get these figures."""
     trained = "no training"
     if result["steps"]:
-        trained = f"{result['steps']} steps of AdamW at {result['learning_rate']:g} in float32, one seed"
+        trained = f"{number_of(result['steps'], 'step')} of AdamW at {result['learning_rate']:g} in float32, one seed"
     amount = result["amount"]
     rounds = amount["timed_rounds"]
     timed = f"{rounds} timed rounds of steps of {amount['timed_tokens']:,} tokens on" if rounds else "nothing timed;"

@@ -21,6 +21,8 @@ _DESTINATIONS_HELP = """--to, for tools that know plain classes alone; what the 
   token-choice  Mixtral (from Llama, Mistral; with dense layers Qwen2-MoE), Qwen2-MoE, Qwen3-MoE: top-k routing
   glm4-moe      GLM-4-MoE, from sigmoid scores (--init blend, shared): thresholds as biases, nearly exact"""
 
+_OF_GLM4_MOE = "of glm4-moe four times it unless weights are normalised"
+
 
 _WHICH = """  Take shared at the rates of fine-tuning (1e-5 to 1e-3; two FFNs per token), copy with --capacity-factor 2
   for long runs at higher rates (two FFNs too), granular where a token must not cost more than in the dense model."""
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="run no model; estimate thresholds")
     parser.add_argument("--push-to-hub", metavar="REPOSITORY", help="upload the finished folder")
     parser.add_argument("--to", help="write an expert-choice checkpoint as a plain one: as what, see below")
-    parser.add_argument("--num-experts-per-tok", type=int, help="of --to (default: the source's mean, rounded)")
+    parser.add_argument("--num-experts-per-tok", type=int, help=f"of --to (default: the source's mean; {_OF_GLM4_MOE})")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; touch neither weights nor disk")
     parser.add_argument("--num-gpus", type=int, help="of the dry run's estimates (default: those that are here)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ecmoe.progress import progress_bar
+from ecmoe.progress import gigabytes, progress_bar
 
 from .errors import ConversionError
 
@@ -39,7 +39,7 @@ def check_memory(nbytes: int, device: str | None, options: str, remedy: str) -> 
     available = psutil.virtual_memory().available
     if nbytes > available:
         raise ConversionError(
-            f"{options}: the models that are run need {nbytes / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB "
+            f"{options}: the models that are run need {gigabytes(nbytes)} of memory and {gigabytes(available)} "
             f"are free; say {remedy}, or device=auto to run them off the disk"
         )
 

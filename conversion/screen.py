@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ecmoe.progress import duration
+from ecmoe.progress import duration, gigabytes
 from modeling_ecmoe.report_ecmoe import LARGEST_LOAD, LEAST_LOAD
 
 from .checkpoints.provenance import RECORD_NAME
@@ -159,14 +159,15 @@ def print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
     memory = max(conversion["writing_bytes"], conversion["running_bytes"])
     _add_cost(table, plan | conversion, memory)
     table.add_section()
-    for name, title in (("float32", "in float32"), ("bfloat16", "in bfloat16"), ("lora", "by LoRA (lora={})")):
+    ways = {"float32": "in float32", "bfloat16": "in bfloat16", "lora": "by LoRA (lora={})", "qlora": "by QLoRA (4bit)"}
+    for name, title in ways.items():
         needed = plan["training_bytes"][name]
-        table.add_row(f"to fine-tune {title}", _gigabytes(needed["dense"]), _gigabytes(needed["converted"]))
+        table.add_row(f"to fine-tune {title}", gigabytes(needed["dense"]), gigabytes(needed["converted"]))
     gpus, each = plan["num_gpus"], plan["training_bytes_per_gpu"]
     if gpus > 1:
         for name, title in (("ddp", "DDP"), ("fsdp2", "FSDP2"), ("expert_parallel", "experts alone divided")):
-            table.add_row(f"in float32 on {gpus} GPUs, {title}", "", f"{_gigabytes(each[name])} each")
-        table.add_row("all-to-all per GPU and step", "", _gigabytes(plan["all_to_all_bytes_per_step"]))
+            table.add_row(f"in float32 on {gpus} GPUs, {title}", "", f"{gigabytes(each[name])} each")
+        table.add_row("all-to-all per GPU and step", "", gigabytes(plan["all_to_all_bytes_per_step"]))
     console = Console()
     console.print(table)
     traffic = f" All-to-all: {plan['tokens_per_gpu']:,} tokens per GPU." if gpus > 1 else ""
@@ -183,8 +184,8 @@ def print_plan(plan: dict[str, Any], options: dict[str, Any]) -> None:
 def _add_cost(table: Table, cost: Mapping[str, Any], memory: int) -> None:
     """What it takes beside what is there; a line of its own on standard error where that is too little."""
     disk, free = cost["output_bytes"], cost["free_disk_bytes"]
-    table.add_row("output on disk", "", f"{_gigabytes(disk)} ({_gigabytes(free)} free)")
-    table.add_row("memory to make it", "", f"{_gigabytes(memory)} ({_gigabytes(cost['free_bytes'])} free)")
+    table.add_row("output on disk", "", f"{gigabytes(disk)} ({gigabytes(free)} free)")
+    table.add_row("memory to make it", "", f"{gigabytes(memory)} ({gigabytes(cost['free_bytes'])} free)")
     table.add_row(f"time on {cost['device']}", "", f"about {duration(cost['seconds'])}")
     if disk > free:
         _warn("the output does not fit on the disk of the destination; free some, or choose another")
@@ -216,7 +217,3 @@ def _dense_beside_sparse(title: str, parameters: dict[str, int]) -> Table:
     table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['total']:,}")
     table.add_row("active per token", f"{parameters['dense_active']:,}", f"{parameters['active']:,}")
     return table
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB"

@@ -15,7 +15,7 @@ from trl.data_utils import common_prefix_length, maybe_convert_to_chatml
 
 IGNORE = -100  # the label of a token that is not learned
 Sequence = dict[str, list[int]]
-_NO_TEMPLATE = "the tokenizer has no chat template and the dataset holds conversations"
+NO_TEMPLATE = "the tokenizer has no chat template and the dataset holds conversations"
 
 
 class EncodingError(ValueError):
@@ -32,12 +32,12 @@ class Encoder:
         vocab_size: of the model's embedding, which every token must have a row in; None where that is not known.
         append_eos: whether text and instructions without a template end with the end-of-sequence token.
         learned: "all", what "the assistant" says, or of that "the completion" alone.
+        remedy: what to do about a chat template, where messages name one.
 
     Raises:
         EncodingError: when it is made and when it is called.
     """
 
-    # What to do about a chat template.
     remedy = "put one that takes them into the checkpoint's folder as chat_template.jinja"
 
     def __init__(
@@ -47,13 +47,15 @@ class Encoder:
         vocab_size: int | None = None,
         append_eos: bool = True,
         learned: str = "the completion",
+        remedy: str | None = None,
     ) -> None:
+        self.remedy = remedy or self.remedy
         self.tokenizer, self.kind, self.vocab_size, self.learned = tokenizer, kind, vocab_size, learned
         self.append_eos = append_eos
         self.has_template = getattr(tokenizer, "chat_template", None) is not None
         self.training_template = _training_template(tokenizer) if self.has_template else None
         if kind == "messages" and not self.has_template:
-            raise EncodingError(f"{_NO_TEMPLATE}; {self.remedy}")
+            raise EncodingError(f"{NO_TEMPLATE}; {self.remedy}")
 
     def __call__(self, row: Any) -> Sequence:
         """input_ids and labels, IGNORE where nothing is learned."""
@@ -123,7 +125,7 @@ class Encoder:
             prompt = row["prompt"]
             messages = prompt + row["completion"]
         if not self.has_template:
-            raise EncodingError(f"{_NO_TEMPLATE}; {self.remedy}")
+            raise EncodingError(f"{NO_TEMPLATE}; {self.remedy}")
         messages = [_as_written(message) for message in messages]
         tools = row.get("tools") or None
         tools = _from_json(tools) if isinstance(tools, str) else _without_none(tools)

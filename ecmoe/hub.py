@@ -45,9 +45,25 @@ def why_only_an_adapter(name: str, folder: Path) -> str | None:
     what = f"is a PEFT adapter of {base}, not a whole model"
     if (folder / "merged" / "config.json").is_file():  # what a recipe with merge=true writes
         return f"{what}; give {Path(name) / 'merged'}"
+    return f"{what}; merge it first, {merging_line(name, folder, base)}, and give {merged_name(name)}"
+
+
+def merged_name(name: str) -> str:
+    """Where `merging_line` writes."""
+    return f"{name.rstrip('/')}-merged"
+
+
+def merging_line(name: str, folder: Path, base: str, fields: str = "") -> str:
+    """The command that makes a whole model, with its tokenizer, of a folder of adapters.
+
+    name: of the folder, as the user gave it. fields: further keywords of the base's from_pretrained, ", a=1".
+    """
+    has_tokenizer = any(any(folder.glob(files)) for files in _TOKENIZER_FILES)
     return (
-        f"{what}; merge it first, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{name}')"
-        ".merge_and_unload().save_pretrained('merged'), save the tokenizer there too, and give merged"
+        'python -c "import ecmoe, peft, transformers as t; '
+        f"peft.PeftModel.from_pretrained(t.AutoModelForCausalLM.from_pretrained('{base}'{fields}), '{name}')"
+        f".merge_and_unload().save_pretrained('{merged_name(name)}'); "
+        f"t.AutoTokenizer.from_pretrained('{name if has_tokenizer else base}').save_pretrained('{merged_name(name)}')\""
     )
 
 

@@ -53,6 +53,19 @@ def announce(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def number_of(count: int, what: str) -> str:
+    """Such as "1 row", "2,048 rows"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def gigabytes(size: float) -> str:
+    """Such as "7.24 GB"; below a tenth of a unit in the next smaller one: "38 MB", "4.2 kB"."""
+    if size >= 1e8:
+        return f"{size / 1e9:,.2f} GB"
+    unit, power = ("MB", 1e6) if size >= 1e5 else ("kB", 1e3)
+    return f"{size / power:.{1 if size < 10 * power else 0}f} {unit}"
+
+
 def duration(seconds: float) -> str:
     """Such as "20 seconds", "3 minutes", "1.5 hours": an estimate, so no more digits than it is worth."""
     if seconds < 90:

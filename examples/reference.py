@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def commands() -> str:
 
 
 def recipe_fields() -> str:
+    from ecmoe.finetune.arguments import OF_NO_RECIPE
     from ecmoe.finetune.recipe import Recipe
 
     intro = (
@@ -62,7 +63,7 @@ def recipe_fields() -> str:
         "argument of TRL's `SFTConfig`, and so of Transformers' `TrainingArguments`, is a field too, by TRL's name; "
         "so are the [fields of the config](config.md) that change no weight."
     )
-    return _page("Fields of a recipe", intro, Recipe)
+    return _page("Fields of a recipe", intro, Recipe, OF_NO_RECIPE)
 
 
 def config_fields() -> str:
@@ -86,8 +87,9 @@ def _shapes(vocabulary: int, hidden: int, intermediate: int, layers: int, heads:
     }
 
 
-def _page(title: str, intro: str, cls: Any) -> str:
-    defaults = {item.name: item for item in dataclasses.fields(cls)}
+def _page(title: str, intro: str, cls: Any, hidden: Collection[str] = ()) -> str:
+    """hidden: fields of the class that nobody sets."""
+    defaults = {item.name: item for item in dataclasses.fields(cls) if item.name not in hidden}
     rows = []
     for names, text in _described(cls.__doc__):
         known = [name for name in names if name in defaults]

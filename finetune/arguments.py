@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -56,6 +57,8 @@ OF_NO_RECIPE |= {
     "dataset_kwargs",
     "pad_token",
 }
+_TAKES_MAPPING = re.compile(r"lora|distributed|\w+_(kwargs|config)")
+_IN_BRACES = re.compile(r"\w+:\S.*")  # what bash makes of each part of {a:1,b:2}
 _FILES = (".txt", ".jsonl", ".parquet")  # datasets that are files
 
 
@@ -125,7 +128,10 @@ def unknown_field(name: str, value: Any, known: Iterable[str]) -> RecipeError:
             f"num_experts={value!r} is no field of a recipe: the number of experts is fixed at conversion; leave "
             "it out, or convert again with another one"
         )
-    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    known = list(known)
+    if name in ("training", "routing_fields") or (isinstance(value, Mapping) and set(known) & value.keys()):
+        return RecipeError(f"{name}={value!r} is no field of a recipe; write its fields at the top level")
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     nearest = [ALIASES[name]] if name in ALIASES else nearest
     hint = f"did you mean {nearest[0]}?" if nearest else "see ecmoe.finetune.Recipe and trl.SFTConfig"
     return RecipeError(f"{name}={value!r} is no field of a recipe; {hint}")
@@ -142,6 +148,16 @@ def refuse_missing(content: Mapping[str, Any]) -> None:
         raise RecipeError(f"{missing[0]} is missing from the recipe; add it there, or as {missing[0]}=...")
 
 
+def replaced(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe with some replaced; a column that is named must be there (`Recipe.other_columns`)."""
+    strict = {"other_columns": False} if _names_columns(changes) and content.get("other_columns") else {}
+    return {**content, **strict, **changes}
+
+
+def _names_columns(fields: Mapping[str, Any]) -> bool:
+    return any(name.endswith("_column") or name == "dataset_text_field" for name in fields)
+
+
 def shipped(ending: str) -> dict[str, Path]:
     """The files with that ending that come with the package, by their name without it."""
     folder = Path(str(resources.files("ecmoe.recipes")))
@@ -155,7 +171,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         RecipeError: for a file that is no recipe, and an override that cannot be read.
     """
     place, known = Path(path).expanduser(), shipped(".yaml")
-    if not place.is_file() and str(path) in known:
+    is_shipped = not place.is_file() and str(path) in known
+    if is_shipped:
         place = known[str(path)]
     try:
         content = yaml.safe_load(place.read_text(encoding="utf-8-sig"))
@@ -169,12 +186,45 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise RecipeError(f"recipe={path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"recipe={path} must hold `field: value` lines")
-    for override in overrides:
-        name, equals, value = override.partition("=")
+    changes = _read_overrides(overrides)
+    for name, value in (content | changes).items():
+        fields = value if isinstance(value, Mapping) else {}
+        lacking = [
+            str(key) for key, held in fields.items() if held is None and ":" in str(key)
+        ]  # {r:8} is {"r:8": None}
+        if lacking:
+            parts = (str(key) if str(key) in lacking else f"{key}: {held}" for key, held in fields.items())
+            raise RecipeError(f"{name} has no field {lacking[0]!r}; {_quoted(name, ', '.join(parts))}")
+    return replaced(content | ({"other_columns": True} if is_shipped and _names_columns(content) else {}), changes)
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields of `field=value` words.
+
+    Raises:
+        RecipeError: of what a shell has made of a mapping without quotes, and of other words that cannot be read.
+    """
+    pairs = [tuple(part.strip() for part in word.partition("=")) for word in overrides]
+    changes: dict[str, Any] = {}
+    for number, (name, equals, value) in enumerate(pairs):
         if not equals:
-            raise RecipeError(f"override {override!r} must be written as field=value")
+            raise RecipeError(f"override {overrides[number]!r} must be written as field=value")
+        same = [other for known, _, other in pairs if known == name]
+        if _TAKES_MAPPING.fullmatch(name) and all(map(_IN_BRACES.fullmatch, same)):  # bash has made {a,b} two words
+            words = " ".join(f"{name}={other}" for other in same)
+            raise RecipeError(f"{words} is no mapping; {_quoted(name, ', '.join(same))}")
         try:
-            content[name.strip()] = yaml.safe_load(value) if value.strip() else None
+            changes[name] = yaml.safe_load(value) if value else None
         except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from error
-    return content
+            remedy = "quote it"
+            if value.startswith("{"):  # and spaces have parted it
+                end = next((n for n in range(number, len(pairs)) if overrides[n].endswith("}")), number)
+                remedy = _quoted(name, " ".join([value, *overrides[number + 1 : end + 1]]).strip("{} "))
+            raise RecipeError(f"override {overrides[number]!r}: the value is not valid YAML; {remedy}") from error
+    return changes
+
+
+def _quoted(name: str, content: str) -> str:
+    """How a shell is given a mapping."""
+    content = re.sub(r":(?! )", ": ", content)
+    return f"quote it, with a space after each colon: '{name}={{{content}}}'"

@@ -1,5 +1,8 @@
 """What is watched while a trainer trains: how long steps take, and that a checkpoint splits no line of the log."""
 
+import os
+import signal
+import threading
 import time
 from typing import Any
 
@@ -92,6 +95,52 @@ class LogBeforeSaving(TrainerCallback):
         return control
 
     on_epoch_end = on_step_end
+
+
+class StopWithCheckpoint(TrainerCallback):
+    """While it is entered, Ctrl-C or `kill` ends training after the step that runs, with a checkpoint; a second one
+    ends it at once, and so does the first before any step.
+
+    Left to others: signals that somebody else handles; several processes, which would stop at different steps and wait
+    for each other; runs that write no checkpoint that they could go on from.
+    """
+
+    _usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.asked, self._process, self._taken = trainer, False, os.getpid(), []
+
+    def __enter__(self) -> "StopWithCheckpoint":
+        args = self.trainer.args
+        can_resume = args.save_strategy != "no" and not args.save_only_model
+        if can_resume and args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._taken = [number for number, usual in self._usual.items() if signal.getsignal(number) is usual]
+        for number in self._taken:
+            signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number in self._taken:
+            signal.signal(number, self._usual[number])
+        self._taken = []
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.__exit__()
+        if os.getpid() != self._process:  # a forked worker
+            os.kill(os.getpid(), number)
+        elif self.trainer.state.global_step == 0:
+            raise KeyboardInterrupt
+        else:
+            self.asked = True
+            os.write(2, b"\ninterrupted: ends this step, saves a checkpoint and stops; once more stops at once\n")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """After the callbacks that say what is due at this step anyway, of which nothing is left out."""
+        if self.asked:
+            if not (control.should_save or control.should_evaluate):  # the averages go on as if nothing had happened
+                self.trainer.calibration.last = state, state.global_step
+            control.should_log = control.should_save = control.should_training_stop = True
+        return control
 
 
 def thresholds_of(model: Any) -> Tensor:

@@ -66,12 +66,12 @@ def render_card(recipe: Recipe, arguments: Any, results: Mapping[str, Any], is_a
         results=results,
         fields={name: value for name, value in fields.items() if value is not None},
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES),
-        loading=_ADAPTER.format(fields=_fields_of_base(recipe)) if is_adapter else _WHOLE,
+        loading=_ADAPTER.format(fields=fields_of_base(recipe)) if is_adapter else _WHOLE,
     )
     return str(card).rstrip() + "\n"
 
 
-def _fields_of_base(recipe: Recipe) -> str:
+def fields_of_base(recipe: Recipe) -> str:
     """The keywords that give the base of adapters the routes that they were trained by."""
     held = {name: value for name, value in recipe.routing_fields.items() if name in READ_AT_INFERENCE}
     return "".join(f", {name}={value!r}" for name, value in held.items())

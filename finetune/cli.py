@@ -6,6 +6,7 @@ ecmoe-finetune full model=qwen3-8x dataset=roneneldan/TinyStories max_steps=300
 import argparse
 import sys
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the command; exits with code 2 and one line on an error the user can put right."""
     options = _parser().parse_intermixed_args(argv)  # overrides before and after --dry-run
-
+    recipe: Any = None
     try:
         check_arguments(options.recipe, options.overrides)
         import datasets
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"ecmoe-finetune: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("ecmoe-finetune: interrupted; the same command goes on from its last checkpoint", file=sys.stderr)
+        print(f"ecmoe-finetune: interrupted; {_after_a_stop(recipe, options.dry_run)}", file=sys.stderr)
         sys.exit(130)
     if PartialState().is_main_process:
         if options.dry_run:
@@ -68,25 +69,33 @@ def main(argv: list[str] | None = None) -> None:
     PartialState().destroy_process_group()
 
 
+def _after_a_stop(recipe: Any, is_dry_run: bool) -> str:
+    if recipe is None or is_dry_run:
+        return "nothing was written"
+    from .folder import after_a_stop
+
+    return after_a_stop(recipe)
+
+
 def _report_dry_run(results: dict[str, Any]) -> None:
     """What the run would take of memory and time, in sentences."""
-    from ecmoe.progress import duration
-
-    from .memory import gigabytes
+    from ecmoe.progress import duration, gigabytes, number_of
 
     precision, about = results["precision"], results["estimate"]
     lines, needed = [], precision["needed"]
     if needed:
         ways = {"adapters": "for adapters alone", "float32": "in float32", "bfloat16": "in bfloat16, moments of 8 bits"}
         costs = "; ".join(f"{gigabytes(size)} {ways[way]}" for way, size in needed.items())
-        lines.append(f"Weights, gradients and moments take on each device: {costs}. This run: {precision['dtype']}.")
+        which = f" This run: {precision['dtype']}." if "adapters" not in needed else ""
+        lines.append(f"Weights, gradients and moments take on each device: {costs}.{which}")
     lines.append(
         f"One step of {results['tokens']:,} tokens, loss {results['loss']:.4f}: {results['seconds']:.2f} s and "
         f"{gigabytes(results['peak_bytes'])} in use on each device; {gigabytes(results['free_bytes'])} were free."
     )
     total = about["steps"] * about["seconds_per_step"] + about["evaluations"] * about["seconds_per_evaluation"]
     lines.append(
-        f"The whole run is about {about['steps']:,} steps of {about['tokens_per_step']:,.0f} tokens with padding, "
+        f"The whole run is about {number_of(about['steps'], 'step')} of {about['tokens_per_step']:,.0f} tokens"
+        f"{' with padding' if about['has_padding'] else ''}, "
         f"{about['seconds_per_step']:.2f} s each, and {about['evaluations']} evaluations of "
         f"{duration(about['seconds_per_evaluation'])}: {duration(total)}. Nothing was written."
     )
@@ -95,7 +104,9 @@ def _report_dry_run(results: dict[str, Any]) -> None:
 
 
 def _report(results: dict[str, Any], recipe: Any) -> None:
-    from .card import doubt, figure
+    from ecmoe.hub import merging_line
+
+    from .card import doubt, fields_of_base, figure
     from .folder import RESULTS_NAME
     from .train import MERGED_NAME
 
@@ -127,10 +138,8 @@ def _report(results: dict[str, Any], recipe: Any) -> None:
     if recipe.merge:
         lines.append(f"The whole model, adapters merged, in {output_dir}/{MERGED_NAME}.")
     elif recipe.lora is not None:
-        lines.append(
-            f"merge=true writes the whole model too; or in Python, with import ecmoe: peft.AutoPeftModelForCausalLM."
-            f"from_pretrained('{output_dir}').merge_and_unload().save_pretrained('{output_dir}-{MERGED_NAME}')"
-        )
+        line = merging_line(output_dir, Path(output_dir).expanduser(), recipe.model, fields_of_base(recipe))
+        lines.append(f"merge=true writes the whole model too; so does {line}")
     for line in filter(None, lines):
         console.print(line, highlight=False, soft_wrap=True)
 

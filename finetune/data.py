@@ -14,6 +14,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ecmoe.encoding import IGNORE
+from ecmoe.progress import number_of
 
 from .encode import Encoder, fit, wrap
 from .errors import RecipeError
@@ -21,6 +22,7 @@ from .recipe import Recipe, learned_of
 from .sources import Rows, load_rows, say
 
 PART = 10_000  # rows tokenized at a time
+_LOOKED_AT = 1_000  # rows, for a message
 
 
 class Endless(torch.utils.data.IterableDataset):
@@ -136,11 +138,38 @@ class _Reader:
         else:
             found = self._tokenized(rows, part, wanted)
         if not len(found):
-            raise RecipeError(
-                f"dataset={self.recipe.dataset} gives no {part} sequence of max_length={self.arguments.max_length} "
-                "tokens with something to learn; give more text, another max_length, or another validation_fraction"
-            )
+            raise self._gives_nothing(rows, part)
         return found if wanted is None or self.is_packed_later else found.select(range(min(len(found), wanted)))
+
+    def _gives_nothing(self, rows: Rows, part: str) -> RecipeError:
+        """How much there is, and the nearest length that would give a sequence."""
+        first = [self.encoder(row) for row in itertools.islice(rows, _LOOKED_AT)]
+        batch = {name: [row[name] for row in first] for name in ("input_ids", "labels")}
+        tokens = sum(map(len, batch["input_ids"]))
+        nearest = next((length for length in self._other_lengths() if self._gives(batch, length)), None)
+        of, have = "the first " * (len(first) == _LOOKED_AT), "has" if len(first) == 1 else "have"
+        remedies = [f"max_length={nearest} gives some"] if nearest else []
+        remedies += ["packing=false takes each by itself"] if self.wraps and nearest else []
+        remedies += ["or give more text" if remedies else "give more text"]
+        if self.recipe.validation_dataset is None:
+            remedies[-1] += ", or another validation_fraction"
+        return RecipeError(
+            f"dataset={self.recipe.dataset} gives no {part} sequence of max_length={self.arguments.max_length} tokens "
+            f"with something to learn: {of}{number_of(len(first), f'{part} row')} {have} {number_of(tokens, 'token')}; "
+            + ", ".join(remedies)
+        )
+
+    def _other_lengths(self) -> list[int]:
+        """Powers of two, the nearest to max_length first: rows that are filled have to be shorter, others longer."""
+        lengths = [2**n for n in range(1, 21)]
+        return [n for n in lengths[::-1] if n < self.length] if self.wraps else [n for n in lengths if n > self.length]
+
+    def _gives(self, batch: dict[str, list[list[int]]], length: int) -> bool:
+        """Whether documents give a sequence of that length."""
+        if self.wraps:
+            return bool(wrap(batch, length)["input_ids"])
+        cut = "drop" if self.recipe.too_long == "refuse" else self.recipe.too_long
+        return bool(fit(batch, length, cut, self.arguments.truncation_mode == "keep_end")["input_ids"])
 
     def _tokenized(self, rows: Dataset, part: str, wanted: int | None) -> Dataset:
         """PART by PART, until there is enough."""

@@ -49,8 +49,9 @@ def _shortened(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def estimate_run(trainer: Any, whole: Any, rows: Any, longest: list[list[int]]) -> dict[str, float]:
-    """About the run of which `trainer` took a batch: steps, seconds_per_step and tokens_per_step with padding;
-    evaluations, and seconds_per_evaluation with the thresholds' calibration before each.
+    """About the run of which `trainer` took a batch: steps, seconds_per_step and tokens_per_step with padding, and
+    whether there is any (has_padding); evaluations, and seconds_per_evaluation with the thresholds' calibration before
+    each.
 
     whole: SFTConfig of the run. rows: all of its training rows. longest: those of the batch, whose last step was timed.
     """
@@ -58,12 +59,14 @@ def estimate_run(trainer: Any, whole: Any, rows: Any, longest: list[list[int]]) 
     pads = not trainer.padding_free
     widest = len(longest) * max(map(len, longest)) if pads else sum(map(len, longest))
     mean, tokens, steps = float(widest), math.inf, whole.max_steps
+    real = float(sum(map(len, longest)))
     if isinstance(rows, Dataset):
         lengths = lengths_of(rows)
         tokens = float(lengths.sum())
         mixed = np.random.default_rng(0).permutation(lengths)
         batches = [mixed[start : start + size] for start in range(0, len(mixed), size)]
         mean = float(np.mean([len(batch) * batch.max() if pads else batch.sum() for batch in batches]))
+        real = tokens / len(batches)
         steps = steps if steps > 0 else math.ceil(whole.num_train_epochs * math.ceil(len(batches) / passes))
     rate = trainer.timer.seconds[-1] / widest
     every = {"steps": whole.eval_steps or whole.logging_steps, "epoch": max(1, steps / max(1, whole.num_train_epochs))}
@@ -74,6 +77,7 @@ def estimate_run(trainer: Any, whole: Any, rows: Any, longest: list[list[int]]) 
     return {
         "steps": steps,
         "tokens_per_step": mean * passes,
+        "has_padding": mean > real,
         "seconds_per_step": rate * mean * passes,
         "evaluations": 2 + (math.floor(steps / between) if between < math.inf else 0),
         "seconds_per_evaluation": rate * (held_out + calibrated) * forward,

@@ -4,10 +4,12 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTConfig
 
 from .errors import RecipeError
 from .recipe import Recipe
@@ -85,6 +87,30 @@ def resume_point(recipe: Recipe) -> Path | None:
     raise RecipeError(f"output_dir={output} is not empty and holds {what}; name a new folder")
 
 
+def after_a_stop(recipe: Recipe) -> str:
+    """What the command of a run that was stopped does when it is given again, as the end of a message."""
+    try:
+        checkpoint = resume_point(recipe)
+    except RecipeError as error:  # the folder is another's: stopped before that was said
+        return str(error)
+    if checkpoint is not None:
+        return f"the same command goes on from {checkpoint}"
+    return f"no checkpoint yet: the same command begins again; {when_saved(recipe)}"
+
+
+def when_saved(recipe: Recipe) -> str:
+    """When a run writes checkpoints that it can go on from, in words."""
+    settings = {name: recipe.training.get(name, getattr(SFTConfig, name)) for name in ("save_strategy", "save_steps")}
+    strategy, steps = getattr(settings["save_strategy"], "value", settings["save_strategy"]), settings["save_steps"]
+    if strategy == "no":
+        return "save_strategy=no writes no checkpoints"
+    if recipe.distributed or recipe.training.get("save_only_model"):  # as `training_arguments` has it
+        return "its checkpoints hold the model alone, and no run goes on from these"
+    if strategy == "steps":
+        return f"checkpoints come every save_steps={steps} {'steps' if steps >= 1 else 'of all steps'}"
+    return f"checkpoints come {'with each epoch' if strategy == 'epoch' else 'with a better evaluation'}"
+
+
 def _wanted_checkpoint(recipe: Recipe, output: Path, wanted: object) -> Path:
     if isinstance(wanted, str):
         named = Path(wanted).expanduser()
@@ -118,7 +144,13 @@ def changed_since(recipe: Recipe, checkpoint: Path) -> list[str]:
     new = yaml.safe_load(as_yaml(recipe))
     old = yaml.safe_load(recorded.read_text(encoding="utf-8")) if recorded.is_file() else new
     names = sorted(name for name in new.keys() | old.keys() if new.get(name) != old.get(name))
-    return [f"{name}={new.get(name)} (was {old.get(name)})" for name in names]
+    return [_change(name, new, old) for name in names]
+
+
+def _change(name: str, new: dict[str, Any], old: dict[str, Any]) -> str:
+    """A field that a recipe leaves out has its default, whatever that is, and not None."""
+    now = f"{name}={new[name]}" if name in new else f"{name} left out"
+    return f"{now} ({f'was {old[name]}' if name in old else 'was left out'})"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ecmoe.progress import gigabytes
 from modeling_ecmoe.block_ecmoe import EcMoeBlock
 from modeling_ecmoe.registry_ecmoe import is_own
 
@@ -136,11 +137,6 @@ def peak_bytes() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
     return int(psutil.Process().memory_info().rss)
-
-
-def gigabytes(size: float) -> str:
-    """Such as "7.24 GB"."""
-    return f"{size / 1e9:.2f} GB"
 
 
 def refuse_impossible(recipe: Recipe, config: Any, needed: dict[str, int], kept: int) -> None:

@@ -15,6 +15,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import AutoConfig
 
+from ecmoe.progress import gigabytes
+
 from .errors import RecipeError
 from .memory import SPARE, empty_model, free_bytes, kept_bytes
 from .recipe import Recipe
@@ -84,7 +86,7 @@ def choose(recipe: Recipe, config: Any, resume: Path | None = None) -> Precision
     elif dtype == "auto":
         fits = needed["float32"] <= SPARE * free
         dtype = "float32" if fits else "bfloat16"
-        sizes = f"{needed['float32'] / 1e9:.1f} GB with gradients and moments in float32, {free / 1e9:.1f} GB free"
+        sizes = f"{gigabytes(needed['float32'])} with gradients and moments in float32, {gigabytes(free)} free"
         why = sizes if fits else f"for want of memory: {sizes}"
     stochastic = dtype == "bfloat16" and "optim" not in recipe.training
     if stochastic and importlib.util.find_spec("torchao") is None:

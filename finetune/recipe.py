@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from modeling_ecmoe.configuration_ecmoe import EcMoeConfigMixin
 
-from .arguments import OF_NO_RECIPE, read_recipe, refuse_missing, unknown_field
+from .arguments import OF_NO_RECIPE, read_recipe, refuse_missing, replaced, unknown_field
 from .arguments import shipped as shipped
 from .errors import RecipeError
 
@@ -43,6 +43,8 @@ class Recipe:
     prompt_column, completion_column: columns of instructions and answers, text or lists of messages; only the answer is
         learned. Text becomes a user and an assistant message where the tokenizer has a chat template, and is joined as
         it is elsewhere.
+    other_columns: whether messages, prompt with completion, or text are taken where the dataset has none of the columns
+        that are named; so it is with a shipped recipe's own columns, while those of your own must be there.
     append_eos: end every document with the tokenizer's end-of-sequence token.
     too_long: a row that has more tokens than max_length, where packing does not split it, is "refuse"d, or "truncate",
         "drop".
@@ -57,9 +59,10 @@ class Recipe:
     quantization: "4bit" loads linear layers and routed experts in 4 bits (bitsandbytes, NF4), for lora alone.
     merge: at the end writes the whole model with its adapters added to the weights too, into `output_dir`/merged.
     distributed: fields of Transformers' DistributedConfig, such as {fsdp_size: 8, ep_size: 8}.
-    training: arguments of SFTConfig. packing_strategy is "wrapped" for text, documents end to end in rows of one size
-        that do not see each other, and TRL's "bfd" elsewhere.
-    routing_fields: fields of the expert-choice config that do not change its weights, such as routing.
+    training, routing_fields: what a recipe says beside these, as `make_recipe` sorts it: arguments of SFTConfig, and
+        fields of the expert-choice config that do not change its weights, such as routing. packing_strategy is
+        "wrapped" for text, documents end to end in rows of one size that do not see each other, and TRL's "bfd"
+        elsewhere.
     """
 
     model: str
@@ -71,6 +74,7 @@ class Recipe:
     messages_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
+    other_columns: bool = False
     append_eos: bool = True
     too_long: str = "refuse"
     streaming: bool = False
@@ -183,11 +187,11 @@ def recipe_of(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **c
         if not changes:
             return recipe
         own = {name: getattr(recipe, name) for name in _OWN}
-        return make_recipe(own | recipe.training | recipe.routing_fields | changes)
+        return make_recipe(replaced(own | recipe.training | recipe.routing_fields, changes))
     if recipe is not None and not isinstance(recipe, (str, Path, Mapping)):
         raise RecipeError(f"recipe={recipe!r} must be a Recipe, a mapping, a YAML file or the name of a shipped recipe")
     content = dict(recipe) if isinstance(recipe, Mapping) else {} if recipe is None else read_recipe(recipe)
-    return make_recipe(content | changes)
+    return make_recipe(replaced(content, changes))
 
 
 def make_recipe(content: dict[str, Any]) -> Recipe:

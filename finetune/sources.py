@@ -10,6 +10,8 @@ import datasets
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
+from ecmoe.progress import number_of
+
 from .errors import RecipeError
 from .recipe import Recipe, refuse_unknown
 
@@ -163,9 +165,14 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[s
     for kind in named or _KINDS:
         if all(names[part] in columns for part in _KINDS[kind]):
             return kind, {names[part]: part for part in _KINDS[kind]}
+    absent = [names[part] for part in names if part in given and names[part] not in columns]
+    if recipe.other_columns and len(absent) == len(given) and (kind := _standard_kind(columns)):
+        say(f"dataset={name} has none of the recipe's columns ({', '.join(absent)}); the standard ones are taken")
+        found = ("conversations",) if kind == "messages" and "messages" not in columns else _KINDS[kind]
+        return kind, dict(zip(found, _KINDS[kind], strict=True))
     wanted = {names[part]: part for part in _KINDS[named[0] if named else "text"]}
     missing = next(column for column in wanted if column not in columns)
-    hint = _hint(missing, columns, set(wanted), named, recipe)
+    hint = _hint(missing, columns, wanted, named, recipe)
     others = (
         " Conversations are read from messages_column=messages, instructions from prompt_column=prompt with "
         "completion_column=completion"
@@ -176,23 +183,43 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[s
     )
 
 
-def _hint(missing: str, columns: list[str], wanted: set[str], named: list[str], recipe: Recipe) -> str:
-    """What to set where a column is missing: a name that is nearly it, the fields for rows of another kind, or what is
-    nearest of all."""
-    others = [column for column in columns if column not in wanted]
-    near = difflib.get_close_matches(missing, others, n=1, cutoff=0.6)
-    pair = [next((name for name in words if name in columns), None) for words in (_PROMPTS, _ANSWERS)]
+def _standard_kind(columns: list[str]) -> str | None:
+    """The kind of rows by the columns that TRL knows. Not text beside a question and its answer under other names."""
+    if {"messages", "conversations"} & set(columns):
+        return "messages"
+    if {"prompt", "completion"} <= set(columns):
+        return "prompt"
+    return "text" if "text" in columns and not all(_pair(columns)) else None
+
+
+def _pair(columns: list[str]) -> list[str | None]:
+    """The columns that are called as instructions and answers are."""
+    return [next((name for name in words if name in columns), None) for words in (_PROMPTS, _ANSWERS)]
+
+
+def _hint(missing: str, columns: list[str], wanted: dict[str, str], named: list[str], recipe: Recipe) -> str:
+    """What to set where a column is missing: a name of the same role or nearly the same, never an answer for a prompt;
+    or the fields for rows of another kind."""
+    part, pair = wanted[missing], _pair(columns)
+    both = "; set prompt_column={} completion_column={}".format(*pair) if all(pair) else ""
+    if part in ("prompt", "completion") and both and not set(wanted) & set(columns):
+        return both
+    roles = {"prompt": (_PROMPTS, _ANSWERS), "completion": (_ANSWERS, _PROMPTS)}
+    same, opposite = roles.get(part, ((), ()))
+    others = [column for column in columns if column not in wanted and column not in opposite]
+    near = [column for column in same if column in others]
+    near = near or difflib.get_close_matches(missing, others, n=1, cutoff=0.6)
     if {"messages", "conversations"} & set(columns):
         kind = "messages"
     else:
-        kind = "prompt" if all(pair) else "text" if "text" in columns else ""
+        kind = "prompt" if both else "text" if "text" in columns else ""
     if kind and not near and kind not in named:
         fields = ("messages_column", "prompt_column", "completion_column")
         changes = {field: "" for field in fields if getattr(recipe, field)}  # left open
         changes |= {"dataset_text_field": ""} if recipe.training.get("dataset_text_field") else {}
         changes |= {"prompt_column": pair[0] or "", "completion_column": pair[1] or ""} if kind == "prompt" else {}
         return "; set " + " ".join(f"{field}={value or ' (empty)'}" for field, value in changes.items())
-    near = near or difflib.get_close_matches(missing, others, n=1, cutoff=0.0)
+    near = near or (others if len(others) == 1 else [])
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -206,13 +233,15 @@ def _split(rows: Rows, recipe: Recipe, name: str) -> tuple[Rows, Rows]:
         share = recipe.validation_fraction
         return rows.filter(lambda row: _draw(row) >= share), rows.filter(lambda row: _draw(row) < share)
     if len(rows) < 2:
-        raise RecipeError(f"dataset={name} holds {len(rows)} rows; at least two are needed, one of them held out")
+        raise RecipeError(
+            f"dataset={name} holds {number_of(len(rows), 'row')}; at least two are needed, one of them held out"
+        )
     try:
         split = rows.train_test_split(test_size=recipe.validation_fraction, seed=SPLIT_SEED)
     except ValueError as error:
         raise RecipeError(
             f"validation_fraction={recipe.validation_fraction} leaves nothing to learn from or nothing to hold out of "
-            f"{len(rows)} rows"
+            f"{number_of(len(rows), 'row')}"
         ) from error
     return split["train"], split["test"]
 

@@ -19,17 +19,27 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig
 
+from ecmoe.progress import number_of
 from modeling_ecmoe import sparse_blocks
 
 from .adapters import add_lora, is_of_base, size_of, train_in_float32, trained_parameters
-from .callbacks import has_experts, is_expert_choice
+from .callbacks import StopWithCheckpoint, has_experts, is_expert_choice
 from .card import render_card
 from .curves import draw_curves
 from .data import Collator, Endless, lengths_of, prepare
 from .dry import SecondStep, estimate_run, two_batches
 from .encode import is_learned_from, stop_token
 from .errors import RecipeError
-from .folder import RESULTS_NAME, begin, changed_since, last_whole_checkpoint, resume_point, write_whole
+from .folder import (
+    RECIPE_NAME,
+    RESULTS_NAME,
+    after_a_stop,
+    begin,
+    changed_since,
+    resume_point,
+    when_saved,
+    write_whole,
+)
 from .loading import distributed_config, load_config, load_model, load_tokenizer, meet
 from .losses import standard_error
 from .memory import peak_bytes, refuse_impossible, warn_of_memory
@@ -120,8 +130,11 @@ def _resume(recipe: Recipe) -> Path | None:
         load_config(recipe)
         load_rows(recipe)
         raise
+    output = Path(recipe.output_dir).expanduser()
     if resume is not None:
         say(f"goes on from {resume}")
+    elif (output / RECIPE_NAME).is_file():
+        say(f"output_dir={output} holds a run without a checkpoint: begins again; {when_saved(recipe)}")
     return resume
 
 
@@ -143,6 +156,7 @@ def _train(trainer: EcMoeTrainer, recipe: Recipe, resume: Path | None) -> None:
 
     Raises:
         RecipeError: when a changed recipe does not fit the checkpoint.
+        KeyboardInterrupt: when it was stopped, see `StopWithCheckpoint`.
     """
     mark = Mark(recipe, resume)
     trainer.callback_handler.callbacks.insert(0, mark)  # before a reporter writes into a folder that is nobody's
@@ -151,8 +165,11 @@ def _train(trainer: EcMoeTrainer, recipe: Recipe, resume: Path | None) -> None:
     trainer.args.eval_on_start = resume is None
     if trainer.routes:
         trainer.calibration.prepare()
+    stop = StopWithCheckpoint(trainer)
+    trainer.add_callback(stop)
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with stop:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except (KeyError, RuntimeError, ValueError) as error:
         changes = changed_since(recipe, resume) if resume else []
         if isinstance(error, RecipeError) or mark.has_begun or not changes or _refusal(error, recipe):
@@ -162,6 +179,8 @@ def _train(trainer: EcMoeTrainer, recipe: Recipe, resume: Path | None) -> None:
             f"{resume} does not fit this recipe ({reason}); changed since: {', '.join(changes)}; take back what the "
             "weights or the optimiser depend on, or name a new output_dir to begin"
         ) from error
+    if stop.asked:
+        raise KeyboardInterrupt
 
 
 def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields: Any) -> dict[str, Any]:
@@ -269,7 +288,8 @@ def make_trainer(recipe: Recipe, resume: Path | None = None, whole: SFTConfig | 
         )
     evaluated = min(len(trainer.eval_dataset), recipe.max_eval_sequences)
     trainer.eval_dataset = trainer.eval_dataset.select(range(evaluated))
-    say(f"held out: {evaluated:,} rows of {int(lengths_of(trainer.eval_dataset).sum()):,} tokens")
+    tokens = int(lengths_of(trainer.eval_dataset).sum())
+    say(f"held out: {number_of(evaluated, 'row')} of {number_of(tokens, 'token')}")
     if isinstance(trainer.train_dataset, IterableDataset):
         trainer.train_dataset = Endless(trainer.train_dataset)
     trainer.precision = precision
@@ -315,8 +335,7 @@ def _refusals_in_one_line(recipe: Recipe) -> Iterator[None]:
 def _refusal(error: Exception, recipe: Recipe) -> RecipeError | None:
     """What a stopped run says: the disk is full, memory is, or a rank is gone; None of anything else."""
     output = Path(recipe.output_dir).expanduser()
-    checkpoint = last_whole_checkpoint(output)
-    goes_on = f"the same command goes on from {checkpoint}" if checkpoint else "no checkpoint was written yet"
+    goes_on = after_a_stop(recipe)
     reason = " ".join(str(error).split())[:200]
     if isinstance(error, ImportError):
         return RecipeError(f"the recipe asks for a package that is not installed: {reason}")

@@ -18,6 +18,19 @@ from .experts_ecmoe import EcMoeExperts
 from .quantized_ecmoe import Stacked4bit, through_expert
 
 
+def forget_text(block: Any, *_: Any) -> None:
+    """Where adapters have brought a router whose thresholds are not the base's (`modules_to_save`), nobody knows on
+    which text these were measured. Also a hook of torch's, after `load_state_dict`."""
+    base = getattr(block.gate, "original_module", None)
+    if base is None or block.config.thresholds_from is None:
+        return
+    for router in block.gate.modules_to_save.values():
+        is_known = not (router.threshold.is_meta or base.threshold.is_meta)
+        if not is_known or not torch.equal(router.threshold.cpu(), base.threshold.cpu()):
+            block.config.thresholds_from = None
+            return
+
+
 def by_rows(experts: Any) -> Any:
     """The experts as the block calls them: PEFT's wrappers give way to their adapters, row by row. Whatever else was
     put around the experts is left alone, and so are merged adapters."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters_ecmoe import by_rows
+from .adapters_ecmoe import by_rows, forget_text
 from .bounded_ecmoe import choose_tokens_within_bounds
 from .experts_ecmoe import EcMoeExperts
 from .global_pool_ecmoe import choose_among_all_ranks, num_ranks
@@ -71,6 +71,7 @@ class EcMoeBlock(nn.Module):
         # Set around a call (context_ecmoe.py): the real tokens by the model, another routing by its caller.
         self.token_mask: Tensor | None = None
         self.routing_overrides: list[str] = []
+        self.register_load_state_dict_post_hook(forget_text)
 
     @property
     def routing_override(self) -> str | None:

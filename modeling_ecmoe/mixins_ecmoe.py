@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder
 
+from .adapters_ecmoe import forget_text
 from .block_ecmoe import EcMoeBlock
 from .context_ecmoe import announce_tokens, use_inference_routing
 from .documents_ecmoe import lengths_of_documents, tell_documents
@@ -156,6 +157,9 @@ class EcMoePreTrainedMixin:
         if quantizer is not None:
             allow_saving(model)
         require_experts(model, loaded[0].missing_keys, loaded[0].unexpected_keys)
+        for module in model.modules():  # of adapters, which come this way too
+            if isinstance(module, EcMoeBlock):
+                forget_text(module)
         return loaded
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:

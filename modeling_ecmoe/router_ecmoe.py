@@ -3,6 +3,7 @@
 Shapes: T tokens, D hidden size, E experts.
 """
 
+import copy
 import itertools
 import math
 import weakref
@@ -95,6 +96,16 @@ class EcMoeRouter(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enlist()  # a deep copy is a router of its own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EcMoeRouter":
+        """A router that is copied by itself, as PEFT's `modules_to_save` does, keeps the model's config, which says
+        where its thresholds come from."""
+        if not memo:
+            memo[id(self.config)] = self.config
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return other
 
     def forward(self, hidden_states: Tensor, jitter: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [T, D] -> router logits [T, E], scores [T, E] in float32 (float64 for a float64 model), and
@@ -204,6 +215,8 @@ class EcMoeRouter(nn.Module):
         With m_n = decay * m_(n-1) + (1 - decay) * x_n and threshold_n = m_n / (1 - decay^n), m need not be kept.
         """
         pending = self._allocate_pending(self.threshold.device)
+        if self.config.thresholds_from is not None:  # until they are measured again
+            self.config.thresholds_from = None
         if self.threshold.dtype != torch.float32:  # FSDP1's mixed precision casts buffers; small steps round away
             self.threshold.data = self.threshold.float()
         keep: Tensor | float = 0.0

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import ecmoe.progress
-from ecmoe.progress import duration, progress_bar
+from ecmoe.progress import duration, gigabytes, number_of, progress_bar
 
 
 class Terminal(io.StringIO):
@@ -54,3 +54,23 @@ def test_a_terminal_gets_the_usual_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_durations_read_like_estimates(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+SIZES = {
+    0: "0.0 kB",
+    4_200: "4.2 kB",
+    99_000: "99 kB",
+    432_000: "0.4 MB",
+    38e6: "38 MB",
+    1e8: "0.10 GB",
+    2e12: "2,000.00 GB",
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_size_is_read_as_nothing(size: float) -> None:
+    assert gigabytes(size) == SIZES[size]
+
+
+def test_one_is_no_plural() -> None:
+    assert [number_of(count, "row") for count in (0, 1, 2_048)] == ["0 rows", "1 row", "2,048 rows"]

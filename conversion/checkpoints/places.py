@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ecmoe.hub import could_be_hub_id
+from ecmoe.progress import gigabytes
 
 from ..errors import ConversionError
 
@@ -74,7 +75,7 @@ def check_disk(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(place).free + there
     if free < nbytes:
         raise ConversionError(
-            f"destination={target} needs {nbytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; "
+            f"destination={target} needs {gigabytes(nbytes)} and {gigabytes(free)} are free there; "
             "free some, or choose another disk"
         )
 

@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from ecmoe.progress import gigabytes
 from modeling_ecmoe import use_inference_routing
 
 from ..arguments import check_arguments
@@ -65,7 +66,8 @@ def export(
         to: "token-choice" for Mixtral (from Llama and Mistral), Qwen2-MoE or Qwen3-MoE; "glm4-moe" for GLM-4-MoE,
             whose biased sigmoid scores express thresholds, from checkpoints with sigmoid scores.
         num_experts_per_tok: experts of a token; None is the mean number of the source, rounded, and with
-            to="glm4-moe" four times that as room for those who have more. A token-choice source has its own.
+            to="glm4-moe" four times that as room for those who have more, unless combine weights are normalised. A
+            token-choice source has its own.
         calibration_tokens: what the numbers are measured on that stand for thresholds and weights; None is eight for
             each number of a hidden state, from 4,096 to 16,384. Nothing is measured where the experts of a layer are
             alike or add nothing, as in most conversions before training.
@@ -109,7 +111,7 @@ def export(
     if texts is not None:
         plan.fitted.extend(layers_to_fit(plan))
         record["calibration_tokens"] = texts.calibration.numel() * bool(plan.fitted)
-    what = f"writes {plan.nbytes / 1e9:,.2f} GB"
+    what = f"writes {gigabytes(plan.nbytes)}"
     if plan.fitted:
         what += f", measures on {record['calibration_tokens']:,} tokens"
     what += f" and runs both models on {machine.name}" * verify

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from ecmoe.progress import progress_bar
+from ecmoe.progress import gigabytes, progress_bar
 from modeling_ecmoe import calibrate_thresholds, sparse_blocks
 from modeling_ecmoe.names_ecmoe import layer_number
 
@@ -162,7 +162,7 @@ def convert(
     }
     announce_work(
         seconds_to_convert(plan, machine, verify, calibration_tokens),
-        f"writes {plan.nbytes / 1e9:,.2f} GB"
+        f"writes {gigabytes(plan.nbytes)}"
         + f", then calibrates and verifies on {machine.name}" * verify
         + f", from measurements on {machine.name}" * (not verify and router != "normal"),
     )

@@ -20,6 +20,8 @@ from .router import INPUT_TOKENS
 # Bytes for each parameter that is trained, as the fine-tuner does it: weights, gradients and the moments of AdamW in
 # float32; weights and gradients in bfloat16 with moments of 8 bits.
 TRAINING_BYTES = {"float32": 16, "bfloat16": 6}
+# A number that QLoRA holds in 4 bits (NF4), its share of a block's scale and of that one's, as the fine-tuner has it.
+BYTES_IN_4BIT = 0.5 + (1 + 4 / 256) / 64
 _DRAWN = 4  # so much longer experts take whose numbers are drawn
 LORA_RANK = 16  # the fine-tuner's default
 # Tokens that one GPU trains on per step in the traffic estimate.
@@ -74,7 +76,8 @@ def estimate(
     output_bytes, free_disk_bytes: of the checkpoint, and what is free where it will be.
     conversion: bytes of memory that writing takes and that running the models takes, what is free, and `seconds`.
     training_bytes: to fine-tune the dense and the converted model on one device, without activations: all weights in
-        float32 or bfloat16, or `lora`, adapters beside frozen weights as they are stored.
+        float32 or bfloat16; `lora`, adapters beside frozen weights as they are stored; or `qlora`, beside frozen linear
+        layers and experts in 4 bits.
     num_gpus, training_bytes_per_gpu: full fine-tuning in float32 on several GPUs, those that are here or as many as
         asked for: all of it on each under DDP, an equal part under FSDP2, the experts' part divided under expert
         parallelism by itself (recipes/expert_parallel.yaml divides the rest by FSDP2 as well).
@@ -159,7 +162,25 @@ def _training_bytes(plan: Plan, counted: dict[str, int]) -> dict[str, dict[str, 
     found = {dtype: {name: size * n for name, n in sizes.items()} for dtype, size in TRAINING_BYTES.items()}
     adapters = _lora_parameters(plan)
     stored, trained = plan.dtype.itemsize, TRAINING_BYTES["float32"]
-    return found | {"lora": {name: stored * sizes[name] + trained * adapters[name] for name in sizes}}
+    lora = {name: stored * sizes[name] + trained * adapters[name] for name in sizes}
+    saved = {name: round((stored - BYTES_IN_4BIT) * small) for name, small in _in_4bit(plan).items()}
+    return found | {"lora": lora, "qlora": {name: lora[name] - saved[name] for name in sizes}}
+
+
+def _in_4bit(plan: Plan) -> dict[str, int]:
+    """How many numbers bitsandbytes takes: of linear layers but the head, and of our stacked experts; the stacks of
+    other mixtures it leaves as they are."""
+    headers = plan.sources[0].headers
+    dense = [
+        math.prod(header.shape)
+        for name, header in headers.items()
+        if name.startswith(f"{plan.layers}.") and len(header.shape) == 2
+        if ".experts." not in name and not name.endswith(".gate.weight")
+    ]
+    modules = [module for name, module in plan.model.named_modules() if "lm_head" not in name]
+    linear = [module.weight.numel() for module in modules if isinstance(module, torch.nn.Linear)]
+    stacks = [tensor.numel for tensor in plan.tensors if ".mlp.experts." in tensor.name and len(tensor.shape) == 3]
+    return {"dense": sum(dense), "converted": sum(linear + stacks)}
 
 
 def _lora_parameters(plan: Plan) -> dict[str, int]:

@@ -241,7 +241,7 @@ def test_a_full_disk_changes_nothing(checkpoint: Path, place: Path, monkeypatch:
     assert contents(checkpoint) == before
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(AnalysisError, match=r"are written beside the old files .* 0\.0 GB are free; free some"):
+    with pytest.raises(AnalysisError, match=r" MB are written beside the old files .* 0\.0 kB are free; free some"):
         calibrate(checkpoint, place / "text.txt", tokens=500)
     assert contents(checkpoint) == before
 

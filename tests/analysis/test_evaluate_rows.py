@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from runs import ROOT
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ecmoe.analysis import AnalysisError, evaluate
+from ecmoe.analysis import AnalysisError, calibrate, evaluate
 from ecmoe.analysis.cli import main
 from ecmoe.analysis.planning import halved_until
 from ecmoe.analysis.printing import in_words, remarks
@@ -102,6 +104,52 @@ def test_the_loss_is_the_one_that_fine_tuning_reports(place: Path, tmp_path: Pat
     found = evaluate(str(place / "dense"), data=talks)
     assert found["loss"] == pytest.approx(expected, abs=1e-5)
     assert found["predicted_tokens"] < found["tokens"] / 2 and found["num_units"] == 5
+
+
+def without_template(folder: Path, tmp_path: Path, **fields: Any) -> Path:
+    """A copy whose tokenizer has no chat template, and with other fields."""
+    copied = tmp_path / f"bare_{folder.name}"
+    shutil.copytree(folder, copied)
+    (copied / "chat_template.jinja").unlink()
+    return copied
+
+
+@pytest.mark.parametrize("is_second", [True, False])
+def test_a_template_is_lent_where_one_model_has_none(place: Path, tmp_path: Path, is_second: bool, capsys: Any) -> None:
+    """The figures are those of a model with the template of its own, whichever has it, and it is said."""
+    data, bare = str(place / "talks.jsonl"), without_template(place / "dense", tmp_path)
+    expected = evaluate(str(place / "dense"), data=data)["loss"]
+    first, second = (place / "ecmoe", bare) if is_second else (bare, place / "ecmoe")
+    found = evaluate(first, data=data, against=[second])
+    entries = [found, *found["against"]]
+    assert entries[is_second]["loss"] == pytest.approx(expected, abs=1e-6)
+    assert [entry.get("chat_template_from") for entry in entries][is_second] == str(place / "ecmoe")
+    assert f"The chat template of {place / 'ecmoe'} is used for all" in capsys.readouterr().err
+    evaluate(first, data=str(place / "text.txt"), against=[second], max_tokens=64)
+    assert "template" not in capsys.readouterr().err  # of plain text nobody asks for one
+
+
+def test_a_tokenizer_without_a_template_is_named(place: Path, tmp_path: Path) -> None:
+    """Alike by evaluate, alone or beside a model of another vocabulary, and by calibrate."""
+    talks, bare = str(place / "talks.jsonl"), without_template(place / "ecmoe", tmp_path)
+    words = json.loads((bare / "tokenizer.json").read_text())
+    words["added_tokens"].append({**words["added_tokens"][0], "id": 299, "content": "<other>"})
+    (bare / "tokenizer.json").write_text(json.dumps(words))
+    refused: list[Callable[[], Any]] = [
+        lambda: evaluate(bare, data=talks),
+        lambda: evaluate(place / "dense", data=talks, against=[bare]),
+        lambda: calibrate(bare, talks),
+    ]
+    no_template = "the tokenizer has no chat template and the dataset holds conversations"
+    for call in refused:
+        with pytest.raises(AnalysisError) as refusal:
+            call()
+        assert str(refusal.value) == f"{no_template}; put one that takes them into {bare} as chat_template.jinja"
+    instructions = tmp_path / "instructions.jsonl"
+    instructions.write_text(
+        "".join(json.dumps({"prompt": f"Is it {n}? ", "completion": "Yes."}) + "\n" for n in range(40))
+    )
+    assert calibrate(bare, instructions, tokens=200)["tokens"] == 200
 
 
 def by_hand(folder: Path, documents: list[tuple[list[int], list[bool]]]) -> tuple[torch.Tensor, torch.Tensor]:

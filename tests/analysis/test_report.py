@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -255,6 +256,7 @@ REFUSALS = {
     "--text-file=empty": "text_file=empty is empty",
     "--text-file=junk": "text_file=junk is no UTF-8 text (byte 0)",
     "--text-file=nul": "text_file=nul holds bytes that are no text",
+    "--text-file=rows.jsonl": "text_file=rows.jsonl holds rows, and a page shows one text; give a row's as text,",
     "--text-file=missing": "text_file=missing does not exist",
     "--text-file=.": "text_file=. cannot be read",
     "--text-file=/dev/zero": "has more than 4 MiB",
@@ -267,7 +269,12 @@ def test_refused_texts(
     small: Path, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, content in (("empty", b""), ("junk", b"\xff\xd8\xff\xe0" * 9), ("nul", b"a\0b")):
+    for name, content in (
+        ("empty", b""),
+        ("rows.jsonl", b'{"text": "a"}\n'),
+        ("junk", b"\xff\xd8\xff\xe0" * 9),
+        ("nul", b"a\0b"),
+    ):
         Path(name).write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         main(["report", str(small), "--output", "page.html", *([option] if option else [])])
@@ -275,6 +282,23 @@ def test_refused_texts(
     (line,) = capsys.readouterr().err.splitlines()
     assert REFUSALS[option] in line
     assert not Path("page.html").exists()
+
+
+def test_a_text_that_is_too_long_is_cut_as_the_message_says(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command it names makes a file that fits, and hardly less than that."""
+    monkeypatch.chdir(tmp_path)
+    Path("long.txt").write_text("Väter, Mütter & Söhne. " * 40, encoding="utf-8")
+    with pytest.raises(AnalysisError) as refusal:
+        report(str(small), "page.html", text_file="long.txt")
+    said = str(refusal.value)
+    subprocess.run(["bash", "-c", said.partition("characters fit: ")[2]], check=True)
+    part = Path("part.txt").read_text(encoding="utf-8")
+    assert f"; its first {len(part)} characters fit: head -c " in said and part.split()[-1] in "Väter, Mütter & Söhne."
+    assert 128 - 12 <= len(report(str(small), "page.html", text_file="part.txt")["ids"]) <= 128
+    with pytest.raises(AnalysisError, match=rf"its first {len(part)} characters fit$"):
+        report(str(small), "page.html", text=Path("long.txt").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(

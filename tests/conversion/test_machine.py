@@ -1,5 +1,7 @@
 """The plan for the machine at hand: what fits, what it takes, how long, and the line before long work."""
 
+import copy
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,8 @@ from ecmoe.conversion.cli import main
 from ecmoe.conversion.machine import Machine, flops_per_second, machine_at_hand
 from ecmoe.conversion.upcycling import estimate
 from ecmoe.finetune.adapters import add_lora
-from ecmoe.finetune.memory import TRAINING_BYTES
+from ecmoe.finetune.memory import _BYTES_IN_4BIT, TRAINING_BYTES, kept_bytes
+from ecmoe.finetune.recipe import recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,11 @@ def test_fine_tuning_takes_what_the_fine_tuner_counts(tmp_path: Path, family: st
     assert estimate.TRAINING_BYTES == TRAINING_BYTES
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     converted = ecmoe.upcycle(model, num_experts=4, init=init, capacity_factor=2)
+    assert estimate.BYTES_IN_4BIT == _BYTES_IN_4BIT
+    qlora = recipe_of(model="m", output_dir="o", dataset="d", lora={}, quantization="4bit")
     for name, held in (("converted", converted), ("dense", model)):
+        counted = kept_bytes(qlora, copy.deepcopy(held))["adapters"]
+        assert plan["training_bytes"]["qlora"][name] == pytest.approx(counted, abs=1), name
         parameters = held.num_parameters()
         for dtype, size in TRAINING_BYTES.items():
             assert plan["training_bytes"][dtype][name] == size * parameters
@@ -127,11 +134,11 @@ def test_long_work_says_first_how_long(
     line, *warning = capsys.readouterr().err.splitlines()
     assert all("of their share of held-out text" in said for said in warning)  # of few tokens
     what = ", then calibrates and verifies on this CPU" * verify
-    assert line.startswith(f"ecmoe-convert: writes 0.00 GB{what}: about ") and line.endswith(" minutes")
+    assert re.match(rf"ecmoe-convert: writes [0-9]\S* [kM]B{what}: about .* minutes$", line)
     if verify:
         main(["--to=token-choice", str(sparse), str(tmp_path / "plain"), f"--text={text}"])
         first = capsys.readouterr().err.splitlines()[0]
-        assert first.startswith("ecmoe-convert: writes 0.00 GB and runs both models on this CPU: about ")
+        assert re.match(r"ecmoe-convert: writes [0-9]\S* [kM]B and runs both models on this CPU: about ", first)
 
 
 def test_a_dry_run_of_an_export_refuses_what_it_would(tmp_path: Path, sparse: Path, text: Path) -> None:

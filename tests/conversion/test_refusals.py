@@ -377,8 +377,9 @@ def test_an_adapter_is_to_be_merged_first(
     (adapter / "training_args.bin").touch()
     if with_config:
         shutil.copy(dense / "config.json", adapter)
-    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('me/base'), '{adapter}')"
-    message = f"is a PEFT adapter of me/base, not a whole model; merge it first, {load}.merge_and_unload().save_pre"
+    load = f"PeftModel.from_pretrained(t.AutoModelForCausalLM.from_pretrained('me/base'), '{adapter}')"
+    load = f'python -c "import ecmoe, peft, transformers as t; peft.{load}.merge_and_unload().save_pre'
+    message = f"is a PEFT adapter of me/base, not a whole model; merge it first, {load}"
     refuse([str(adapter), str(tmp_path / "out"), *to], message, left=["adapter"])
 
 
@@ -402,7 +403,7 @@ def test_full_disk(tmp_path: Path, dense: Path, refuse, monkeypatch: pytest.Monk
     command = [str(dense), str(tmp_path / "out"), "--no-verify"]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-        refuse(command, "needs 0.0 GB and 0.0 GB are free there; free some, or choose another disk", left=[])
+        refuse(command, " MB and 10 kB are free there; free some, or choose another disk", left=[])
     real, synced = conversion.checkpoints.writer._to_disk, []
     for full_at in ("purpose", "thresholds", "ecmoe_conversion", "README", "config"):
 

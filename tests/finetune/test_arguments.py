@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from first_answers import answered_without_torch
 
-from ecmoe.finetune import recipe
-from ecmoe.finetune.arguments import check_arguments, declared_fields
+from ecmoe.finetune import RecipeError, recipe
+from ecmoe.finetune.arguments import check_arguments, declared_fields, read_recipe
 from ecmoe.finetune.cli import main
 
 GIVEN = ["model={tmp}", "output_dir={tmp}/out", "dataset=me/rows"]
@@ -20,6 +20,40 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "missing": (["full", *GIVEN[:1]], "output_dir is missing from the recipe"),
     "no data": (["full", *GIVEN[:2], "dataset={tmp}/no.jsonl"], "dataset={tmp}/no.jsonl does not exist"),
 }
+
+
+# What a shell hands over of a mapping without quotes, or YAML reads of one without spaces; and the whole remedy.
+UNQUOTED: dict[str, tuple[list[str], str]] = {
+    "no space": (["lora={r:8}"], "lora has no field 'r:8'; {}'lora={{r: 8}}'"),
+    "one without": (["lora={r:8, lora_alpha: 16}"], "lora has no field 'r:8'; {}'lora={{r: 8, lora_alpha: 16}}'"),
+    "braces of bash": (
+        ["lora=r:8", "lora=lora_alpha:16"],
+        "lora=r:8 lora=lora_alpha:16 is no mapping; {}'lora={{r: 8, lora_alpha: 16}}'",
+    ),
+    "words": (
+        ["lora={r:", "8,", "lora_alpha:", "16}", "max_steps=3"],
+        "override 'lora={{r:': the value is not valid YAML; {}'lora={{r: 8, lora_alpha: 16}}'",
+    ),
+    "kwargs": (
+        ["model_init_kwargs=attn_implementation:sdpa"],
+        "model_init_kwargs=attn_implementation:sdpa is no mapping; {}'model_init_kwargs={{attn_implementation: sdpa}}'",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", UNQUOTED)
+def test_a_mapping_without_quotes(words: str, tmp_path: Path) -> None:
+    given, message = UNQUOTED[words]
+    with pytest.raises(RecipeError) as refusal:
+        check_arguments("full", [*(word.format(tmp=tmp_path) for word in GIVEN), *given])
+    assert str(refusal.value) == message.format("quote it, with a space after each colon: ")
+
+
+def test_a_mapping_with_quotes() -> None:
+    given = ["lora={r: 8, lora_alpha: 16}", 'distributed={"fsdp_size":2}', "logging_dir=a:b"]
+    held = read_recipe("full", given)
+    assert held["lora"] == {"r": 8, "lora_alpha": 16} and held["distributed"] == {"fsdp_size": 2}
+    assert held["logging_dir"] == "a:b"
 
 
 def test_a_mistyped_argument_does_not_wait_for_torch(tmp_path: Path) -> None:

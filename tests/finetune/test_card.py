@@ -1,6 +1,7 @@
 """The card of a fine-tuned folder, the whole model beside adapters, and what is printed of a few held-out rows."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ecmoe.finetune import RecipeError, run
 from ecmoe.finetune.card import doubt, figure
 from ecmoe.finetune.cli import main
+from ecmoe.hub import why_no_checkpoint
 
 FEW = {"max_steps": 2, "max_eval_sequences": 4, "learning_rate": 1e-2}
 pytestmark = pytest.mark.usefixtures("quick_end")
@@ -68,10 +70,19 @@ def test_merging(recipe_of: Callable, place: Path, capsys: pytest.CaptureFixture
     command = [str(place / "recipe.yaml"), f"model={place / 'ecmoe'}", f"output_dir={out}-2", "lora={r: 2}", *words]
     main(command)
     printed = capsys.readouterr().out
-    assert (
-        f".merge_and_unload().save_pretrained('{out}-2-merged')" in printed
-        and "Adapters and finetune_results" in printed
-    )
+    assert "Adapters and finetune_results" in printed
+    line = printed.partition("merge=true writes the whole model too; so does ")[2].splitlines()[0]
+    assert line in str(why_no_checkpoint(f"{out}-2"))  # what the other commands say of these adapters
+    _, option, code = shlex.split(line)
+    assert option == "-c"
+    exec(code, {})
+    again = AutoTokenizer.from_pretrained(f"{out}-2-merged")("Some words.", return_tensors="pt").input_ids
+    assert torch.equal(again, ids)
+    merged = AutoModelForCausalLM.from_pretrained(f"{out}-2-merged")
+    assert type(merged) is type(whole) and merged.config.thresholds_from is None
+    with torch.no_grad():
+        adapted = AutoModelForCausalLM.from_pretrained(f"{out}-2").eval()(ids).logits
+        torch.testing.assert_close(merged.eval()(ids).logits, adapted, atol=1e-5, rtol=1e-4)
     assert "4 held-out rows" in printed and "±" in printed
     with pytest.raises(RecipeError, match=r"merge=[Tt]rue is for adapters \(lora\)"):
         recipe_of(**FEW, merge=True)

@@ -1,10 +1,12 @@
 """Rows to sequences: packing, mixtures, streams, what is held out, and the cache."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -302,42 +304,6 @@ def test_text_columns(place: Path, tmp_path: Path) -> None:
     assert len(train) + len(held_out) == 20
 
 
-WORDS = {"text": "a word", "question": "1 + 1?", "response": "2", "talk": [{"role": "assistant", "content": "Hi"}]}
-COLUMNS = {
-    "prompt_column=question completion_column=answer": (
-        r"^completion_column=answer is not in dataset=\S*, which has text, question, response, talk; did you mean \w+\?"
-    ),
-    "prompt_column=query completion_column=response": r"^prompt_column=query is not in .* did you mean question\?$",
-    "messages_column=talks": r"^messages_column=talks is not in .* did you mean talk\?$",
-    "messages_column=messages": (
-        r"^messages_column=messages .*; set messages_column= \(empty\) prompt_column=question completion_\w+=response$"
-    ),
-    "dataset_text_field=": "text from text; all of it is learned",
-    "completion_column=response": r"^prompt_column=prompt is not in .*",
-    "dataset_text_field=words": r"^dataset_text_field=words is not in .*",
-    "prompt_column=question completion_column=response": "prompt and completion from question, response; the comp",
-    "prompt_column=query messages_column=talk": "conversations from talk; what the assistant says is learned",
-    "prompt_column=query dataset_text_field=question": "text from question; all of it is learned",
-    "": "text from text; all of it is learned",
-}
-
-
-@pytest.mark.parametrize("fields", COLUMNS)
-def test_named_columns_must_be_there(
-    recipe_of: Callable, tmp_path: Path, fields: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """However much the other columns look like plain text; what was recognised is said."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(WORDS) + "\n" for _ in range(4)))
-    recipe = recipe_of(dataset=path, validation_fraction=0.5, **dict(field.split("=") for field in fields.split()))
-    if COLUMNS[fields].startswith("^"):
-        with pytest.raises(RecipeError, match=COLUMNS[fields]):
-            load_rows(recipe)
-        return
-    load_rows(recipe)
-    assert f"dataset={path}: {COLUMNS[fields]}" in capsys.readouterr().out
-
-
 def test_rows_whose_answer_was_cut_away_are_said_and_no_batch_is_empty(
     recipe_of: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_end: None
 ) -> None:
@@ -349,8 +315,40 @@ def test_rows_whose_answer_was_cut_away_are_said_and_no_batch_is_empty(
     assert len(trainer.train_dataset) == 4
     assert "training rows are longer than max_length=64 and are cut; 7" in capsys.readouterr().out
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if len(row["prompt"]) > 50))
-    with pytest.raises(RecipeError, match="gives no held-out sequence of max_length=64 tokens with something to learn"):
+    with pytest.raises(RecipeError, match=r"gives no held-out sequence of max_length=64 .* max_length=256 gi"):
         make_trainer(recipe_of(**fields | {"dataset": tmp_path / "long.jsonl"}))
+
+
+@pytest.mark.parametrize("way", ["filled", "streamed", "rows that are too long", "instructions that are cut"])
+def test_what_would_give_a_sequence_is_said(way: str, recipe_of: Callable, place: Path, tmp_path: Path) -> None:
+    """How many tokens there are; and what the message names works."""
+    rows = [{"text": f"the story of number {number}"} for number in range(40)]
+    if "instructions" in way:
+        rows = [{"prompt": row["text"], "completion": "yes"} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields: dict[str, Any] = {"dataset": tmp_path / "rows.jsonl", "validation_fraction": 0.05}
+    fields |= {
+        "filled": {"max_length": 512},
+        "streamed": {"max_length": 512, "streaming": True},
+        "rows that are too long": {"max_length": 8, "packing": False, "too_long": "drop"},
+        "instructions that are cut": {"max_length": 8, "packing": False, "too_long": "truncate"},
+    }[way]
+    with pytest.raises(RecipeError) as refusal:
+        prepared(recipe_of(**fields), tokenizer_of(place))
+    said = re.search(
+        r"of max_length=(\d+) tokens with something to learn: (\d+) held-out rows? ha\w+ (\d+) tokens; "
+        r"max_length=(\d+) gives some, (packing=false takes each by itself, )?or give more text, or ",
+        str(refusal.value),
+    )
+    assert said is not None, refusal.value
+    length, number, tokens, other = map(int, said.groups()[:4])
+    assert (said[5] is None) == ("packing" in fields)
+    assert (length <= tokens < 512) if "packing" in fields else (2 * other > tokens >= other)
+    if way != "streamed":
+        assert number == 2
+    for remedy in ({"max_length": other}, {"packing": False, "max_length": 64}):
+        train, held_out = prepared(recipe_of(**fields | remedy), tokenizer_of(place))
+        assert len(held_out) and next(iter(train))["input_ids"]
 
 
 def test_a_short_run_reads_all_of_a_sorted_file(recipe_of: Callable, place: Path, tmp_path: Path) -> None:

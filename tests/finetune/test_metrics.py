@@ -21,7 +21,7 @@ import ecmoe.finetune.train
 from ecmoe.finetune import RecipeError, load_recipe, run
 from ecmoe.finetune.adapters import group_of
 from ecmoe.finetune.callbacks import StepTimer
-from ecmoe.finetune.cli import main
+from ecmoe.finetune.cli import _report_dry_run, main
 from ecmoe.finetune.curves import draw_curves
 from ecmoe.finetune.data import Collator
 from ecmoe.finetune.folder import last_whole_checkpoint
@@ -304,6 +304,7 @@ def test_dry_run_on_the_command_line(
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(recipe.model).parameters()) * 4 / 1e9
     assert float(printed.split(" GB in use")[0].split()[-1]) >= weights
     assert printed.endswith("Nothing was written.")
+    assert "This run: float32." in printed and "50 steps of 512 tokens, " in printed  # packed, so without padding
     assert not out.exists() and contents(place) == before
     out.mkdir()
     (out / "other.txt").write_text("of another run")
@@ -311,6 +312,17 @@ def test_dry_run_on_the_command_line(
         main(command)
     assert stop.value.code == 2 and "is not empty and holds other files" in capsys.readouterr().err
     assert contents(out) == {"other.txt": b"of another run"}
+
+
+def test_what_is_said_of_adapters_and_of_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    """Adapters have one way alone; sizes of small models are no zero."""
+    about = {"steps": 1, "tokens_per_step": 512, "has_padding": True, "seconds_per_step": 1, "evaluations": 2}
+    results = {"precision": {"needed": {"adapters": 4_200_000}, "dtype": "auto"}, "tokens": 512, "loss": 5.0}
+    results |= {"seconds": 1.0, "peak_bytes": 2e9, "free_bytes": 3e9, "estimate": about | {"seconds_per_evaluation": 1}}
+    _report_dry_run(results)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("Weights, gradients and moments take on each device: 4.2 MB for adapters alone. One step")
+    assert "about 1 step of 512 tokens with padding, 1.00 s each" in printed
 
 
 @pytest.mark.usefixtures("quick_end")

@@ -89,7 +89,7 @@ def test_what_is_chosen(short: Path, recipe_of: Callable, monkeypatch: pytest.Mo
     settled = found.settle(recipe_of())
     assert settled.dtype == "bfloat16" and settled.training["optim"] == "adamw_torch_8bit"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"dtype=bfloat16 \(.* GB free\): AdamW's steps .* pip install"):
+    with pytest.raises(RecipeError, match=r"dtype=bfloat16 \(.* MB free\): AdamW's steps .* pip install"):
         chosen()
     monkeypatch.setattr("ecmoe.finetune.precision._has_bfloat16", lambda: True)
     assert chosen(lora={}).autocast and not chosen(lora={}, bf16=False).autocast

@@ -50,6 +50,25 @@ def test_the_command_of_a_recipe_is_one(path: Path, tmp_path: Path) -> None:
         assert arguments.save_only_model  # what Transformers asks of a model that is sharded while it loads
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_page_says_what_a_recipe_sets(path: Path) -> None:
+    """Learning rate, rows or tokens of one step on one device, max_length, warm-up, length and checkpoints."""
+    page = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("|") and f"[{path.stem}](../recipes/" in line)
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rows = fields["per_device_train_batch_size"] * fields.get("gradient_accumulation_steps", 1)
+    epochs = fields.get("num_train_epochs")
+    expected = [
+        f"{fields['learning_rate']:.0e}".replace("e-0", "e-"),
+        f"{rows * fields['max_length']:,} tokens" if fields.get("packing") else f"{rows} rows",
+        str(fields["max_length"]),
+        str(fields["warmup_steps"]),
+        f"{epochs} epoch{'s' if epochs > 1 else ''}" if epochs else f"{fields['max_steps']:,} steps",
+        "none" if fields["save_strategy"] == "no" else f"every {fields['save_steps']}",
+    ]
+    assert [cell.strip() for cell in row.strip("| ").split("|")][2:] == expected
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_takes_the_configs(path: Path) -> None:
     words = command_of(path)

@@ -30,6 +30,9 @@ REFUSALS = {
     "dataset={answers.jsonl}": "; set prompt_column=prompt completion_column=answer",
     "treshold_decay=0.5": "did you mean threshold_decay?",
     "num_experts=3": "num_experts=3 is no field of a recipe: the number of experts is fixed at conversion; leave",
+    'training={"max_steps":10}': "training={'max_steps': 10} is no field of a recipe; write its fields at the top",
+    'args={"max_steps":10}': "args={'max_steps': 10} is no field of a recipe; write its fields at the top level",
+    "routing_fields=": "routing_fields=None is no field of a recipe; write its fields at the top level",
     "max_length=many": "max_length='many' must be int",
     "sequence_length=64": "sequence_length=64 is no field of a recipe; did you mean max_length?",
     "text_column=story": "text_column='story' is no field of a recipe; did you mean dataset_text_field?",
@@ -43,7 +46,7 @@ REFUSALS = {
     "dtype=float8": "dtype=float8 is unknown",
     "too_long=cut": "too_long=cut is unknown; choose refuse, truncate or drop",
     "model=/no/such/model": "model=/no/such/model does not exist",
-    "model={adapter}": "is a PEFT adapter of me/base, not a whole model; merge it first, PeftModel.from_pretrained(",
+    "model={adapter}": 'is a PEFT adapter of me/base, not a whole model; merge it first, python -c "import ecmoe',
     "model={merged_one}": "merged_one/merged",
     "model={no_tokenizer}": "no_tokenizer has no tokenizer; save that of its source there, AutoTokenizer.from_pretr",
     "model={dense}": "",  # the control: nothing is refused

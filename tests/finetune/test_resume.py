@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,9 +19,10 @@ from runs import assert_same_run, comparable, start
 from safetensors.torch import load_file
 
 from ecmoe.finetune import Recipe, RecipeError, load_recipe, run
+from ecmoe.finetune.callbacks import StepTimer
 from ecmoe.finetune.cli import main
-from ecmoe.finetune.folder import as_yaml, begin, last_whole_checkpoint, resume_point
-from ecmoe.finetune.train import make_trainer
+from ecmoe.finetune.folder import after_a_stop, as_yaml, begin, last_whole_checkpoint, resume_point, when_saved
+from ecmoe.finetune.train import _resume, make_trainer
 
 pytestmark = pytest.mark.usefixtures("quick_end")
 
@@ -245,10 +247,10 @@ def test_what_is_said_of_going_on(
 
 # Changes of the plain way that its checkpoints do not survive, and what the line says of each.
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
-    "fewer groups": ({"router_learning_rate": None}, "router_learning_rate=None (was 0.001)"),
-    "frozen experts": ({"experts_learning_rate": 0}, "experts_learning_rate=0 (was None)"),
-    "adapters": ({"lora": {"r": 4}}, "lora={'r': 4} (was None)"),
-    "another optimiser": ({"optim": "sgd", "max_steps": 20}, "max_steps=20 (was 14), optim=sgd (was None)"),
+    "fewer groups": ({"router_learning_rate": None}, "router_learning_rate left out (was 0.001)"),
+    "frozen experts": ({"experts_learning_rate": 0}, "experts_learning_rate=0 (was left out)"),
+    "adapters": ({"lora": {"r": 4}}, "lora={'r': 4} (was left out)"),
+    "another optimiser": ({"optim": "sgd", "max_steps": 20}, "max_steps=20 (was 14), optim=sgd (was left out)"),
 }
 
 
@@ -284,6 +286,66 @@ def test_a_checkpoint_of_adapters_of_another_size(recipe_of: Callable, whole: Ca
     with pytest.raises(ValueError, match="parameter groups") as stop:  # nothing was changed, so nobody foresaw it
         run(damaged)
     assert not isinstance(stop.value, RecipeError)
+
+
+def interrupt_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends the process a signal when this step begins, once."""
+
+    def on_step_begin(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        usual(self, args, state, *rest, **kwargs)
+        if state.global_step == step and not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+
+    sent: list[int] = []
+    usual = StepTimer.on_step_begin
+    monkeypatch.setattr(StepTimer, "on_step_begin", on_step_begin)
+
+
+@pytest.mark.parametrize(("step", "number"), [(5, signal.SIGTERM), (9, signal.SIGINT)])
+def test_interrupted_and_run_again(
+    step: int, number: int, place: Path, whole: Callable, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """In a step, and in one that is followed by an evaluation: ends with a checkpoint, says what the same command does,
+    and that command ends with the same bits; the log has one line more, for the steps before the checkpoint."""
+    out, checkpoint = tmp_path / "out", tmp_path / "out" / f"checkpoint-{step + 1}"
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    file = write_recipe(place, tmp_path / "recipe.yaml", out, **fields_of("plain"))
+    interrupt_at(step, number, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        main([str(file)])
+    word = f"ecmoe-finetune: interrupted; the same command goes on from {checkpoint}"
+    assert stop.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == word
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    main([str(file)])
+    assert f"goes on from {checkpoint}" in capsys.readouterr().out.splitlines()
+    (weights, log, results), (expected, expected_log, expected_results) = comparable(out), comparable(whole("plain"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert results == expected_results
+    assert [row for row in log if "loss" not in row] == [row for row in expected_log if "loss" not in row]
+
+
+def test_interrupted_before_the_first_checkpoint(
+    place: Path, recipe_of: Callable, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """At once before any step, and where no checkpoint is kept; nothing is said to go on."""
+    for step, fields, when in (
+        (0, STEPS, "checkpoints come every save_steps=4 steps"),
+        (2, {"save_strategy": "no"}, "save_strategy=no writes no checkpoints"),
+    ):
+        out = tmp_path / str(step)
+        file = write_recipe(place, tmp_path / "recipe.yaml", out, **fields)
+        interrupt_at(step, signal.SIGINT, monkeypatch)
+        with pytest.raises(SystemExit):
+            main([str(file)])
+        word = f"ecmoe-finetune: interrupted; no checkpoint yet: the same command begins again; {when}"
+        assert capsys.readouterr().err.splitlines()[-1] == word
+        assert not list(out.glob("checkpoint-*"))
+        assert _resume(load_recipe(file)) is None
+        assert f"output_dir={out} holds a run without a checkpoint: begins again; {when}\n" in capsys.readouterr().out
+    alone = recipe_of(save_strategy="steps", save_only_model=True)
+    assert after_a_stop(alone).endswith("its checkpoints hold the model alone, and no run goes on from these")
+    assert when_saved(recipe_of(save_strategy="steps", save_steps=0.1)).endswith("every save_steps=0.1 of all steps")
 
 
 def test_runs_differ_by_their_seed(recipe_of: Callable, tmp_path: Path) -> None:

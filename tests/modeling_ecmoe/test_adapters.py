@@ -1,6 +1,7 @@
 """PEFT's adapters on the stacked experts, row by row: the outputs and gradients of PEFT's way, and no stack rebuilt."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -8,6 +9,7 @@ import pytest
 import torch
 from checkpointing import recompute_layers
 from peft.tuners.lora.layer import ParamWrapper
+from transformers import AutoModelForCausalLM
 
 from modeling_ecmoe import sparse_blocks, use_inference_routing
 from modeling_ecmoe.adapters_ecmoe import by_rows
@@ -42,6 +44,41 @@ def adapted(model: Any, adapters: int = 1, **fields: Any) -> Any:
 
 def blocks_of(model: Any) -> list[Any]:
     return list(sparse_blocks(model).values())
+
+
+@pytest.mark.parametrize("way", ["PeftModel", "AutoModel", "trained here", "base"])
+def test_a_text_that_the_thresholds_are_not_from_is_forgotten(
+    way: str, make_routed_model: Callable, make_tokens: Callable, tmp_path: Path
+) -> None:
+    """Where adapters bring thresholds of their own, or training has moved them; not where they are the base's."""
+    base = make_routed_model("Llama")
+    base.config.thresholds_from = "letters of 1912"
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["gate"])
+    config.base_model_name_or_path = str(tmp_path / "base")
+    trained = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    assert trained.config.thresholds_from == "letters of 1912"
+    if way != "base":
+        optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=1e-3)
+        ids = make_tokens(2, 32)
+        trained.train()(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        assert trained.config.thresholds_from is None
+    trained.save_pretrained(tmp_path / "adapter")
+    if way == "AutoModel":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        assert loaded.config.thresholds_from is None
+        return
+    if way != "trained here":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        trained = peft.PeftModel.from_pretrained(loaded, tmp_path / "adapter")
+    merged = trained.merge_and_unload()
+    assert merged.config.thresholds_from == ("letters of 1912" if way == "base" else None)
+    merged.save_pretrained(tmp_path / "merged")
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.thresholds_from
+        == merged.config.thresholds_from
+    )
 
 
 @pytest.fixture
