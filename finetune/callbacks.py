@@ -105,10 +105,11 @@ class StopWithCheckpoint(TrainerCallback):
     for each other; runs that write no checkpoint that they could go on from.
     """
 
-    _usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    _usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer, self.asked, self._process, self._taken = trainer, False, os.getpid(), []
+        self.trainer, self.asked, self._process = trainer, False, os.getpid()
+        self._taken: list[int] = []
 
     def __enter__(self) -> "StopWithCheckpoint":
         args = self.trainer.args
