@@ -166,11 +166,11 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[s
         if all(names[part] in columns for part in _KINDS[kind]):
             return kind, {names[part]: part for part in _KINDS[kind]}
     absent = [names[part] for part in names if part in given and names[part] not in columns]
-    standard = _standard_kind(columns)
-    if recipe.other_columns and len(absent) == len(given) and standard:
+    other = _standard_kind(columns) if recipe.other_columns and len(absent) == len(given) else None
+    if other is not None:
         say(f"dataset={name} has none of the recipe's columns ({', '.join(absent)}); the standard ones are taken")
-        found = ("conversations",) if standard == "messages" and "messages" not in columns else _KINDS[standard]
-        return standard, dict(zip(found, _KINDS[standard], strict=True))
+        found = ("conversations",) if other == "messages" and "messages" not in columns else _KINDS[other]
+        return other, dict(zip(found, _KINDS[other], strict=True))
     wanted = {names[part]: part for part in _KINDS[named[0] if named else "text"]}
     missing = next(column for column in wanted if column not in columns)
     hint = _hint(missing, columns, wanted, named, recipe)

@@ -1,21 +1,17 @@
 """Fine-tuning from end to end: data, trainer, thresholds, and the causal loss before and after."""
 
-import contextlib
-import errno
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig
 
@@ -33,7 +29,6 @@ from .errors import RecipeError
 from .folder import (
     RECIPE_NAME,
     RESULTS_NAME,
-    after_a_stop,
     begin,
     changed_since,
     resume_point,
@@ -46,6 +41,7 @@ from .memory import peak_bytes, refuse_impossible, warn_of_memory
 from .mixin import is_flash
 from .precision import choose
 from .recipe import Recipe, recipe_of, training_arguments
+from .refusals import refusal_of_stop, refusals_in_one_line
 from .sources import load_rows, say
 from .trainer import EcMoeTrainer
 
@@ -62,7 +58,6 @@ _TWO_STEPS: dict[str, Any] = {
     "push_to_hub": False,
 }
 MERGED_NAME = "merged"
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 
 
 def run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields: Any) -> dict[str, Any]:
@@ -82,7 +77,7 @@ def run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fields:
     meet(recipe)
     output = Path(recipe.output_dir).expanduser()
     resume = _resume(recipe)
-    with _refusals_in_one_line(recipe):
+    with refusals_in_one_line(recipe):
         trainer = make_trainer(recipe, resume=resume)
         # No rank looks at the folder any more when it is marked, and nearly all that can be refused was.
         trainer.accelerator.wait_for_everyone()
@@ -172,7 +167,7 @@ def _train(trainer: EcMoeTrainer, recipe: Recipe, resume: Path | None) -> None:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except (KeyError, RuntimeError, ValueError) as error:
         changes = changed_since(recipe, resume) if resume else []
-        if isinstance(error, RecipeError) or mark.has_begun or not changes or _refusal(error, recipe):
+        if isinstance(error, RecipeError) or mark.has_begun or not changes or refusal_of_stop(error, recipe):
             raise
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
@@ -198,7 +193,7 @@ def dry_run(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, **fie
     _resume(recipe)
     say("dry run: loads model and data, then takes a short step and one of the longest rows; nothing is written")
     whole = training_arguments(recipe)
-    with tempfile.TemporaryDirectory() as scratch, _refusals_in_one_line(recipe):
+    with tempfile.TemporaryDirectory() as scratch, refusals_in_one_line(recipe):
         shortened = replace(recipe, output_dir=scratch, training=recipe.training | _TWO_STEPS)
         trainer = make_trainer(shortened, whole=whole)
         rows, size = trainer.train_dataset, trainer.args.train_batch_size * trainer.args.world_size
@@ -319,40 +314,6 @@ def _stop_after_answers(model: Any, tokenizer: Any, is_said: bool) -> None:
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     if token is not None and token not in stops:
         model.generation_config.eos_token_id = [*stops, token]
-
-
-@contextlib.contextmanager
-def _refusals_in_one_line(recipe: Recipe) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError, ImportError) as error:
-        refusal = _refusal(error, recipe)
-        if refusal is None:
-            raise
-        raise refusal from error
-
-
-def _refusal(error: Exception, recipe: Recipe) -> RecipeError | None:
-    """What a stopped run says: the disk is full, memory is, or a rank is gone; None of anything else."""
-    output = Path(recipe.output_dir).expanduser()
-    goes_on = after_a_stop(recipe)
-    reason = " ".join(str(error).split())[:200]
-    if isinstance(error, ImportError):
-        return RecipeError(f"the recipe asks for a package that is not installed: {reason}")
-    if isinstance(error, torch.OutOfMemoryError):
-        size = recipe.training.get("per_device_train_batch_size", "default")
-        return RecipeError(
-            f"per_device_train_batch_size={size} does not fit into memory; lower it and raise "
-            f"gradient_accumulation_steps, or set activation_checkpointing=true; {goes_on}"
-        )
-    if getattr(error, "errno", None) in _DISK or isinstance(error, SafetensorError) or "inline_container" in reason:
-        return RecipeError(f"output_dir={output} cannot be written: {reason}; free some space; {goes_on}")
-    if isinstance(error, OSError):  # such as a dataset that is streamed from a server
-        return RecipeError(f"dataset={recipe.dataset} cannot be read any more: {reason}; {goes_on}")
-    lost = isinstance(error, torch.distributed.DistError) or "gloo" in reason.lower() or "connection" in reason.lower()
-    if PartialState().num_processes > 1 and lost:
-        return RecipeError(f"another process of this run has ended: {reason}; {goes_on}")
-    return None
 
 
 def _sequences_used(arguments: TrainingArguments) -> int | None:

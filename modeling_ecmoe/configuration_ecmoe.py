@@ -257,6 +257,8 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
         groups = self.num_expert_groups
         if groups < 1 or self.num_experts % groups:
             raise ValueError(f"num_expert_groups={groups} must be at least 1 and divide num_experts={self.num_experts}")
+        if groups == 1:
+            return
         divided = {"capacity_factor": self.capacity_factor} if self.routing == "token_choice" else {}
         divided |= {"min_experts_per_token": self.min_experts_per_token}
         divided |= {"max_experts_per_token": self.max_experts_per_token or 0}

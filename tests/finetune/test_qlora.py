@@ -51,7 +51,7 @@ def test_refused_before_weights_are_read(
     with monkeypatch.context() as patch:
         patch.setattr(ecmoe.finetune.loading.importlib.util, "find_spec", lambda name: None)
         for model in ("ecmoe", "dense"):
-            with pytest.raises(RecipeError, match=r"needs bitsandbytes.*pip install 'ecmoe\[quantization\]'"):
+            with pytest.raises(RecipeError, match=r"needs bitsandbytes.*pip install bitsandbytes"):
                 load_config(recipe_of(quantization="4bit", lora={}, model=place / model))
     with monkeypatch.context() as patch:
         patch.setattr(ecmoe.finetune.loading, "PartialState", lambda: SimpleNamespace(num_processes=2))

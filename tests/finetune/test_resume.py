@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -288,6 +288,17 @@ def test_a_checkpoint_of_adapters_of_another_size(recipe_of: Callable, whole: Ca
     assert not isinstance(stop.value, RecipeError)
 
 
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """As in a shell, also where the tests were started in its background, which ignores Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def interrupt_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sends the process a signal when this step begins, once."""
 
@@ -302,6 +313,7 @@ def interrupt_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(StepTimer, "on_step_begin", on_step_begin)
 
 
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize(("step", "number"), [(5, signal.SIGTERM), (9, signal.SIGINT)])
 def test_interrupted_and_run_again(
     step: int, number: int, place: Path, whole: Callable, tmp_path: Path, capsys: Any, monkeypatch: Any
@@ -325,6 +337,7 @@ def test_interrupted_and_run_again(
     assert [row for row in log if "loss" not in row] == [row for row in expected_log if "loss" not in row]
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_interrupted_before_the_first_checkpoint(
     place: Path, recipe_of: Callable, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
