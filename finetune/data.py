@@ -149,7 +149,7 @@ class _Reader:
         nearest = next((length for length in self._other_lengths() if self._gives(batch, length)), None)
         of, have = "the first " * (len(first) == _LOOKED_AT), "has" if len(first) == 1 else "have"
         remedies = [f"max_length={nearest} gives some"] if nearest else []
-        remedies += ["packing=false takes each by itself"] if self.wraps and nearest else []
+        remedies += ["packing=false takes each row by itself"] if self.wraps and nearest else []
         remedies += ["or give more text" if remedies else "give more text"]
         if self.recipe.validation_dataset is None:
             remedies[-1] += ", or another validation_fraction"

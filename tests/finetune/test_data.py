@@ -337,7 +337,7 @@ def test_what_would_give_a_sequence_is_said(way: str, recipe_of: Callable, place
         prepared(recipe_of(**fields), tokenizer_of(place))
     said = re.search(
         r"of max_length=(\d+) tokens with something to learn: (\d+) held-out rows? ha\w+ (\d+) tokens; "
-        r"max_length=(\d+) gives some, (packing=false takes each by itself, )?or give more text, or ",
+        r"max_length=(\d+) gives some, (packing=false takes each row by itself, )?or give more text, or ",
         str(refusal.value),
     )
     assert said is not None, refusal.value
