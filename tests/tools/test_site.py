@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
-import nbformat
 import pytest
 from pages import CONVERTED, ROOT, environment
 
 from examples import figures, reference
 
+nbclient = pytest.importorskip("nbclient", reason="make test-tools installs it")
+nbformat = pytest.importorskip("nbformat", reason="it comes with nbclient")
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
