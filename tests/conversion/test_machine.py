@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import write_dense
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 import ecmoe
@@ -20,7 +22,7 @@ from ecmoe.conversion.machine import Machine, flops_per_second, machine_at_hand
 from ecmoe.conversion.upcycling import estimate
 from ecmoe.finetune.adapters import add_lora
 from ecmoe.finetune.memory import _BYTES_IN_4BIT, TRAINING_BYTES, kept_bytes
-from ecmoe.finetune.recipe import recipe_of
+from ecmoe.finetune.recipe import OLDEST_TRANSFORMERS, recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,9 @@ def test_the_plan_is_for_this_machine(dense: Path) -> None:
     )
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS), reason="recipes want a newer Transformers"
+)
 @pytest.mark.parametrize("init", ["shared", "split"])
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "GPTNeoX"])
 def test_fine_tuning_takes_what_the_fine_tuner_counts(tmp_path: Path, family: str, init: str) -> None:
