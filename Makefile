@@ -126,4 +126,4 @@ lint: $(VENV)/.dev build/types
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(GGUF) $(OUTPUT) $(REAL_OUTPUT) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(GGUF) $(OUTPUT) $(REAL_OUTPUT) build site *.egg-info
