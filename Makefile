@@ -106,7 +106,7 @@ $(VENV)/.docs: $(VENV)/.runtime
 ## The documentation as a site, into site/; its reference pages and tables of figures are made anew.
 docs: $(VENV)/.docs build/types
 	$(BIN)/python -m examples.reference
-	$(BIN)/python -m examples.figures
+	$(BIN)/python -m benchmarks pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 ## The pictures of the README, into docs/: CHECKPOINT=folder or Hub id, TEXT=file; needs chromium.

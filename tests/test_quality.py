@@ -54,6 +54,16 @@ def test_names_are_unique_and_quick_runs_are_main_runs() -> None:
     assert {run.arm for run in quick} == set(grid.MAIN[: grid.NUM_CORE])
 
 
+def test_every_stored_run_is_one_of_the_grid() -> None:
+    """With the recipe that the grid has: no figure stands that no command makes."""
+    folder = Path(command.machine.RESULTS) / "quality"
+    runs = {store.path_of(folder, run).name: run for run in grid.all_runs()}
+    stored = sorted(folder.glob("*.json"))
+    assert len(stored) > 100
+    assert [path.name for path in stored if path.name not in runs] == []
+    assert [path.name for path in stored if not store.finished(folder, runs[path.name])] == []
+
+
 def test_arms_of_equal_flops() -> None:
     """FFNs per token: routed ones, and the shared expert that `blend` and `shared` keep."""
     for name, arm in ARMS.items():

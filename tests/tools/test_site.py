@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pages import CONVERTED, ROOT, environment
 
-from examples import figures, reference
+from benchmarks import pages as figures
+from examples import reference
 
 nbclient = pytest.importorskip("nbclient", reason="make test-tools installs it")
 nbformat = pytest.importorskip("nbformat", reason="it comes with nbclient")

@@ -1,4 +1,4 @@
-"""The tables of the pages that come from benchmarks/results: `python -m examples.figures`, `make docs`.
+"""The tables of the pages that come from benchmarks/results: `python -m benchmarks pages`, `make docs`.
 
 A page says `<!-- figures: NAME -->` on the line before a table; its rows below the head are made anew from the JSON,
 with the labels that the page gives them. `--check` writes nothing and ends with code 1 where a page differs.
@@ -10,18 +10,25 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from . import mixtures, model
+from .machine import RESULTS
+from .quality.grid import ARMS, all_runs
+from .quality.store import finished
+from .quality.store import read as read_run
+from .quality.tables import Groups, differences, grouped
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 # A marker, the two lines of a table's head, its rows.
 _TABLE = re.compile(r"(<!-- figures: ([\w-]+) -->\n(?:\|[^\n]*\n){2})((?:\|[^\n]*(?:\n|$))+)")
 Rows = Iterator[list[str]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="examples.figures", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks pages", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; code 1 where a page differs")
     options = parser.parse_args(arguments)
     differ = []
@@ -33,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not options.check:
                 page.write_text(filled, encoding="utf-8")
     if differ and options.check:
-        print(f"{', '.join(differ)}: other than benchmarks/results; run python -m examples.figures", file=sys.stderr)
+        print(f"{', '.join(differ)}: other than benchmarks/results; run python -m benchmarks pages", file=sys.stderr)
         sys.exit(1)
 
 
@@ -64,8 +71,8 @@ def _ratio(ratio: float) -> str:
 
 def _block(labels: list[str]) -> Rows:
     found = read("block-cpu")
-    order = ("expert choice", "matrix products", "dense FFN", "Mixtral grouped_mm", "Mixtral eager")
-    order += ("matrix products, bmm", "matrix products, grouped_mm")
+    order = ["expert choice", "matrix products", "dense FFN", "Mixtral grouped_mm", "Mixtral eager"]
+    order += ["matrix products, bmm", "matrix products, grouped_mm"]
 
     def cell(size: str, name: str) -> str:
         row = found[size]["rows"][name]
@@ -90,15 +97,14 @@ def _parallel(_: list[str]) -> Rows:
             yield [str(processes), shapes, *times, f"{row['ratio']:.2f}", ", ".join(f"{each:,}" for each in sent)]
 
 
+def _cells(lines: list[str]) -> dict[str, list[str]]:
+    """Cells by label of a table that a benchmark prints, without its head."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in lines[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
 def _step(labels: list[str]) -> Rows:
-    parts = read("model-cpu")["rows"]
-    names = ("expert choice", "dense", "Mixtral grouped_mm", "Mixtral eager")
-
-    def row(name: str) -> list[str]:
-        cells = ((f"{part[name]['seconds'] * 1e3:.0f}", f"{part[name]['ratio']:.2f}") for part in parts.values())
-        return [cell for pair in cells for cell in pair]
-
-    yield from _labelled(map(row, names), labels)
+    yield from _labelled(iter(_cells(model.markdown(read("model-cpu")["rows"]).splitlines()).values()), labels)
 
 
 def _decode(labels: list[str]) -> Rows:
@@ -151,23 +157,13 @@ def _rejected_choice(labels: list[str]) -> Rows:
 
 
 def _mixtures(labels: list[str]) -> Rows:
+    """The bounds from narrow to none, then what was trained by its loss; without the share that nobody chose."""
     found = read("mixtures")
+    cells = _cells(mixtures.table(found["before"], found["after"]))
     before = ("the source's rule", "from 2 to 2", "from 1 to 4", "from 1 to 8", "from 0 to 8")
-    groups = [[found["before"][name]] for name in before]
-    groups += sorted(([run["end"] for run in runs] for runs in found["after"].values()), key=_loss)
-
-    def row(seeds: list[dict[str, Any]]) -> list[str]:
-        losses, routes = [each["loss"] for each in seeds], [each["routes"] for each in seeds]
-        spread = f" ± {statistics.stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else ""
-        least, most = min(each["load_min"] for each in routes), max(each["load_max"] for each in routes)
-        experts = statistics.fmean(each["experts_per_token"] for each in routes)
-        return [f"{_loss(seeds):.4f}{spread}", f"{experts:.2f}", f"{least:.2f} to {most:.2f}"]
-
-    yield from _labelled(map(row, groups), labels)
-
-
-def _loss(seeds: list[dict[str, Any]]) -> float:
-    return statistics.fmean(each["loss"] for each in seeds)
+    order = [f"before: {name}" for name in before]
+    order += sorted((label for label in cells if label.startswith("after: ")), key=lambda label: cells[label][0])
+    yield from _labelled((cells[label][:3] for label in order), labels)
 
 
 def _quantization(labels: list[str]) -> Rows:
@@ -184,11 +180,10 @@ def _quantization(labels: list[str]) -> Rows:
     yield from _labelled(([show(column) for column in columns] for show in shown), labels)
 
 
-def _losses(part: str, arm: str) -> dict[int, dict[str, Any]]:
-    """The runs of an arm by seed."""
-    paths = sorted(RESULTS.glob(f"quality/{part}.mixture.{arm}.seed*.json"))
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return {run["recipe"]["seed"]: run for run in runs}
+@cache
+def _runs() -> Groups:
+    folder = RESULTS / "quality"
+    return grouped(read_run(folder, run) for run in all_runs() if finished(folder, run))
 
 
 def _which(labels: list[str]) -> Rows:
@@ -196,48 +191,35 @@ def _which(labels: list[str]) -> Rows:
     arms = ("dense", "tcq-copy1", "tcq-halves", "tcq-quarters32", "ec-shared", "ec-copy2", "dense-matched")
 
     def row(arm: str) -> list[str]:
-        runs = [_losses(part, arm) for part in ("gentle", "main")]
-        losses = (f"{_mean_loss(found):.4f}{_seeds(found)}" for found in runs)
-        return [str(_ARMS[arm]), f"{_any(runs[0])['parameters']['total']:,}", *losses]
+        found = [_runs()[part, "mixture", arm, ""] for part in ("gentle", "main")]
+        parameters = next(iter(found[0].values()))["parameters"]["total"]
+        losses = ([run["final"]["loss"] for run in runs.values()] for runs in found)
+        return [str(ARMS[arm].ffns), f"{parameters:,}", *(_mean(each, ".4f") for each in losses)]
 
     yield from _labelled(map(row, arms), labels)
 
 
 def _quality(labels: list[str]) -> Rows:
     """At both rates: loss, and the mean difference to dense and to token choice by quantiles over the seeds of both."""
+    arms = ["dense", "tc-copy1", "tcb-copy1", "tcq-copy1", "tcq-halves", "tcq-quarters32"]
+    arms += ["tc-copy2", "tcb-copy2", "tcq-copy2", "ec-copy2", "ec-shared", "dense-matched"]
 
     def row(arm: str) -> list[str]:
-        cells = [str(_ARMS[arm])]
+        cells = [str(ARMS[arm].ffns)]
         for part in ("gentle", "main"):
-            found, dense = _losses(part, arm), _losses(part, "dense")
-            cells += [f"{_mean_loss(found):.4f}{_seeds(found)}", _against(found, dense) if arm != "dense" else ""]
-            peer = f"tcq-copy{_ARMS[arm]}"
-            cells.append(_against(found, _losses(part, peer)) if arm != peer else "")
+            found = _runs()[part, "mixture", arm, ""]
+            cells.append(_mean([run["final"]["loss"] for run in found.values()], ".4f"))
+            for peer in ("dense", f"tcq-copy{ARMS[arm].ffns}"):
+                theirs = _runs()[part, "mixture", peer, ""]
+                cells.append("" if arm == peer else _mean(differences(found, theirs), "+.4f"))
         return cells
 
-    yield from _labelled(map(row, _ARMS), labels)
+    yield from _labelled(map(row, arms), labels)
 
 
-# FFNs per token of the arms that docs/quality.md shows.
-_ARMS = {"dense": 1, "tc-copy1": 1, "tcb-copy1": 1, "tcq-copy1": 1, "tcq-halves": 1, "tcq-quarters32": 1}
-_ARMS |= {"tc-copy2": 2, "tcb-copy2": 2, "tcq-copy2": 2, "ec-copy2": 2, "ec-shared": 2, "dense-matched": 2}
-
-
-def _any(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    return next(iter(found.values()))
-
-
-def _mean_loss(found: dict[int, dict[str, Any]]) -> float:
-    return statistics.fmean(run["final"]["loss"] for run in found.values())
-
-
-def _seeds(found: dict[int, dict[str, Any]]) -> str:
-    return " (one seed)" if len(found) == 1 else ""
-
-
-def _against(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> str:
-    seeds = ours.keys() & theirs.keys()
-    return f"{statistics.fmean(ours[seed]['final']['loss'] - theirs[seed]['final']['loss'] for seed in seeds):+.4f}"
+def _mean(values: list[float], form: str) -> str:
+    """An asterisk says that one seed is behind it."""
+    return f"{statistics.fmean(values):{form}}" + "*" * (len(values) == 1)
 
 
 def _packing(_: list[str]) -> Rows:
