@@ -134,7 +134,7 @@ class EcMoeConfigMixin(EcMoeFolderMixin):
         0, at least a, at most b.
     num_expert_groups: G; experts whose numbers are the same modulo G are a group. Both bounds, and the k experts of
         token choice, are divided by G and hold in each group: where the groups are the shards of an FFN, a token has
-        as many of each.
+        as many of each. Where nothing is bounded they change nothing.
     shared_expert_intermediate_size: width of a dense FFN that every token passes through; 0 is none.
     shared_expert_weighting: "one", "complement" for 1 - the sum of the token's combine weights, or "gate" for the
         sigmoid of a learned score of the token (Qwen2-MoE).
