@@ -69,10 +69,11 @@ def variants_of(
             each are compared.
 
     Raises:
-        AnalysisError: with a single expert.
+        AnalysisError: with a single expert, or one in each group.
     """
-    if num_experts < 2:
-        raise AnalysisError(f"num_experts={num_experts} leaves nothing to choose; convert with more experts")
+    if num_experts // num_groups < 2:
+        groups = f" with num_expert_groups={num_groups}" if num_groups > 1 else ""
+        raise AnalysisError(f"num_experts={num_experts}{groups} leaves nothing to choose; convert with more experts")
     each = own / num_groups
     of_each = (round(each),) if 2.5 < each < num_experts / num_groups - 0.5 else (1, 2)
     numbers = [number * num_groups for number in of_each]

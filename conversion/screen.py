@@ -135,7 +135,7 @@ def print_export(record: dict[str, Any], destination: str) -> None:
         count = record["num_experts_per_tok"]
         rule = f"each token takes its {count} best experts" if count > 1 else "each token takes its best expert"
         if record["num_expert_groups"] > 1:
-            rule += ", of whatever group"
+            rule += " of whatever group"
         if record["routing"] != "token_choice":
             rule += " instead of those above their thresholds"
         elif record["is_biased"]:

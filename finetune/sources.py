@@ -185,12 +185,12 @@ def _kind_of(columns: list[str], recipe: Recipe, name: str) -> tuple[str, dict[s
 
 
 def _standard_kind(columns: list[str]) -> str | None:
-    """The kind of rows by the columns that TRL knows. Not text beside a question and its answer under other names."""
+    """The kind of rows by the columns that TRL knows. Not text beside a question or an answer under other names."""
     if {"messages", "conversations"} & set(columns):
         return "messages"
     if {"prompt", "completion"} <= set(columns):
         return "prompt"
-    return "text" if "text" in columns and not all(_pair(columns)) else None
+    return "text" if "text" in columns and not any(_pair(columns)) else None
 
 
 def _pair(columns: list[str]) -> list[str | None]:

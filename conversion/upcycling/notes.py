@@ -33,6 +33,11 @@ def notes_on(plan: Plan) -> list[str]:
             if config.num_experts > 1
             else "num_experts=1: there is nothing to choose among, and the router learns nothing; give 2 or more"
         )
+    if 1 < config.num_experts == settings.num_shards:
+        found.append(
+            f"num_experts={config.num_experts} are one copy of each of the {settings.num_shards} shards: there is "
+            f"nothing to choose among; give {2 * settings.num_shards} or more, or a smaller granularity"
+        )
     closed = "" if plan.is_composite else _closed_by_dense_layers(config)
     if closed:
         found.append(

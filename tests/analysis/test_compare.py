@@ -221,6 +221,9 @@ def test_few_experts_leave_out_what_they_cannot_have() -> None:
         (1, "expert choice, at least 1"),
         (1, "threshold"),
     ]
+    with pytest.raises(AnalysisError, match="num_experts=4 with num_expert_groups=4 leaves nothing to choose"):
+        variants_of(4, 4, num_groups=4)
+    assert {v.num_choices for v in variants_of(8, 2, num_groups=2)} == {2, 4}
     assert len(variants_of(3)) == 17 and len(variants_of(4)) == 18
     with pytest.raises(AnalysisError, match="num_experts=1 leaves nothing to choose"):
         variants_of(1)

@@ -316,7 +316,7 @@ CHANGED = {
     "groups": (
         "Llama",
         {"normalize_combine_weights": True, "num_expert_groups": 2},
-        "the routing changed: each token takes its 2 best experts, of whatever group",
+        "the routing changed: each token takes its 2 best experts of whatever group",
     ),
 }
 

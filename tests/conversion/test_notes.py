@@ -163,3 +163,13 @@ def test_functions_check_the_same(tmp_path: Path, dense: Path) -> None:
     with pytest.raises(ConversionError, match="num_experts_per_tok=0 must be at least 1"):
         export(str(dense), str(tmp_path / "out"), num_experts_per_tok=0)
     check_arguments({"source": str(dense), "destination": str(tmp_path / "out"), "init": "mix", "mix_with": [dense]})
+
+
+def test_one_copy_of_each_shard_is_said(dense: Path, tmp_path: Path) -> None:
+    """Every token has all of them, whatever its scores are."""
+    options: dict[str, Any] = {"init": "granular", "granularity": 2, "dry_run": True}
+    (note,) = convert(str(dense), str(tmp_path / "out"), num_experts=2, **options)["notes"]
+    assert note.startswith(
+        "num_experts=2 are one copy of each of the 2 shards: there is nothing to choose among; give 4"
+    )
+    assert convert(str(dense), str(tmp_path / "out"), num_experts=4, **options)["notes"] == []

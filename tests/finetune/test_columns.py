@@ -59,6 +59,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "1 + 1?", "completion": "2"},
     "question": {"question": "1 + 1?", "answer": "2"},
     "question, text": {"question": "1 + 1?", "response": "2", "text": "a word"},
+    "context": {"instruction": "1 + 1?", "label": "2", "text": "a context"},
 }
 ABSENT = {"lora": "question, answer", "chat": "messages"}
 SET = "set {}prompt_column=question completion_column=answer"
@@ -76,6 +77,7 @@ READ = {
     ("lora", "prompt"): "prompt and completion from prompt, completion",
     ("lora", "question"): "prompt and completion from question, answer",
     ("lora", "question, text"): "completion_column=answer is not in",
+    ("lora", "context"): "prompt_column=question is not in",
     ("chat", "text"): "text from text",
     ("chat", "messages"): "conversations from messages",
     ("chat", "conversations"): "conversations from conversations",
